@@ -1,0 +1,59 @@
+"""Sparse, non-negative image embeddings of a density you choose: Rectified LpJEPA on any timm backbone.
+
+Names are loaded on first use, so that importing the package costs nothing and changes nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .distributions import GeneralizedGaussian as GeneralizedGaussian
+    from .distributions import RectifiedGeneralizedGaussian as RectifiedGeneralizedGaussian
+    from .distributions import mu_for_density as mu_for_density
+    from .distributions import sigma_gn as sigma_gn
+    from .distributions import sigma_rgn as sigma_rgn
+    from .encoder import SparseEncoder as SparseEncoder
+    from .encoder import create_encoder as create_encoder
+    from .encoder import load_encoder as load_encoder
+    from .evaluate import evaluate as evaluate
+    from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
+    from .objectives import directions as directions
+    from .objectives import sliced_wasserstein as sliced_wasserstein
+    from .recipe import Recipe as Recipe
+    from .sparse import SparseEmbeddings as SparseEmbeddings
+    from .train import train as train
+    from .zoo import list_encoders as list_encoders
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GeneralizedGaussian": "distributions",
+    "RectifiedGeneralizedGaussian": "distributions",
+    "mu_for_density": "distributions",
+    "sigma_gn": "distributions",
+    "sigma_rgn": "distributions",
+    "SparseEncoder": "encoder",
+    "create_encoder": "encoder",
+    "load_encoder": "encoder",
+    "evaluate": "evaluate",
+    "RectifiedLpJEPALoss": "objectives",
+    "directions": "objectives",
+    "sliced_wasserstein": "objectives",
+    "Recipe": "recipe",
+    "SparseEmbeddings": "sparse",
+    "train": "train",
+    "list_encoders": "zoo",
+}
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rlpjepa_zoo' has no attribute '{name}'")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

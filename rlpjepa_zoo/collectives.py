@@ -1,0 +1,108 @@
+"""The only module that touches torch.distributed. On one process every function is the identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _active() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _active() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over ranks; the gradient is the sum over ranks of what flows back, cut to this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim, ctx.rows = dim, x.shape[dim]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        return grad.narrow(ctx.dim, dist.get_rank() * ctx.rows, ctx.rows), None
+
+
+def gather_with_grad(x: Tensor, dim: int = 0) -> Tensor:
+    """Concatenate `x` of all ranks along `dim`, in rank order, keeping the gradient.
+
+    With a loss computed from the gathered batch on every rank and gradients *averaged* over ranks (what DistributedDataParallel
+    does), parameters receive exactly the gradient of one process that sees the joined batch. `Accelerator.gather` carries no
+    gradient, and a backward that only cuts its own slice is wrong by the world size.
+
+    Args:
+        x: tensor of equal shape on all ranks.
+        dim: the dimension that grows by the world size.
+    """
+    return _Gather.apply(x, dim) if _active() else x
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Average a tensor of equal shape over ranks (a new tensor, without gradient)."""
+    x = x.detach().clone()
+    if _active():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+@torch.no_grad()
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Element-wise maximum over ranks: how all ranks agree on a flag."""
+    x = x.detach().clone()
+    if _active():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Concatenate tensors (n_r, ...) of all ranks along their first dimension; n_r may differ by rank."""
+    if not _active():
+        return x
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    padded = x.new_zeros((int(max(sizes)), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order; for small host-side records such as the list of unreadable images."""
+    if not _active():
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if _active():
+        dist.barrier()
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one; torch warns about programs that end without."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,495 @@
+"""`SparseEncoder`: a timm backbone, a projector that ends in ReLU, and the preprocessing that belongs to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from . import card, folder, hub, images, resnet, streams, zoo
+from .errors import DataError, ModelError, NonFiniteError, UsageError, did_you_mean
+from .sparse import SparseEmbeddings
+
+__all__ = ["EncoderConfig", "Output", "Preprocess", "SparseEncoder", "create_encoder", "load_encoder"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an RGB image to the input of the backbone: resize, centre crop, scale to [0, 1], normalise; timm's evaluation transform.
+
+    Args:
+        size: (height, width) of the input.
+        mean, std: of each channel, on the 0..1 scale.
+        interpolation: ``bilinear`` or ``bicubic``.
+        crop_pct: the image is first resized so that the crop covers this share of its short side.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    def data_config(self) -> dict[str, Any]:
+        """As timm names it."""
+        return {
+            "input_size": (len(self.mean), *self.size), "mean": self.mean, "std": self.std,
+            "interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": "center",
+        }  # fmt: skip
+
+    def transform(self) -> Any:
+        """A callable: PIL image -> float32 tensor (3, H, W)."""
+        return timm.data.create_transform(**self.data_config(), is_training=False)
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> Preprocess:
+        """What timm says the backbone wants."""
+        found = timm.data.resolve_model_data_config(backbone)
+        return cls(tuple(found["input_size"][1:]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], float(found["crop_pct"]))
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """All that is needed to build the encoder again, and what is known about it.
+
+    Attributes:
+        architecture: timm name of the backbone.
+        model_args: arguments of `timm.create_model`, beyond num_classes = 0.
+        features: F, width of the backbone's pooled features.
+        dim: D, width of the embedding.
+        hidden_dim: H, width of the projector's hidden layers.
+        projector_depth: linear layers of the projector; 1 is a single rectified layer, 3 is the paper's.
+        preprocess: the evaluation preprocessing.
+        info: JSON-able record of target, density, results, recipe; filled by training, shown on the card.
+    """
+
+    architecture: str
+    features: int
+    dim: int
+    hidden_dim: int
+    projector_depth: int
+    preprocess: Preprocess
+    model_args: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Output(NamedTuple):
+    """Dense backbone features (B, F) and sparse embeddings z (B, D)."""
+
+    features: Tensor
+    z: Tensor
+
+
+def make_projector(features: int, hidden_dim: int, dim: int, depth: int) -> nn.Sequential:
+    """(depth - 1) x [Linear, BatchNorm, ReLU], then Linear and ReLU: no normalisation before the last ReLU."""
+    widths = [features] + [hidden_dim] * (depth - 1)
+    layers: list[nn.Module] = []
+    for inside, outside in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inside, outside), nn.BatchNorm1d(outside), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.ReLU())
+
+
+class SparseEncoder(nn.Module):
+    """Images to sparse, non-negative embeddings. Made by `create_encoder` and `load_encoder`.
+
+    Attributes:
+        backbone: timm model with num_classes = 0.
+        projector: `nn.Sequential` that ends in ReLU.
+        transform: PIL image -> tensor (3, H, W), the evaluation preprocessing that travels with the weights.
+        config: `EncoderConfig`.
+
+    Example:
+        >>> enc = create_encoder("test_resnet", dim=16, hidden_dim=32).eval()
+        >>> z = enc(torch.zeros(2, 3, 64, 64))
+        >>> tuple(z.shape), bool((z >= 0).all()), tuple(enc.features(torch.zeros(2, 3, 64, 64)).shape)
+        ((2, 16), True, (2, 96))
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Sequential, config: EncoderConfig, freeze_backbone: bool = False) -> None:
+        super().__init__()
+        self.backbone, self.projector, self.config = backbone, projector, config
+        self.transform = config.preprocess.transform()
+        self.freeze_backbone = freeze_backbone
+        if freeze_backbone:
+            backbone.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> SparseEncoder:
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()  # batch statistics stay as they were
+        return self
+
+    def features(self, x: Tensor) -> Tensor:
+        """Dense pooled backbone features.
+
+        Args:
+            x: (B, 3, H, W) float, preprocessed.
+
+        Returns:
+            (B, F), in the dtype the backbone computes in.
+        """
+        if x.dim() != 4 or not x.is_floating_point():
+            raise UsageError(f"expected a float batch (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}; preprocess images with enc.transform")
+        return self.backbone(x)
+
+    def both(self, x: Tensor) -> Output:
+        """Features and embeddings in one pass."""
+        features = self.features(x)
+        return Output(features, self.projector(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeddings z (B, D), >= 0 with exact zeros, of a float batch x (B, 3, H, W)."""
+        return self.both(x).z
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.projector.parameters()).device
+
+    def fingerprint(self) -> str:
+        """Hex digest of weights and preprocessing: two encoders with equal fingerprints give the same codes."""
+        digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- embedding -------------------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        images: Any,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        max_active: int | None = None,
+        progress: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        failures: list[tuple[Any, str]] | None = None,
+    ) -> SparseEmbeddings:
+        """Sparse embeddings of many images, in input order, computed in evaluation mode (the mode is put back afterwards).
+
+        Args:
+            images: a folder, paths, PIL images, a Hugging Face dataset, or a float tensor (B, 3, H, W) that is already preprocessed.
+            batch_size: images at a time, >= 1.
+            num_workers: processes that decode images; 0 decodes in this one.
+            max_active: keep only this many largest values of each row.
+            progress: show a progress bar on stderr.
+            on_error: what an unreadable image does: ``raise``, or ``skip`` its row and append (id, reason) to `failures`.
+            failures: list that receives what was skipped.
+
+        Returns:
+            `SparseEmbeddings` with the ids of the images (paths or row numbers) and the encoder's fingerprint in `meta["model"]`.
+
+        Raises:
+            DataError: no such images, or an unreadable one.
+            NonFiniteError: the encoder gave NaN or infinity.
+
+        Example:
+            >>> enc = create_encoder("test_resnet", dim=16)
+            >>> enc.embed([Image.new("RGB", (80, 60)), Image.new("L", (40, 40))], max_active=4).shape
+            (2, 16)
+        """
+        if batch_size < 1 or (max_active is not None and max_active < 1) or on_error not in ("raise", "skip"):
+            raise UsageError(f"embed: expected batch_size >= 1, max_active >= 1, on_error 'raise' or 'skip', got {batch_size}, {max_active}, {on_error!r}")
+        meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
+        parts = [SparseEmbeddings.from_dense(np.zeros((0, self.config.dim)), meta=meta)]
+        was_training = self.training
+        self.eval()
+        try:
+            for ids, x in self._batches(images, batch_size, num_workers, progress, on_error, failures):
+                z = self(x.to(self.device)).float()
+                if not torch.isfinite(z).all():
+                    raise NonFiniteError(f"the encoder gave NaN or infinity for the batch that starts at {ids[0]!r}; its weights are damaged or diverged")
+                part = SparseEmbeddings.from_dense(z, ids, meta)
+                parts.append(part if max_active is None else part.top_k(max_active))
+        finally:
+            self.train(was_training)
+        return SparseEmbeddings.concat(parts if len(parts) == 1 else parts[1:])
+
+    def _batches(
+        self, source: Any, batch_size: int, num_workers: int, progress: bool, on_error: str, failures: list[tuple[Any, str]] | None
+    ) -> Iterator[tuple[list[Any], Tensor]]:
+        if isinstance(source, Tensor):
+            if source.dim() != 4 or not source.is_floating_point():
+                raise DataError(f"expected a float tensor (B, 3, H, W), got {source.dtype} of shape {tuple(source.shape)}; pass PIL images for uint8 pixels")
+            for start in tqdm(range(0, len(source), batch_size), desc="embed", unit="batch", disable=not progress):
+                rows = source[start : start + batch_size]
+                yield list(range(start, start + len(rows))), rows
+            return
+        opened = images.open_images(source)
+        loader = DataLoader(_Preprocessed(opened, self.transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        with tqdm(total=len(opened), desc="embed", unit="image", disable=not progress) as bar:
+            for items in loader:
+                bar.update(len(items))
+                for i, _, reason in items:
+                    if reason is not None and on_error == "raise":
+                        raise DataError(f"{reason}; on_error='skip' leaves such images out")
+                    if reason is not None and failures is not None:
+                        failures.append((opened.ids[i], reason))
+                good = [(i, x) for i, x, reason in items if reason is None]
+                if good:
+                    yield [opened.ids[i] for i, _ in good], torch.stack([x for _, x in good])
+
+    # --- the published folder --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo") -> Path:
+        """Write the published folder (see `rlpjepa_zoo.folder`): timm's format plus projector, golden codes and card.
+
+        Args:
+            path: folder; made if missing. Its own files of an earlier save are replaced, others are left alone.
+            recipe: YAML text of the recipe that trained it.
+            info: JSON-able record that replaces `config.info`.
+            name: what the examples on the card load.
+
+        Raises:
+            OutputError: the folder cannot be written.
+            NonFiniteError: a weight is NaN or infinite.
+        """
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+        if bad:
+            raise NonFiniteError(f"{bad[0]} holds NaN or infinity; an encoder like that is not saved")
+        with tempfile.TemporaryDirectory() as scratch:
+            timm.models.save_for_hf(
+                self.backbone, scratch, safe_serialization=True, data_config=self.config.preprocess.data_config(),
+                model_config={"pretrained_cfg": {"tag": "rlpjepa", "license": "apache-2.0"}},
+            )  # fmt: skip
+            config = folder.parse_json((Path(scratch) / "config.json").read_bytes(), "config.json")
+        config.get("model_args", {}).pop("num_classes", None)  # transformers' AutoModel passes it itself
+        config[folder.BLOCK] = {
+            "format": folder.FORMAT,
+            "projector": {"dim": self.config.dim, "hidden_dim": self.config.hidden_dim, "depth": self.config.projector_depth},
+            "preprocess": dataclasses.asdict(self.config.preprocess),
+            "needs_package": self.config.architecture in resnet.SMALL_RESNETS,
+            "fingerprint": self.fingerprint(),
+            "info": dict(self.config.info if info is None else info),
+            "versions": zoo.versions(),
+        }
+        files = {
+            "model.safetensors": _pack({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}),
+            "head.safetensors": _pack({k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")}),
+            "golden.safetensors": _pack(_golden(self)),
+            "README.md": card.render(config, name).encode(),
+        }
+        if recipe is not None:
+            files["recipe.yaml"] = recipe.encode()
+        return folder.write_folder(path, files, config)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None, **save: Any) -> str:
+        """Save and upload to the Hugging Face Hub in one commit; returns the commit's address.
+
+        Args:
+            repo_id: ``"owner/name"``; made if missing.
+            private: of a new repository.
+            revision: branch to commit to; made if missing.
+            token: Hub token with write permission; the stored login when None.
+            save: `recipe` and `info` of `save_pretrained`.
+
+        Raises:
+            HubError: one line with the mend.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            published = self.save_pretrained(Path(scratch) / "encoder", name=repo_id, **save)
+            return hub.push(published, repo_id, private=private, revision=revision, token=token)
+
+
+class _Preprocessed(Dataset[tuple[int, Tensor | None, str | None]]):
+    """Items (row number, input or None, reason why it could not be read)."""
+
+    def __init__(self, source: images.Images, transform: Any) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
+        try:
+            return i, self.transform(self.source.read(i)), None
+        except DataError as error:
+            return i, None, str(error)
+
+
+def _pack(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
+
+
+# --- golden codes --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _golden(encoder: SparseEncoder) -> dict[str, Tensor]:
+    """Two images (one smooth, one noise) larger than the input and not square, and what the encoder makes of them in float32."""
+    height, width = (s + s // 4 for s in encoder.config.preprocess.size)
+    rows, columns = np.mgrid[0:height, 0 : width + 8] / max(height, width)
+    smooth = np.stack([rows, columns, (np.sin(9 * rows) * np.cos(7 * columns) + 1) / 2], -1) * 200
+    noise = torch.rand(height, width + 8, 3, generator=streams.generator(0, "golden")).numpy() * 255
+    pixels = torch.from_numpy(np.stack([smooth, noise]).round().clip(0, 255).astype(np.uint8))
+    inputs = torch.stack([encoder.transform(Image.fromarray(p.numpy())) for p in pixels])
+    features, z = _evaluate(encoder, inputs)
+    return {"images": pixels, "inputs": inputs, "features": features, "codes": z}
+
+
+def _evaluate(encoder: SparseEncoder, inputs: Tensor) -> Output:
+    was_training = encoder.training
+    encoder.eval()
+    with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
+        out = encoder.both(inputs.to(encoder.device, next(encoder.projector.parameters()).dtype))
+    encoder.train(was_training)
+    return Output(out.features.float().cpu(), out.z.float().cpu())
+
+
+def _check_golden(encoder: SparseEncoder, golden: dict[str, Tensor], where: Path) -> None:
+    """Refuse an encoder that does not reproduce its codes, and say which station differs."""
+    missing = {"images", "inputs", "features", "codes"} - set(golden)
+    if missing:
+        raise ModelError(f"{where}: no tensor '{min(missing)}'")
+    inputs = torch.stack([encoder.transform(Image.fromarray(pixels.numpy())) for pixels in golden["images"]])
+    features, z = _evaluate(encoder, golden["inputs"])
+    for station, got, expected, tolerance in (
+        ("preprocessing", inputs, golden["inputs"], 0.05),  # two grey levels of 255: decoders and resizers differ by that
+        ("backbone features", features, golden["features"], 1e-3),
+        ("codes", z, golden["codes"], 1e-3),
+    ):
+        if got.shape != expected.shape:
+            raise ModelError(f"{where}: {station} have shape {tuple(got.shape)}, the saved ones {tuple(expected.shape)}")
+        error = float((got - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+        if not error <= tolerance:
+            raise ModelError(f"{where}: {station} differ from the saved ones by {error:.2g} (allowed {tolerance:g}); other versions of torch, timm or Pillow?")
+
+
+# --- making and loading --------------------------------------------------------------------------------------------------------------
+
+
+def create_encoder(
+    name: str,
+    dim: int = 512,
+    hidden_dim: int = 512,
+    pretrained: bool = False,
+    *,
+    projector_depth: int = 3,
+    freeze_backbone: bool = False,
+    preprocess: Preprocess | None = None,
+    **timm_kwargs: Any,
+) -> SparseEncoder:
+    """A timm backbone with a fresh rectified projector, in training mode.
+
+    Args:
+        name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
+            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``.
+        dim: D, width of the embedding, >= 1.
+        hidden_dim: H, width of the projector's hidden layers, >= 1.
+        pretrained: load timm's weights for the name.
+        projector_depth: linear layers of the projector, >= 1.
+        freeze_backbone: no gradient, and evaluation mode, for the backbone.
+        preprocess: evaluation preprocessing; what timm says of the backbone when None.
+        timm_kwargs: arguments of `timm.create_model`, such as ``img_size=32, patch_size=4``.
+
+    Raises:
+        ModelError: unknown name (with the nearest), or arguments that the backbone does not take.
+        UsageError: dim, hidden_dim or projector_depth below 1.
+
+    Example:
+        >>> create_encoder("resnet10_small_narrow", dim=64, hidden_dim=64).config.features
+        256
+    """
+    for argument, value in (("dim", dim), ("hidden_dim", hidden_dim), ("projector_depth", projector_depth)):
+        if value < 1:
+            raise UsageError(f"{argument}: expected >= 1, got {value}")
+    backbone = _create_backbone(name, pretrained, timm_kwargs)
+    features = int(backbone.head_hidden_size)
+    config = EncoderConfig(
+        architecture=backbone.pretrained_cfg.get("architecture", name),
+        features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth,
+        preprocess=preprocess or Preprocess.of(backbone), model_args=dict(timm_kwargs),
+    )  # fmt: skip
+    return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
+
+
+def _create_backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> nn.Module:
+    if timm_kwargs.get("features_only"):
+        raise ModelError("features_only gives feature maps; the projector needs pooled features, so leave it out")
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
+    try:
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        arguments = ", ".join(f"{k}={v!r}" for k, v in {"pretrained": pretrained, **timm_kwargs}.items())
+        raise ModelError(f"backbone '{name}' with {arguments}: {reason}") from error
+    return backbone
+
+
+def load_encoder(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> SparseEncoder:
+    """An encoder from the zoo, the Hub or a folder, verified, in evaluation mode.
+
+    Every file is compared with its sha256 in config.json, and the golden images must give their golden codes.
+
+    Args:
+        source: zoo name (see `list_encoders`), ``"hf-hub:owner/repo[@revision]"``, ``"owner/repo"``, ``"local-dir:path"`` or a folder.
+        revision: branch, tag or commit on the Hub.
+        token: Hub token for private repositories.
+        cache_dir: where downloads are kept.
+        device: where the encoder goes.
+
+    Raises:
+        UsageError: a name that is none of these.
+        ModelError: damaged, foreign or newer files; the message names the file.
+        HubError: the Hub refused or cannot be reached.
+    """
+    path = hub.resolve(source, revision, token, cache_dir)
+    config = folder.read_config(path)
+    folder.verify(path, config)
+    block = config[folder.BLOCK]
+    try:
+        preprocess = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()})
+        head = {"dim": int(block["projector"]["dim"]), "hidden_dim": int(block["projector"]["hidden_dim"]), "projector_depth": int(block["projector"]["depth"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}/config.json: {folder.BLOCK}.preprocess or .projector is not what this version expects ({error})") from error
+    encoder = create_encoder(config["architecture"], preprocess=preprocess, **head, **config.get("model_args", {}))
+    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}))
+    _load_weights(encoder.backbone, path / "model.safetensors")
+    _load_weights(encoder.projector, path / "head.safetensors")
+    encoder.eval()
+    _check_golden(encoder, _read(path / "golden.safetensors"), path / "golden.safetensors")
+    return encoder.to(device)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    found, expected = _read(path), module.state_dict()
+    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            raise ModelError(f"{path}: {what} tensors: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{path}: {name} holds NaN or infinity")
+    module.load_state_dict(found)

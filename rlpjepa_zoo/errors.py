@@ -1,0 +1,74 @@
+"""What a user can cause, and the exit code each cause has on the command line.
+
+Every message is one line: what was given, what was expected, the mend.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZooError(Exception):
+    """Base of all errors a user can cause. `exit_code` is what the command line returns."""
+
+    exit_code = 70
+
+
+class UsageError(ZooError, ValueError):
+    """A wrong argument or option."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be used: unknown key, wrong type, value out of range, contradiction."""
+
+
+class DataError(ZooError, ValueError):
+    """Missing, empty or unreadable images or labels."""
+
+    exit_code = 3
+
+
+class ModelError(ZooError, ValueError):
+    """An unknown backbone, or a checkpoint that is damaged, foreign or does not fit."""
+
+    exit_code = 4
+
+
+class HubError(ZooError, OSError):
+    """The Hub or the network said no."""
+
+    exit_code = 5
+
+
+class OutputError(ZooError, OSError):
+    """Disk full, no permission, output already in use."""
+
+    exit_code = 6
+
+
+class NonFiniteError(ZooError, ArithmeticError):
+    """NaN or infinity where a number was needed."""
+
+    exit_code = 7
+
+
+class StoppedBySignal(ZooError):
+    """Training was asked to stop and saved a checkpoint first."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
+
+    Example:
+        >>> did_you_mean("resnet81", ["resnet18", "vit_tiny"])
+        " Did you mean 'resnet18'?"
+    """
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,213 @@
+"""From whatever holds images to RGB PIL images, with ids: folders, lists of files, PIL images, arrays, Hugging Face datasets.
+
+One decoding rule serves training and embedding, so a file is the same picture in both: EXIF rotation applied, alpha laid over white,
+16-bit and float greyscale scaled (not clipped), first frame of an animation, RGB.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .errors import DataError
+
+__all__ = ["SUFFIXES", "Images", "decode", "from_dataset", "image_column", "label_column", "list_images", "open_images"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 64_000_000
+
+
+def decode(source: str | Path | bytes | Image.Image, name: str = "image") -> Image.Image:
+    """An RGB image from a file, encoded bytes or any PIL image.
+
+    Args:
+        source: path, bytes of an image file, or a PIL image of any mode.
+        name: what to call it in errors.
+
+    Raises:
+        DataError: not an image of a known format, damaged, or over 64 megapixels (checked before decoding).
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{name}: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS // 10**6} megapixels")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: cannot be read as an image ({reason})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        pixels = np.asarray(image, dtype=np.float64)
+        # integers: 16 bit (PIL opens 16-bit PNG as I or I;16); floats: 0..1 unless larger values occur
+        top = 65535.0 if image.mode != "F" else 1.0 if pixels.max(initial=0) <= 1 else 255.0
+        return Image.fromarray(np.clip(np.nan_to_num(pixels) / top * 255 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """All image files below a folder, sorted by path; hidden files and folders are left out, a linked folder is entered once.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder of images")
+    found, seen = [], set()
+    for here, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here, f) for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".") and os.path.isfile(Path(here, f))]
+    if not found:
+        raise DataError(f"{root}: no images found (looked for {' '.join(SUFFIXES)}, in all subfolders)")
+    return sorted(found)
+
+
+class Images:
+    """n images behind an index: `read(i)` decodes one, `ids[i]` names it, `labels[i]` is its class or -1.
+
+    Args:
+        read: function of an index that returns what `decode` takes.
+        ids: n strings or n integers.
+        labels: (n,) integers, -1 where unknown; None when there are none.
+        classes: names of the classes, where known.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Any],
+        ids: Sequence[str] | Sequence[int],
+        labels: Sequence[int] | np.ndarray[Any, Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        self._read, self.ids, self.classes = read, ids, list(classes) if classes else None
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, i: int) -> Image.Image:
+        """Image i in RGB; DataError naming it if it cannot be read."""
+        return decode(self._read(i), name=str(self.ids[i]))
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (self.read(i) for i in range(len(self)))
+
+    def take(self, rows: Sequence[int] | np.ndarray[Any, Any]) -> Images:
+        """The images of these row numbers, in this order."""
+        rows = np.asarray(rows)
+        ids: Any = [self.ids[int(i)] for i in rows]
+        return Images(lambda i: self._read(int(rows[i])), ids, None if self.labels is None else self.labels[rows], self.classes)
+
+
+def _from_files(files: Sequence[Path], ids: Sequence[str]) -> Images:
+    return Images(lambda i: files[i], ids)
+
+
+def _from_folder(folder: Path) -> Images:
+    files = list_images(folder)
+    return _from_files(files, [file.relative_to(folder).as_posix() for file in files])
+
+
+def image_column(features: Any, asked: str | None = None) -> str:
+    """The column of a Hugging Face dataset that holds images: the asked one, else the first of type Image or {bytes, path}."""
+    names = [n for n, f in features.items() if type(f).__name__ == "Image" or (isinstance(f, dict) and "bytes" in f)]
+    if asked is not None and asked not in features:
+        raise DataError(f"no column '{asked}'; the data set has {', '.join(features)}")
+    if asked is None and not names:
+        raise DataError(f"no image column among {', '.join(features)}; name it with data.image_column")
+    return asked or names[0]
+
+
+def label_column(features: Any, asked: str | None = None) -> str | None:
+    """The column of class labels: the asked one, else the first ClassLabel, else None. ``"none"`` means there is none."""
+    if asked is None:
+        return next((n for n, f in features.items() if type(f).__name__ == "ClassLabel"), None)
+    if asked == "none":
+        return None
+    if asked not in features:
+        raise DataError(f"no column '{asked}'; the data set has {', '.join(features)}")
+    return asked
+
+
+def undecoded(dataset: Any, column: str) -> Any:
+    """The data set with images as {bytes, path}, so that one bad image does not take its batch with it."""
+    import datasets
+
+    return dataset.cast_column(column, datasets.Image(decode=False)) if type(dataset.features[column]).__name__ == "Image" else dataset
+
+
+def cell(value: Any) -> Any:
+    """What `decode` takes, from a cell of an image column."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise DataError("no image in this row")
+    return value
+
+
+def from_dataset(dataset: Any, image: str | None = None, label: str | None = None) -> Images:
+    """Images of a Hugging Face `Dataset` (map style); ids are row numbers."""
+    column, label = image_column(dataset.features, image), label_column(dataset.features, label)
+    raw = undecoded(dataset.select_columns([column]), column)
+    labels = None if label is None else [-1 if value is None else value for value in dataset[label][:]]
+    return Images(lambda i: cell(raw[i][column]), range(len(dataset)), labels, getattr(dataset.features[label], "names", None) if label else None)
+
+
+def open_images(source: Any) -> Images:
+    """Images from a folder, a file, a sequence of files or PIL images, a Hugging Face dataset, or `Images` (returned as it is).
+
+    Ids are paths (relative to a folder, else as given) or row numbers.
+
+    Raises:
+        DataError: nothing there, or a file is missing.
+
+    Example:
+        >>> open_images([Image.new("L", (8, 8))]).read(0).mode
+        'RGB'
+    """
+    if isinstance(source, Images):
+        return source
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return _from_folder(path) if path.is_dir() else open_images([path])
+    if isinstance(source, Image.Image):
+        return open_images([source])
+    if type(source).__module__.split(".")[0] == "datasets" and hasattr(source, "features"):
+        if not hasattr(source, "__len__"):
+            raise DataError("a streaming data set has no length; take(n) and list it first, or load it without streaming")
+        return from_dataset(source)
+    items = list(source) if isinstance(source, Sequence) or hasattr(source, "__iter__") else None
+    if items is None:
+        raise DataError(f"expected a folder, files, PIL images, a float tensor (B, 3, H, W) or a dataset, got {type(source).__name__}")
+    if all(isinstance(item, str | Path) for item in items):
+        missing = [str(item) for item in items if not Path(item).is_file()]
+        if missing:
+            raise DataError(f"{missing[0]}: no such file" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
+        return _from_files([Path(item) for item in items], [str(item) for item in items])
+    if all(isinstance(item, Image.Image) for item in items):
+        return Images(lambda i: items[i], range(len(items)))
+    raise DataError(f"expected only paths or only PIL images, got {sorted({type(item).__name__ for item in items})}")

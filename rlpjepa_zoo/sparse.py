@@ -1,0 +1,387 @@
+"""`SparseEmbeddings`: n non-negative sparse rows with their ids, as three CSR arrays. numpy only; converters import what they need."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import DataError, ModelError, OutputError, UsageError
+
+__all__ = ["SparseEmbeddings"]
+
+_FORMAT = "rlpjepa_zoo.sparse/1"
+
+
+class SparseEmbeddings:
+    """Rows of non-negative numbers of which few are non-zero (compressed sparse rows).
+
+    Args:
+        indptr: (n + 1,) integers; row i owns entries indptr[i] : indptr[i + 1].
+        indices: (nnz,) column of each entry, strictly increasing within a row.
+        values: (nnz,) floats > 0, finite.
+        dim: number of columns D.
+        ids: n ids, all strings or all integers (paths, keys); 0 .. n - 1 when None.
+        meta: str -> str provenance that travels with the rows; the key ``"model"`` names the encoder, and rows of two encoders
+            do not mix.
+
+    Attributes:
+        shape: (n, D).
+        nnz: number of stored entries.
+        l0: mean over rows of the fraction of non-zeros, the *density*, in [0, 1].
+
+    Raises:
+        DataError: arrays that are not a valid non-negative CSR matrix; the message names the first bad row.
+
+    Example:
+        >>> e = SparseEmbeddings.from_dense([[0.0, 2.0, 0.0], [1.0, 0.0, 3.0]], ids=["a.png", "b.png"])
+        >>> e.shape, e.nnz, round(e.l0, 2), e[1].ids.tolist(), e.top_k(1).to_dense().tolist()
+        ((2, 3), 3, 0.5, ['b.png'], [[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    """
+
+    __slots__ = ("dim", "ids", "indices", "indptr", "meta", "values")
+
+    def __init__(
+        self,
+        indptr: Any,
+        indices: Any,
+        values: Any,
+        dim: int,
+        ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | None = None,
+        meta: Mapping[str, str] | None = None,
+    ) -> None:
+        self.indptr = np.asarray(indptr, dtype=np.int64)
+        wide = np.asarray(indices)
+        self.values = np.asarray(values, dtype=np.float32)
+        self.dim = int(dim)
+        self.meta = dict(meta or {})
+        n = len(self.indptr) - 1
+        self.ids = np.arange(n) if ids is None else np.asarray(ids)
+        self._check(wide)
+        self.indices = wide.astype(np.int32, copy=False)
+
+    def _check(self, indices: np.ndarray[Any, Any]) -> None:
+        p, v = self.indptr, self.values
+        if p.ndim != 1 or len(p) < 1 or p[0] != 0 or p[-1] != len(indices) or len(indices) != len(v):
+            raise DataError(f"indptr, indices and values do not fit together: lengths {len(p)}, {len(indices)}, {len(v)}, last indptr {p[-1:].tolist()}")
+        if (np.diff(p) < 0).any():
+            raise DataError(f"row {int(np.flatnonzero(np.diff(p) < 0)[0])}: indptr decreases")
+        if not 0 < self.dim < 2**31:
+            raise DataError(f"dim: expected 1 .. 2^31 - 1, got {self.dim}")
+        if self.ids.ndim != 1 or len(self.ids) != len(p) - 1 or self.ids.dtype.kind not in "iuU":
+            raise DataError(f"ids: expected {len(p) - 1} strings or {len(p) - 1} integers, got {self.ids.dtype} of shape {self.ids.shape}")
+        bad = ~(np.isfinite(v) & (v > 0))
+        if indices.dtype.kind not in "iu" and len(indices):
+            raise DataError(f"indices: expected integers, got {indices.dtype}")
+        bad |= (indices < 0) | (indices >= self.dim)
+        if len(indices) > 1:
+            rises = np.diff(indices.astype(np.int64, copy=False)) > 0
+            rises[p[1:-1][(p[1:-1] > 0) & (p[1:-1] < len(indices))] - 1] = True  # a new row may start lower
+            bad[1:] |= ~rises
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            row = int(np.searchsorted(p, at, side="right")) - 1
+            raise DataError(f"row {row}: column {indices[at]} with value {v[at]}; expected rising columns below {self.dim} and finite values > 0")
+
+    # --- making ----------------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dense(cls, dense: Any, ids: Any = None, meta: Mapping[str, str] | None = None) -> SparseEmbeddings:
+        """From an (n, D) array or tensor; exact zeros (and -0.0) are dropped, everything else is kept.
+
+        Raises:
+            DataError: a negative or non-finite number, with its row.
+        """
+        if hasattr(dense, "detach"):
+            dense = dense.detach().float().cpu().numpy()
+        dense = np.asarray(dense, dtype=np.float32)
+        if dense.ndim != 2:
+            raise DataError(f"expected an (n, D) matrix, got shape {dense.shape}")
+        rows, columns = np.nonzero(dense)
+        indptr = np.zeros(len(dense) + 1, dtype=np.int64)
+        np.cumsum(np.bincount(rows, minlength=len(dense)), out=indptr[1:])
+        return cls(indptr, columns, dense[rows, columns], dense.shape[1], ids, meta)
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, ids: Any = None, meta: Mapping[str, str] | None = None) -> SparseEmbeddings:
+        """From any scipy sparse matrix or array; explicit zeros are dropped and columns sorted."""
+        matrix = matrix.tocsr(copy=True)
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        return cls(matrix.indptr, matrix.indices, matrix.data, matrix.shape[1], ids, meta)
+
+    @classmethod
+    def concat(cls, parts: Iterable[SparseEmbeddings]) -> SparseEmbeddings:
+        """Stack rows in the given order.
+
+        Raises:
+            UsageError: no parts, different widths, or rows of different encoders.
+        """
+        parts = list(parts)
+        if not parts:
+            raise UsageError("concat: expected at least one part, got none")
+        models = {part.meta["model"] for part in parts if "model" in part.meta}
+        if len({part.dim for part in parts}) > 1 or len(models) > 1:
+            raise UsageError(f"concat: rows of different encoders do not mix: widths {sorted({p.dim for p in parts})}, models {sorted(models)}")
+        starts = np.cumsum([0] + [part.nnz for part in parts])
+        indptr = np.concatenate([[0]] + [part.indptr[1:] + start for part, start in zip(parts, starts, strict=False)])
+        meta = {k: v for k, v in parts[0].meta.items() if all(part.meta.get(k) == v for part in parts)}
+        ids = [part.ids for part in parts]
+        if len({part.ids.dtype.kind == "U" for part in parts if len(part)}) > 1:
+            raise UsageError("concat: some parts have string ids, others integers")
+        return cls(
+            indptr,
+            np.concatenate([part.indices for part in parts]),
+            np.concatenate([part.values for part in parts]),
+            parts[0].dim,
+            np.concatenate([i for i in ids if len(i)] or ids[:1]),
+            meta,
+        )
+
+    # --- looking ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.indptr) - 1, self.dim
+
+    @property
+    def nnz(self) -> int:
+        return len(self.values)
+
+    @property
+    def l0(self) -> float:
+        n, dim = self.shape
+        return self.nnz / (n * dim) if n else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays as they are saved: values float32, columns int16 where they fit, row starts int64 (ids not counted)."""
+        return self.indptr.nbytes + self.values.nbytes + self.indices.astype(_index_dtype(self.dim)).nbytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[SparseEmbeddings]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"SparseEmbeddings(shape={self.shape}, nnz={self.nnz}, l0={self.l0:.4f})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseEmbeddings):
+            return NotImplemented
+        names = ("indptr", "indices", "values", "ids")
+        return self.dim == other.dim and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray[Any, Any]) -> SparseEmbeddings:
+        """Rows as a new object: an integer gives one row of shape (1, D); slices, index arrays and boolean masks give several."""
+        n = len(self)
+        if isinstance(index, int | np.integer):
+            if not -n <= index < n:
+                raise IndexError(f"row {index} of {n}")
+            index = [int(index)]
+        rows = np.arange(n)[index]
+        counts = np.diff(self.indptr)[rows]
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        entries = np.repeat(self.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
+        return self._with(indptr, entries, self.ids[rows])
+
+    def _with(self, indptr: Any, entries: Any, ids: Any) -> SparseEmbeddings:
+        return SparseEmbeddings(indptr, self.indices[entries], self.values[entries], self.dim, ids, self.meta)
+
+    def top_k(self, k: int) -> SparseEmbeddings:
+        """Keep the k largest values of each row (of equal ones, those of lower column); rows with fewer keep what they have.
+
+        Raises:
+            UsageError: k < 1.
+        """
+        if k < 1:
+            raise UsageError(f"top_k: expected k >= 1, got {k}")
+        rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        order = np.lexsort((self.indices, -self.values, rows))
+        rank = np.arange(self.nnz) - self.indptr[rows]
+        entries = np.sort(order[rank < k])
+        indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(self.indptr), k))])
+        return self._with(indptr, entries, self.ids)
+
+    # --- converting ------------------------------------------------------------------------------------------------------------------
+
+    def to_dense(self) -> np.ndarray[Any, Any]:
+        """(n, D) float32 array."""
+        dense = np.zeros(self.shape, dtype=np.float32)
+        dense[np.repeat(np.arange(len(self)), np.diff(self.indptr)), self.indices] = self.values
+        return dense
+
+    def to_scipy(self) -> Any:
+        """`scipy.sparse.csr_array`, float32, which scikit-learn takes as it is."""
+        from scipy.sparse import csr_array
+
+        return csr_array((self.values, self.indices, self.indptr), shape=self.shape)
+
+    def to_torch(self, layout: Literal["csr", "coo"] = "csr") -> Any:
+        """A torch sparse tensor, float32. Prefer this class for slicing and joining: torch CSR can do neither.
+
+        Raises:
+            UsageError: another layout.
+        """
+        import warnings
+
+        import torch
+
+        if layout not in ("csr", "coo"):
+            raise UsageError(f"to_torch: layout must be 'csr' or 'coo', got {layout!r}")
+        columns, values = torch.from_numpy(self.indices.astype(np.int64)), torch.from_numpy(self.values.copy())
+        if layout == "coo":
+            rows = torch.from_numpy(np.repeat(np.arange(len(self)), np.diff(self.indptr)))
+            return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, self.shape, is_coalesced=True, check_invariants=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
+            return torch.sparse_csr_tensor(torch.from_numpy(self.indptr.copy()), columns, values, self.shape, check_invariants=True)
+
+    def to_arrow(self, values: Literal["float32", "float16"] = "float32") -> Any:
+        """A `pyarrow.Table` with columns id, indices (lists of int16 or int32) and values (lists of floats)."""
+        import pyarrow as pa
+
+        offsets = pa.array(self.indptr)
+        columns = pa.array(self.indices.astype(_index_dtype(self.dim)))
+        table = pa.table(
+            {
+                "id": pa.array(self.ids.tolist(), pa.string() if self.ids.dtype.kind == "U" else pa.int64()),
+                "indices": pa.LargeListArray.from_arrays(offsets, columns),
+                "values": pa.LargeListArray.from_arrays(offsets, pa.array(self._cast(values))),
+            }
+        )
+        return table.replace_schema_metadata({"rlpjepa_zoo": json.dumps(self._header())})
+
+    def _cast(self, values: str) -> np.ndarray[Any, Any]:
+        if values not in ("float32", "float16"):
+            raise UsageError(f"values: expected 'float32' or 'float16', got {values!r}")
+        with np.errstate(over="ignore"):
+            out = self.values.astype(values)
+        if not np.isfinite(out).all() or (out == 0).any():
+            raise DataError("values do not fit into float16 (range 6e-8 .. 65504); save as float32")
+        return out
+
+    # --- files -----------------------------------------------------------------------------------------------------------------------
+
+    def _header(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "dim": self.dim, "meta": self.meta}
+
+    def save(self, path: str | Path, values: Literal["float32", "float16"] = "float32") -> Path:
+        """Write one file, atomically; the ending chooses the format: ``.safetensors``, ``.npz`` (scipy.sparse.load_npz opens it too) or ``.parquet``.
+
+        Args:
+            values: ``float32`` keeps every bit; ``float16`` halves the values and refuses what it cannot hold.
+
+        Raises:
+            UsageError: another ending.
+            OutputError: the folder is missing, full or read-only.
+        """
+        path = Path(path)
+        if path.suffix not in (".safetensors", ".npz", ".parquet"):
+            raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
+        cast = self._cast(values)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            getattr(self, f"_write_{path.suffix[1:]}")(partial, cast)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def _arrays(self, cast: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        return {"indptr": self.indptr, "indices": self.indices.astype(_index_dtype(self.dim)), "values": cast}
+
+    def _write_safetensors(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
+        from safetensors.numpy import save
+
+        strings = self.ids.dtype.kind == "U"
+        arrays = self._arrays(cast) if strings else self._arrays(cast) | {"ids": self.ids.astype(np.int64)}
+        header = self._header() | ({"ids": self.ids.tolist()} if strings else {})
+        path.write_bytes(save(arrays, metadata={"rlpjepa_zoo": json.dumps(header)}))
+
+    def _write_npz(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
+        arrays = self._arrays(cast)
+        arrays["data"] = arrays.pop("values")  # scipy's names, so scipy.sparse.load_npz reads the file
+        arrays["indices"], arrays["indptr"] = self.indices, self.indptr
+        extra = {"ids": self.ids, "header": np.array(json.dumps(self._header()))}
+        with open(path, "wb") as file:
+            np.savez_compressed(file, format=b"csr", shape=np.array(self.shape), **arrays, **extra)
+
+    def _write_parquet(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
+        import pyarrow.parquet as pq
+
+        pq.write_table(self.to_arrow("float16" if cast.dtype == np.float16 else "float32"), path, compression="zstd")
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparseEmbeddings:
+        """Read what `save` wrote; every file is checked as the constructor checks.
+
+        Raises:
+            DataError: no such file, or one that is damaged.
+            ModelError: a file of another kind or a newer format.
+        """
+        path = Path(path)
+        if path.suffix not in (".safetensors", ".npz", ".parquet"):
+            raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        try:
+            header, arrays = getattr(cls, f"_read_{path.suffix[1:]}")(path)
+        except (DataError, ModelError):
+            raise
+        except Exception as error:  # each reader has its own zoo of exceptions for damaged files
+            raise DataError(f"{path}: damaged or not a file of sparse embeddings ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        if header.get("format") != _FORMAT:
+            raise ModelError(f"{path}: format {header.get('format')!r}, this version reads {_FORMAT!r}; update rlpjepa_zoo")
+        try:
+            return cls(arrays["indptr"], arrays["indices"], arrays["values"], header["dim"], arrays["ids"], header["meta"])
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    @staticmethod
+    def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {})["rlpjepa_zoo"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays.setdefault("ids", np.array(header.get("ids", []), dtype=str))
+        return header, arrays
+
+    @staticmethod
+    def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("indptr", "indices", "ids")} | {"values": file["data"]}
+            return json.loads(str(file["header"])), arrays
+
+    @staticmethod
+    def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path, memory_map=False)
+        header = json.loads((table.schema.metadata or {})[b"rlpjepa_zoo"])
+        rows, cells = table["indices"].combine_chunks(), table["values"].combine_chunks()
+        if not rows.offsets.equals(cells.offsets):
+            raise DataError(f"{path}: indices and values have rows of different lengths")
+        ids = table["id"].to_pylist()
+        return header, {
+            "indptr": rows.offsets.to_numpy() - rows.offsets[0].as_py(),
+            "indices": rows.flatten().to_numpy(zero_copy_only=False),
+            "values": cells.flatten().to_numpy(zero_copy_only=False),
+            "ids": np.array(ids, dtype=str if ids and isinstance(ids[0], str) else np.int64),
+        }
+
+
+def _index_dtype(dim: int) -> type[np.signedinteger[Any]]:
+    return np.int16 if dim <= 2**15 else np.int32

@@ -1,0 +1,182 @@
+"""Training checkpoints: a directory published by one rename, verified by its manifest, without pickle.
+
+    checkpoints/step-00000123/{model,optimizer}.safetensors  state.json  MANIFEST.json
+
+A new one is written aside (files synced, manifest last), renamed into place, and only then are old ones removed; so at every
+instant at least one complete checkpoint exists. No random state is stored: draws are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .errors import ModelError, OutputError, UsageError
+from .folder import parse_json, sha256, sync_folder, write_durably
+
+__all__ = ["Checkpoint", "latest", "lock", "optimizer_state", "restore_optimizer", "save"]
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on: step = number of updates made."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Publish a checkpoint of a run and remove all but the newest `keep`.
+
+    Raises:
+        OutputError: disk full, no permission, folder gone; checkpoints that were there stay.
+    """
+    home = run / "checkpoints"
+    final = home / f"step-{checkpoint.step:08d}"
+    partial = home / f".tmp-{checkpoint.step:08d}-{os.getpid()}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        contents = {
+            "model.safetensors": safetensors.torch.save(checkpoint.model),
+            "optimizer.safetensors": safetensors.torch.save(checkpoint.optimizer),
+            "state.json": json.dumps(checkpoint.state, indent=1, allow_nan=False).encode(),
+        }
+        manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
+        for name, data in contents.items():
+            write_durably(partial / name, data)
+        write_durably(partial / "MANIFEST.json", json.dumps({"step": checkpoint.step, "files": manifest}).encode())
+        sync_folder(partial)
+        if final.exists():  # saved before at this step: the same unless it is damaged, so it steps aside only now
+            os.rename(final, final.with_name(f".del-{final.name}-{os.getpid()}"))
+        os.rename(partial, final)
+        sync_folder(home)
+        for _, old in _steps(home)[:-keep]:
+            os.rename(old, old.with_name(f".del-{old.name}-{os.getpid()}"))  # never half there under its own name
+        for doomed in home.glob(".del-*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"{final}: checkpoint not written: {error.strerror or error}; earlier ones are untouched") from error
+    return final
+
+
+def _steps(home: Path) -> list[tuple[int, Path]]:
+    """Published checkpoints, oldest first; anything else in the folder is none of our business."""
+    found = [(int(match[1]), path) for path in home.iterdir() if (match := _STEP.fullmatch(path.name))] if home.is_dir() else []
+    return sorted(found)
+
+
+def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+    Returns:
+        (None, []) when the run has none.
+
+    Raises:
+        ModelError: there are checkpoints and none verifies; it is never silently started anew.
+    """
+    damaged: list[str] = []
+    published = _steps(run / "checkpoints")
+    for step, path in reversed(published):
+        try:
+            return _read(step, path), damaged
+        except ModelError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise ModelError(f"{run}: none of {len(damaged)} checkpoints can be used: {'; '.join(damaged)}")
+    return None, []
+
+
+def _read(step: int, path: Path) -> Checkpoint:
+    manifest_path = path / "MANIFEST.json"
+    if not manifest_path.is_file():
+        raise ModelError(f"{path}: no MANIFEST.json")
+    manifest = parse_json(manifest_path.read_bytes(), str(manifest_path))
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("step") != step or set(files) != {"model.safetensors", "optimizer.safetensors", "state.json"}:
+        raise ModelError(f"{manifest_path}: not the manifest of step {step}")
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file() or not isinstance(entry, dict) or file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
+            raise ModelError(f"{file}: missing or differs from its sha256")
+    tensors = [safetensors.torch.load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors")]
+    return Checkpoint(step, *tensors, parse_json((path / "state.json").read_bytes(), str(path / "state.json")))
+
+
+# --- optimizer state as tensors + JSON ------------------------------------------------------------------------------------------------
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors named ``<parameter number>.<state name>``, and the scalars that are not tensors."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for number, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+            elif value is not None:
+                scalars[f"{number}.{name}"] = value
+    return tensors, scalars
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    """Put the state back; groups and rates are made by the recipe and not stored."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    current = optimizer.state_dict()
+    known = {n for group in current["param_groups"] for n in group["params"]}
+    if not set(state) <= known:
+        raise ModelError(f"checkpoint: optimizer state of {len(state)} parameters, the model has {len(known)}")
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+# --- one run, one folder --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold a run folder; a second run into it is refused, and a killed one frees it at once.
+
+    Raises:
+        UsageError: somebody holds it; the message says who.
+        OutputError: the folder cannot be made or written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(f"{run}: cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            raise UsageError(f"{run}: in use by {owner}; choose another --out, or wait for it to end") from error
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        home = run / "checkpoints"
+        for left in [*home.glob(".tmp-*"), *home.glob(".del-*")] if home.is_dir() else []:
+            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        yield
+    finally:
+        os.close(handle)

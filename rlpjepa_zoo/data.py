@@ -1,0 +1,356 @@
+"""Training data: where images come from, the random views of each, and batches that are a function of (seed, step) alone.
+
+Sampler, substitutes for unreadable images and augmentation are keyed by (seed, purpose, epoch, row, view), so what a step sees does
+not depend on the number of processes, of workers, or on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
+
+from . import images, streams
+from .errors import DataError
+from .images import Images
+from .recipe import Data, Recipe, Views
+
+__all__ = ["Batch", "Source", "make_loader", "make_views", "open_source"]
+
+_SUBSTITUTES = 50
+
+
+class Source(NamedTuple):
+    """Training images (or a stream of rows) and, where there are any, evaluation images."""
+
+    train: Images | Any
+    eval: Images | None
+    length: int
+    """Images in an epoch."""
+    classes: int
+    """Number of classes, 0 without labels."""
+
+
+class Batch(NamedTuple):
+    """One rank's share of a step: x (V, b, 3, H, W) float32, labels (b,) with -1 for unknown, rows (b,), and what could not be read."""
+
+    x: Tensor
+    labels: Tensor
+    rows: Tensor
+    bad: list[tuple[int, str]]
+
+
+# --- sources ------------------------------------------------------------------------------------------------------------------------
+
+
+def open_source(data: Data, seed: int = 0) -> Source:
+    """Open the images of a recipe's data section.
+
+    Raises:
+        DataError: not there, empty, or without the asked columns or splits.
+    """
+    opener = {"digits": _open_digits, "torchvision": _open_torchvision, "folder": _open_folder, "hf": _open_hf}[data.source]
+    train, evaluation, classes = opener(data, seed)
+    length = data.length if data.streaming else len(train)
+    if data.limit is not None and data.limit < length:
+        rows = torch.randperm(length, generator=streams.generator(seed, "limit"))[: data.limit].sort().values
+        train, length = train.take(rows.numpy()), data.limit
+    return Source(train, evaluation, int(length or 0), classes)
+
+
+def _count(train: Images, evaluation: Images | None = None) -> int:
+    found = [part.labels.max(initial=-1) + 1 for part in (train, evaluation) if part is not None and part.labels is not None]
+    return max(len(train.classes or ()), int(max(found, default=0))) if train.labels is not None else 0
+
+
+def _open_digits(data: Data, seed: int) -> tuple[Images, Images, int]:
+    """1437 training and 360 test digits of 8x8 pixels, a fixed stratified split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    train, test = train_test_split(np.arange(len(pixels)), test_size=360, stratify=bunch.target, random_state=0)
+    whole = Images(lambda i: Image.fromarray(pixels[i]), [f"digit-{i:04d}" for i in range(len(pixels))], bunch.target, [str(i) for i in range(10)])
+    return whole.take(train), whole.take(test), 10
+
+
+def _open_torchvision(data: Data, seed: int) -> tuple[Images, Images | None, int]:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, data.name or "", None)
+    if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
+        raise DataError(f"data.name: '{data.name}' is not a data set of torchvision; expected a class name such as CIFAR10")
+    parameters = inspect.signature(kind).parameters
+
+    def one(split: str | None, training: bool) -> Images:
+        options: dict[str, Any] = {"root": data.path or "data"}
+        if "train" in parameters:
+            options["train"] = training
+        elif "split" in parameters and split is not None:
+            options["split"] = split
+        if "download" in parameters:
+            options["download"] = data.download
+        try:
+            found = kind(**options)
+        except Exception as error:
+            raise DataError(f"data: torchvision {data.name} in '{options['root']}': {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        labels = next((getattr(found, n) for n in ("targets", "labels", "_labels") if hasattr(found, n)), None)
+        return Images(lambda i: found[i][0], range(len(found)), labels, getattr(found, "classes", None))
+
+    train = one(data.split, True)
+    evaluation = one(data.eval_split, False) if "train" in parameters or data.eval_split else None
+    return train, evaluation, _count(train, evaluation)
+
+
+def _open_folder(data: Data, seed: int) -> tuple[Images, Images | None, int]:
+    if data.path is None:
+        raise DataError("data.path: the folder of images is not given; add data.path=DIR")
+    root = Path(data.path).expanduser()
+    names = [data.eval_split] if data.eval_split else ["val", "valid", "validation", "test"]
+    held_out = next((root / name for name in names if (root / name).is_dir()), None)
+    if data.eval_split and held_out is None:
+        raise DataError(f"data.eval_split: no folder {root / data.eval_split}")
+    train = labelled_folder(root / data.split if (root / data.split).is_dir() else root)
+    evaluation = labelled_folder(held_out, train.classes) if held_out is not None else None
+    return train, evaluation, _count(train)
+
+
+def labelled_folder(root: Path, classes: Sequence[str] | None = None) -> Images:
+    """All images below a folder; when every one lies in a sub-folder and there are several, their names are the classes.
+
+    Args:
+        root: the folder.
+        classes: names to number by, those of the training set; images of other folders get label -1.
+    """
+    found = images.list_images(root)
+    parts = [file.relative_to(root).parts for file in found]
+    names = list(classes) if classes is not None else sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
+    ids = ["/".join(p) for p in parts]
+    if len(names) < 2:
+        return Images(lambda i: found[i], ids)
+    number = {name: k for k, name in enumerate(names)}
+    return Images(lambda i: found[i], ids, [number.get(p[0], -1) for p in parts], names)
+
+
+def _open_hf(data: Data, seed: int) -> tuple[Images | Any, Images | None, int]:
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    try:
+        train = _hf_split(data, data.split, data.streaming)
+        evaluation = None if data.eval_split is None else _hf_split(data, data.eval_split, False)
+    except DataError:
+        raise
+    except Exception as error:
+        where = data.path or data.name
+        raise DataError(f"data: '{where}': {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+    finally:
+        datasets.logging.set_verbosity(level)
+    held_out = None if evaluation is None else images.from_dataset(evaluation, data.image_column, data.label_column)
+    if data.streaming:
+        if train.features is None:
+            raise DataError(f"data: the stream '{data.path or data.name}' does not tell its columns; download it, or give parquet files")
+        label = images.label_column(train.features, data.label_column)
+        classes = getattr(train.features[label], "num_classes", 0) if label else 0
+        return train, held_out, classes
+    opened = images.from_dataset(train, data.image_column, data.label_column)
+    return opened, held_out, _count(opened, held_out)
+
+
+def _hf_split(data: Data, split: str, streaming: bool) -> Any:
+    import datasets
+
+    if data.path is None:
+        return datasets.load_dataset(data.name, split=split, streaming=streaming)
+    root = Path(data.path).expanduser()
+    if not root.exists():
+        raise DataError(f"data.path: {root}: no such file or folder")
+    if root.is_dir() and ((root / "dataset_dict.json").is_file() or (root / "state.json").is_file()):
+        loaded = datasets.load_from_disk(str(root))
+        part = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return part.to_iterable_dataset() if streaming else part
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*.parquet") if not p.name.startswith("."))
+    if files:
+        of_split = [str(f) for f in files if f.name.startswith(split) or f.parent.name == split or len(files) == 1]
+        if not of_split:
+            raise DataError(f"data.path: no parquet file of the split '{split}' in {root}; found {', '.join(f.name for f in files[:4])}")
+        return datasets.load_dataset("parquet", data_files={split: of_split}, split=split, streaming=streaming)
+    return datasets.load_dataset(str(root), split=split, streaming=streaming)
+
+
+# --- views --------------------------------------------------------------------------------------------------------------------------
+
+
+def make_views(views: Views, data: Data) -> v2.Compose:
+    """The random transform of one view: RGB PIL image -> normalised float32 tensor (3, H, W); draws from torch's global generator."""
+    size = (data.image_size, data.image_size)
+    mode = InterpolationMode(data.interpolation)
+    ops: list[Any] = [
+        v2.Resize(size, mode) if views.crop_scale is None else v2.RandomResizedCrop(size, views.crop_scale, views.crop_ratio, mode)
+    ]
+    if views.rotate or views.translate or views.zoom != (1.0, 1.0):
+        ops.append(v2.RandomAffine(views.rotate, (views.translate, views.translate), views.zoom, interpolation=InterpolationMode.BILINEAR))
+    if views.jitter:
+        ops.append(v2.RandomApply([v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)], views.jitter))
+    if views.grayscale:
+        ops.append(v2.RandomGrayscale(views.grayscale))
+    if views.blur:
+        ops.append(v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], views.blur))  # 13 taps: three sigma of the widest
+    if views.solarize:
+        ops.append(v2.RandomSolarize(128, views.solarize))
+    if views.equalize:
+        ops.append(v2.RandomEqualize(views.equalize))
+    if views.flip:
+        ops.append(v2.RandomHorizontalFlip(views.flip))
+    ops += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
+    if views.noise:
+        ops.append(v2.GaussianNoise(0.0, views.noise, clip=False))
+    return v2.Compose(ops)
+
+
+class _Augment:
+    """The views of one image at an epoch, each on its own stream."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.transform, self.views, self.seed = make_views(recipe.views, recipe.data), recipe.views.count, recipe.seed
+
+    def __call__(self, image: Image.Image, epoch: int, row: int) -> Tensor:
+        made = []
+        for view in range(self.views):
+            with streams.seeded(self.seed, "view", epoch, row, view):
+                made.append(self.transform(image).as_subclass(torch.Tensor))
+        return torch.stack(made)
+
+
+Item = tuple[Tensor, int, int, list[tuple[int, str]]]
+
+
+class _Augmented(Dataset[Item]):
+    """Items by (epoch, row): views, label, row, and the rows that could not be read (their place is taken by another image)."""
+
+    def __init__(self, source: Images, recipe: Recipe) -> None:
+        self.source, self.augment, self.seed = source, _Augment(recipe), recipe.seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, row = key
+        bad: list[tuple[int, str]] = []
+        for attempt in range(_SUBSTITUTES):
+            take = row if attempt == 0 else streams.key(self.seed, "substitute", epoch, row, attempt) % len(self.source)
+            try:
+                picture = self.source.read(take)
+            except DataError as error:
+                bad.append((take, str(error)))
+                continue
+            label = -1 if self.source.labels is None else int(self.source.labels[take])
+            return self.augment(picture, epoch, take), label, take, bad
+        raise DataError(f"{_SUBSTITUTES} images in a row cannot be read; the last: {bad[-1][1]}")
+
+
+class _Stream(IterableDataset[Batch]):
+    """Batches of a streamed data set, the same whatever the number of ranks and workers.
+
+    Every worker reads the whole stream without decoding it, and decodes only its rank's rows of every num_workers-th step.
+    """
+
+    def __init__(self, source: Any, recipe: Recipe, steps: range, per_epoch: int, rank: int, world: int) -> None:
+        self.image = images.image_column(source.features, recipe.data.image_column)
+        self.label = images.label_column(source.features, recipe.data.label_column)
+        self.source = images.undecoded(source, self.image).shuffle(seed=recipe.seed, buffer_size=recipe.data.shuffle_buffer)
+        self.recipe, self.steps, self.per_epoch, self.rank, self.world = recipe, steps, per_epoch, rank, world
+        self.augment = _Augment(recipe)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        batch = self.recipe.train.batch_size
+        share = batch // self.world
+        for epoch in range(self.steps.start // self.per_epoch, -(-self.steps.stop // self.per_epoch)):
+            self.source.set_epoch(epoch)
+            first = max(self.steps.start, epoch * self.per_epoch)
+            last = min(self.steps.stop, (epoch + 1) * self.per_epoch)
+            rows = enumerate(iter(self.source))
+            for step in range(epoch * self.per_epoch, last):
+                taken = [pair for pair, _ in zip(rows, range(batch), strict=False)]
+                if len(taken) < batch:
+                    raise DataError(f"data.length: the stream ended after {step % self.per_epoch * batch + len(taken)} images, {self.recipe.data.length} were promised")
+                if step >= first and (step - self.steps.start) % of == mine:
+                    yield _collate(self._items(taken, self.rank * share, share, epoch))
+
+    def _items(self, taken: list[tuple[int, dict[str, Any]]], start: int, share: int, epoch: int) -> list[Item]:
+        """This rank's rows; an unreadable one is replaced by the next readable one of the step."""
+        items: list[Item] = []
+        bad: list[tuple[int, str]] = []
+        for row, record in taken[start:] + taken[:start]:
+            if len(items) == share:
+                break
+            try:
+                picture = images.decode(images.cell(record[self.image]), name=f"row {row} of the stream")
+            except DataError as error:
+                bad.append((row, str(error)))
+                continue
+            label = record[self.label] if self.label else -1
+            items.append((self.augment(picture, epoch, row), -1 if label is None else label, row, bad))
+            bad = []
+        if len(items) < share:
+            raise DataError(f"too many unreadable images in one batch of the stream; the last: {bad[-1][1]}")
+        return items
+
+
+def _collate(items: list[Item]) -> Batch:
+    x = torch.stack([views for views, _, _, _ in items], dim=1)
+    return Batch(x, torch.tensor([i[1] for i in items]), torch.tensor([i[2] for i in items]), [record for i in items for record in i[3]])
+
+
+class _Steps(Sampler[list[tuple[int, int]]]):
+    """For each step of a range, this rank's share of the global batch, as (epoch, row)."""
+
+    def __init__(self, n: int, recipe: Recipe, steps: range, rank: int, world: int) -> None:
+        self.n, self.batch, self.seed, self.steps, self.rank, self.world = n, recipe.train.batch_size, recipe.seed, steps, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        per_epoch, share = self.n // self.batch, self.batch // self.world
+        order: list[int] = []
+        for step in self.steps:
+            epoch, at = divmod(step, per_epoch)
+            if not order or at == 0:
+                order = torch.randperm(self.n, generator=streams.generator(self.seed, "order", epoch)).tolist()
+            start = at * self.batch + self.rank * share
+            yield [(epoch, row) for row in order[start : start + share]]
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
+    """Batches of the given steps, across epochs, for one rank.
+
+    Raises:
+        DataError: fewer images than one batch.
+        RecipeError: a batch that the ranks cannot share evenly is refused by the caller.
+    """
+    per_epoch = source.length // recipe.train.batch_size
+    if per_epoch < 1:
+        raise DataError(f"{source.length} training images are fewer than one batch; lower train.batch_size = {recipe.train.batch_size}")
+    workers = recipe.train.num_workers
+    common: dict[str, Any] = {
+        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _one_thread if workers else None,
+        "prefetch_factor": 4 if workers else None,
+    }  # fmt: skip
+    if recipe.data.streaming:
+        return DataLoader(_Stream(source.train, recipe, steps, per_epoch, rank, world), batch_size=None, **common)
+    sampler: Any = _Steps(source.length, recipe, steps, rank, world)
+    return DataLoader(_Augmented(source.train, recipe), batch_sampler=sampler, collate_fn=_collate, **common)

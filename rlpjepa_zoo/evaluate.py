@@ -1,0 +1,167 @@
+"""Frozen evaluation: kNN, linear probe and one-shot accuracy of embeddings, of dense features and of raw pixels, on one split."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from . import streams
+from .encoder import SparseEncoder, _Preprocessed
+from .errors import DataError
+from .images import Images
+from .metrics import dead, l0, l1
+
+__all__ = ["encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy"]
+
+
+@torch.no_grad()
+def encode(
+    encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards."""
+    loader = DataLoader(_Preprocessed(images, encoder.transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+    features, codes, rows = [], [], []
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False) as bar:
+            for items in loader:
+                bar.update(len(items))
+                good = [(i, x) for i, x, _ in items if x is not None]
+                if good:
+                    out = encoder.both(torch.stack([x for _, x in good]).to(encoder.device))
+                    features.append(out.features.float().cpu())
+                    codes.append(out.z.float().cpu())
+                    rows += [i for i, _ in good]
+    finally:
+        encoder.train(was_training)
+    if not rows:
+        raise DataError("none of the images can be read")
+    labels = np.full(len(rows), -1) if images.labels is None else images.labels[rows]
+    return torch.cat(features), torch.cat(codes), torch.from_numpy(np.asarray(labels))
+
+
+def pixels(encoder: SparseEncoder, images: Images) -> tuple[Tensor, Tensor]:
+    """Preprocessed inputs as flat rows (n, 3 H W), and labels: the baseline that every embedding should beat."""
+    read = _Preprocessed(images, encoder.transform)
+    kept = [(i, x.flatten()) for i, x, _ in (read[i] for i in range(len(images))) if x is not None]
+    labels = np.full(len(kept), -1) if images.labels is None else images.labels[[i for i, _ in kept]]
+    return torch.stack([x for _, x in kept]), torch.from_numpy(np.asarray(labels))
+
+
+def _labelled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x[y >= 0], y[y >= 0]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of unit length; a row of zeros stays zero, so its cosine with anything is 0."""
+    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, x: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07, leave_one_out: bool = False
+) -> float:
+    """Top-1 accuracy of a vote of the k nearest by cosine, weighted by exp(cosine / T); labels < 0 are left out.
+
+    Args:
+        bank, bank_labels: (m, C), (m,) voters.
+        x, labels: (n, C), (n,) queries.
+        k: voters, at most m.
+        temperature: T > 0.
+        leave_one_out: the queries are the bank itself; nobody votes for itself.
+    """
+    bank, bank_labels = _labelled(bank.float(), bank_labels)
+    x, labels = _labelled(x.float(), labels)
+    if not len(bank) or not len(x):
+        raise DataError("kNN: no labelled images")
+    bank, x = _unit(bank), _unit(x)
+    k = min(k, len(bank) - int(leave_one_out))
+    classes = int(max(bank_labels.max(), labels.max())) + 1
+    right = 0
+    for start in range(0, len(x), 1024):
+        cosine = x[start : start + 1024] @ bank.T
+        if leave_one_out:
+            cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
+        near, which = cosine.topk(k, dim=1)
+        votes = torch.zeros(len(cosine), classes).scatter_add_(1, bank_labels[which], ((near - 1) / temperature).exp())
+        right += int((votes.argmax(1) == labels[start : start + 1024]).sum())
+    return right / len(x)
+
+
+def linear_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, c: float = 1.0, max_iter: int = 300) -> float:
+    """Test accuracy of multinomial logistic regression (scikit-learn, L2 with inverse strength c) on features divided by their overall
+    standard deviation on the training set; fixed, so that it is not tuned on the test images."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    (x, y), (test_x, test_y) = _labelled(x.float(), y), _labelled(test_x.float(), test_y)
+    if len(y.unique()) < 2 or not len(test_y):
+        raise DataError("linear probe: needs labelled images of at least two classes for training and some for testing")
+    scale = (x - x.mean(0)).square().mean().sqrt().clamp(min=1e-12)
+    probe = LogisticRegression(C=c, max_iter=max_iter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe.fit((x / scale).numpy(), y.numpy())
+    return float(probe.score((test_x / scale).numpy(), test_y.numpy()))
+
+
+def one_shot_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, draws: int = 100, seed: int = 0) -> tuple[float, float]:
+    """Accuracy of the nearest (cosine) of one random example per class: mean and standard deviation over draws.
+
+    The same draws are made whatever x is, so representations of one data set compare pairwise.
+    """
+    (x, y), (test_x, test_y) = _labelled(x.float(), y), _labelled(test_x.float(), test_y)
+    rows = [torch.nonzero(y == c).flatten() for c in y.unique()]
+    cosine = _unit(test_x) @ _unit(x).T
+    scores = []
+    for draw in range(draws):
+        source = streams.generator(seed, "one-shot", draw)
+        chosen = torch.stack([r[torch.randint(len(r), (1,), generator=source)] for r in rows]).flatten()
+        scores.append(float((y[chosen][cosine[:, chosen].argmax(1)] == test_y).float().mean()))
+    return float(np.mean(scores)), float(np.std(scores, ddof=1)) if draws > 1 else 0.0
+
+
+def evaluate(
+    encoder: SparseEncoder, train: Images, test: Images, batch_size: int = 256, num_workers: int = 0, k: int = 20, temperature: float = 0.07,
+    progress: bool = False, with_pixels: bool = True, limit: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """kNN, linear and one-shot accuracy of z, of features and of raw pixels, and the density of z.
+
+    Args:
+        encoder: frozen; used in evaluation mode.
+        train, test: labelled images; the first fits and votes, the second is scored.
+        limit: use at most this many training images, drawn at random.
+
+    Returns:
+        JSON-able: n, protocol, l0, l1, dead, and for each of z, features, pixels the keys knn_*, linear_*, one_shot_*, one_shot_std_*.
+
+    Raises:
+        DataError: no labels.
+    """
+    if train.labels is None or test.labels is None:
+        raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
+    if limit is not None and limit < len(train):
+        train = train.take(torch.randperm(len(train), generator=streams.generator(0, "evaluate"))[:limit].numpy())
+    features, z, y = encode(encoder, train, batch_size, num_workers, progress)
+    test_features, test_z, test_y = encode(encoder, test, batch_size, num_workers, progress)
+    spaces = {"z": (z, test_z), "features": (features, test_features)}
+    if with_pixels:
+        spaces["pixels"] = (pixels(encoder, train)[0], pixels(encoder, test)[0])
+    k = min(k, len(y))
+    report: dict[str, Any] = {
+        "n_train": len(y), "n_test": len(test_y), "l0": float(l0(test_z)), "l1": float(l1(test_z)), "dead": float(dead(test_z)),
+        "protocol": f"{len(y)} training and {len(test_y)} test images; kNN: k = {k}, cosine, T = {temperature:g}; linear: logistic "
+        "regression, C = 1; 1-shot: nearest by cosine of one image per class, mean of 100 draws; encoder frozen, one seed",
+    }  # fmt: skip
+    for name, (a, b) in spaces.items():
+        report[f"knn_{name}"] = knn_accuracy(a, y, b, test_y, k, temperature)
+        report[f"linear_{name}"] = linear_accuracy(a, y, b, test_y)
+        report[f"one_shot_{name}"], report[f"one_shot_std_{name}"] = one_shot_accuracy(a, y, b, test_y)
+    return report

@@ -1,0 +1,484 @@
+"""Recipes: one YAML file describes one run, completely. Unknown keys, wrong types and contradictions are refused by name.
+
+YAML scalars are read as text and the *type of the field* decides what they mean, so `1e-3` is a number and `no` can be a name.
+The classes below are the single source of defaults and documentation; derived values are properties and never written back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from . import zoo
+from .errors import RecipeError, UsageError, did_you_mean
+
+__all__ = ["Data", "Encoder", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "find_recipe", "list_recipes"]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _plain(value: Any) -> Any:
+    """Text scalars of a free-form mapping, as YAML would read them."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else yaml.safe_load(value)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null(cls, values: Any) -> Any:
+        """`key:` and `key: null` mean None where the field is optional."""
+        return {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()} if isinstance(values, dict) else values
+
+
+class Data(Section):
+    """Which images, and how they are brought to the input of the backbone."""
+
+    source: Literal["digits", "torchvision", "folder", "hf"]
+    """digits (embedded in scikit-learn), a torchvision data set, a folder of images, or a Hugging Face data set."""
+    name: str | None = None
+    """torchvision class (CIFAR10), or Hub id of a Hugging Face data set (uoft-cs/cifar10)."""
+    path: str | None = None
+    """folder: the images (train/ and val/ inside, or all for training). torchvision: where the files are. hf: a local copy (parquet
+    files, save_to_disk, image folder), read instead of the Hub."""
+    split: str = "train"
+    """Training split (hf), or name of its sub-folder (folder)."""
+    eval_split: str | None = None
+    """Evaluation split; for folders the first of val, valid, validation, test that exists when null."""
+    image_column: str | None = None
+    label_column: str | None = None
+    """hf only; found by type when null. label_column: none says there are no labels."""
+    streaming: bool = False
+    """hf only: read without downloading first; needs `length`."""
+    length: Count | None = None
+    """Images in an epoch of a stream."""
+    shuffle_buffer: Count = 10_000
+    """Images of a stream that are shuffled among each other."""
+    download: bool = True
+    """torchvision only: fetch the files when they are missing."""
+    limit: Count | None = None
+    """Use only this many training images, chosen at random (by the seed of the run)."""
+    image_size: Count = 32
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Evaluation: the centre crop covers this share of the resized short side (0.875 for 224 of 256)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        allowed = {
+            "digits": set(),
+            "torchvision": {"name", "path", "download", "split", "eval_split"},
+            "folder": {"path", "split", "eval_split"},
+            "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
+        }[self.source]
+        of_some_source = {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer", "download"}
+        changed = {k for k in of_some_source - allowed if getattr(self, k) != type(self).model_fields[k].default}
+        if changed:
+            raise ValueError(f"data.{min(changed)}: has no meaning for source '{self.source}'; remove it")
+        if self.source == "torchvision" and self.name is None:
+            raise ValueError("data.name: needed for source 'torchvision', the class name such as CIFAR10")
+        if self.source == "hf" and self.name is None and self.path is None:
+            raise ValueError("data.name: needed for source 'hf': the Hub id in data.name, or a local folder in data.path")
+        if self.streaming != (self.length is not None):
+            raise ValueError("data.length: images in an epoch; needed with data.streaming=true and only then")
+        if self.streaming and self.limit is not None:
+            raise ValueError("data.limit: has no meaning with data.streaming=true; use data.length")
+        return self
+
+    def label(self) -> str:
+        """How the data set is called on cards."""
+        return self.name or (Path(self.path).name if self.path else self.source)
+
+
+class Views(Section):
+    """Random views of an image, in this order: crop or resize, affine, colour jitter, greyscale, blur, solarize, equalize, flip, noise."""
+
+    count: Annotated[int, Field(ge=1, le=16)] = 2
+    crop_scale: tuple[Positive, Positive] | None = (0.2, 1.0)
+    """Share of the area that a random resized crop takes; null resizes the whole image."""
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Degrees, either way."""
+    translate: Probability = 0.0
+    """Share of the size, either way."""
+    zoom: tuple[Positive, Positive] = (1.0, 1.0)
+    jitter: Probability = 0.8
+    """Probability of colour jitter."""
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    grayscale: Probability = 0.2
+    blur: Probability = 0.0
+    """Gaussian, sigma uniform in 0.1 .. 2 pixels."""
+    solarize: Probability = 0.0
+    """Inverts grey levels above 128."""
+    equalize: Probability = 0.0
+    flip: Probability = 0.5
+    noise: NonNegative = 0.0
+    """Standard deviation of Gaussian noise added after normalisation."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in ("crop_scale", "crop_ratio", "zoom"):
+            pair = getattr(self, name)
+            if pair is not None and (pair[0] > pair[1] or (name == "crop_scale" and pair[1] > 1)):
+                raise ValueError(f"views.{name}: expected [low, high] with low <= high{' <= 1' if name == 'crop_scale' else ''}, got {list(pair)}")
+        return self
+
+
+class Encoder(Section):
+    """timm backbone and projector."""
+
+    backbone: str
+    """Any timm name, or resnet18_small, resnet34_small, resnet50_small, resnet10_small_narrow."""
+    args: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
+    """Arguments of timm.create_model, such as {img_size: 32, patch_size: 4}."""
+    pretrained: bool = False
+    freeze_backbone: bool = False
+    """Train the projector only."""
+    dim: Count = 512
+    hidden_dim: Count = 512
+    projector_depth: Count = 3
+    """Linear layers; 1 is a single rectified layer."""
+
+
+class Target(Section):
+    """Rectified generalized Gaussian RGN_p(mu, sigma); give mu, or the density it should have."""
+
+    p: Positive = 1.0
+    mu: Finite | None = None
+    density: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Wanted fraction of non-zeros; solved for mu."""
+    sigma: Literal["gn", "rgn"] | Positive = "gn"
+    """gn: unit variance before rectification (the paper's default). rgn: unit variance after it. Or a number."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.mu is None) == (self.density is None):
+            raise ValueError("target.mu: give exactly one of target.mu and target.density (set the other to null)")
+        return self
+
+    def law(self) -> tuple[float, float]:
+        """(mu, sigma)."""
+        from scipy import optimize
+
+        from .distributions import mu_for_density, sigma_gn, sigma_rgn
+
+        try:
+            if self.sigma != "rgn":
+                sigma = sigma_gn(self.p) if self.sigma == "gn" else float(self.sigma)
+                mu = self.mu if self.mu is not None else mu_for_density(self.density or 0.5, self.p, sigma)
+                return mu, sigma
+            if self.mu is not None:
+                return self.mu, sigma_rgn(self.p, self.mu)
+            density = self.density or 0.5
+            mu = optimize.brentq(lambda m: m - mu_for_density(density, self.p, sigma_rgn(self.p, m)), -200.0, 10.0, xtol=1e-10)
+            return mu, sigma_rgn(self.p, mu)
+        except ValueError as error:
+            raise RecipeError(f"target: {error}") from error
+
+    def density_in_theory(self) -> float:
+        """P(Y > 0) of the target."""
+        import torch
+
+        from .distributions import RectifiedGeneralizedGaussian
+
+        mu, sigma = self.law()
+        return float(RectifiedGeneralizedGaussian(torch.tensor(mu, dtype=torch.float64), sigma, self.p).l0)
+
+
+class Objective(Section):
+    """Weights and directions of the loss."""
+
+    invariance: NonNegative = 25.0
+    matching: NonNegative = 125.0
+    """Weight of the mean over views of the sliced distance."""
+    directions: str = "random"
+    """random, orthogonal, axes, eigen, eigen-bottom, or a mix such as eigen+random."""
+    num_directions: Count = 8192
+    chunk: Count = 2048
+    """Directions worked on at once: bounds memory, changes nothing else."""
+
+
+class Optim(Section):
+    """Optimiser and learning-rate schedule: linear warm-up, then cosine."""
+
+    name: Literal["adamw", "lars"] = "adamw"
+    lr: Positive
+    """At a batch of `reference_batch`; the rate used is lr * train.batch_size / reference_batch."""
+    reference_batch: Count = 256
+    weight_decay: NonNegative = 1e-4
+    decay_bias_and_norm: bool = False
+    """Also decay biases and normalisation parameters (adamw only; lars never does)."""
+    momentum: Probability = 0.9
+    trust_coefficient: Positive = 0.02
+    """lars only."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """adamw only."""
+    warmup_epochs: NonNegative = 10.0
+    warmup_start_lr: NonNegative = 3e-5
+    min_lr: NonNegative = 0.0
+    clip_grad: Positive | None = None
+    """Largest norm of the gradient; null does not clip."""
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        others = {"adamw": ("momentum", "trust_coefficient"), "lars": ("betas", "decay_bias_and_norm")}[self.name]
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"optim.{name}: has no meaning for {self.name}; remove it")
+        return self
+
+
+class Probe(Section):
+    """Measurements during training; they never change the encoder."""
+
+    online: bool = True
+    """Linear classifiers on detached features and z, trained along when labels exist."""
+    lr: Positive = 5e-3
+    """Scaled by the batch like optim.lr."""
+    every_epochs: Count = 10
+    """How often kNN and evaluation-mode density are measured (and at the end)."""
+    knn_k: Count = 20
+    knn_temperature: Positive = 0.07
+    bank: Count = 10_000
+    """Training images kNN votes with, at most."""
+    eval_images: Count = 10_000
+    """Evaluation images used, at most."""
+
+
+class Train(Section):
+    """Length, batch, precision, and what is kept."""
+
+    epochs: Positive
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    """Images per step over all processes (each gives `views.count` views)."""
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Mixed precision of the network; the loss is always float32."""
+    channels_last: bool = True
+    compile: bool = False
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    """Processes per rank that decode and augment."""
+    log_every: Count = 20
+    """Steps."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Minutes between checkpoints; one is always saved at the end of an evaluation and of the run."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; never fewer than two, as the newest may be the damaged one."""
+    max_bad_fraction: Probability = 1.0
+    """Stop when more than this share of the training images cannot be read."""
+    trackers: tuple[str, ...] = ()
+    """Accelerate trackers (tensorboard, wandb, trackio, ...) beside metrics.jsonl, which is always written."""
+
+
+class Recipe(Section):
+    """A complete run.
+
+    Example:
+        >>> recipe = Recipe.load("digits", ["target.density=0.2", "train.epochs=3"])
+        >>> recipe.train.epochs, round(recipe.target.law()[0], 3), Recipe.parse(recipe.dump()) == recipe
+        (3.0, -0.648, True)
+    """
+
+    name: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    views: Views = Views()
+    encoder: Encoder
+    target: Target
+    objective: Objective = Objective()
+    optim: Optim
+    probe: Probe = Probe()
+    train: Train
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
+        if self.optim.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
+        self.target.law()
+        from .objectives import parse_directions
+
+        try:
+            parse_directions(self.objective.directions, self.objective.num_directions, self.encoder.dim)
+        except ValueError as error:
+            raise ValueError(f"objective.{error}") from error
+        return self
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate used: optim.lr * batch / reference batch."""
+        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
+
+    @property
+    def probe_lr(self) -> float:
+        """Peak learning rate of the online probes."""
+        return self.probe.lr * self.train.batch_size / self.optim.reference_batch
+
+    def steps(self, images: int) -> tuple[int, int]:
+        """(steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
+        per_epoch = images // self.train.batch_size
+        return max(1, round(self.train.epochs * per_epoch)), per_epoch
+
+    def dump(self) -> str:
+        """Canonical YAML, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides.
+
+        Raises:
+            RecipeError: naming the key, what was given and what was expected.
+        """
+        path = find_recipe(source)
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
+        return cls.parse(text, overrides, where=str(source))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+        """A recipe from YAML text; see `load`."""
+        values = _read_yaml(text, where)
+        for override in overrides:
+            _override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error)}") from error
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+# --- finding ------------------------------------------------------------------------------------------------------------------------
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in zoo.resource("recipes").glob("*.yaml"))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file of a recipe given by path or by name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    named = zoo.resource("recipes") / f"{source}.yaml"
+    if re.fullmatch(r"[\w.-]+", str(source)) and named.is_file():
+        return named
+    known = list_recipes()
+    hint = did_you_mean(str(source), known) or f" Known recipes: {', '.join(known)}"
+    raise RecipeError(f"'{source}' is neither a file nor a recipe.{hint}")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.BaseLoader):
+    """Scalars as text; duplicate keys and aliases refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not used in recipes", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key.value}' is given twice, in lines {seen[key.value] + 1} and {key.start_mark.line + 1}", key.start_mark
+                )
+            seen[key.value] = key.start_mark.line
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str, where: str) -> dict[str, Any]:
+    if len(text) > 1 << 20:
+        raise RecipeError(f"{where}: {len(text)} characters; a recipe has at most {1 << 20}")
+    try:
+        values = yaml.load(text, _Loader)  # noqa: S506 - a BaseLoader: text, lists and mappings only
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"line {mark.line + 1}: " if mark is not None else ""
+        raise RecipeError(f"{where}: {at}{getattr(error, 'problem', None) or 'not valid YAML'}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: expected 'key: value' lines, got {type(values).__name__}")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
+        raise UsageError(f"override '{override}': expected section.key=value")
+    *parents, last = name.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"{name}: '{parent}' is not a section")
+        values = child
+    try:
+        values[last] = yaml.load(text, _Loader)  # noqa: S506
+    except yaml.YAMLError:
+        values[last] = text
+    if values[last] is None:
+        values[last] = ""
+
+
+_ACCUMULATION = (
+    "gradient accumulation is refused: the loss compares the whole batch with the target, and accumulated parts would each be compared "
+    "alone; use more processes or a smaller train.batch_size"
+)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line: dotted key, what was given, what was expected."""
+    problems = error.errors()
+    first = problems[0]
+    location = [str(part) for part in first["loc"] if not str(part).startswith(("literal", "constrained", "float", "function"))]
+    name, more = ".".join(location), f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        if "accum" in location[-1]:
+            return f"{name}: {_ACCUMULATION}"
+        section: Any = Recipe
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        hint = did_you_mean(location[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}"
+        return f"{name}: unknown key.{hint}{more}"
+    if first["type"] == "missing":
+        return f"{name}: missing; it has no default{more}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"]) + more
+    expected = re.sub(r"^Input should be ", "", first["msg"]).split(", unable")[0]
+    given = first["input"]
+    if isinstance(given, float) and not math.isfinite(given):
+        expected = "a finite number"
+    return f"{name}: got {given!r}, expected {expected}{more}"

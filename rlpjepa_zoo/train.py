@@ -1,0 +1,481 @@
+"""Pretraining: one readable loop on Accelerate, exact to resume; the only module that imports accelerate.
+
+    run/recipe.yaml  metrics.jsonl  bad_images.jsonl  checkpoints/  encoder/ (published format)  summary.json
+
+Everything random is a function of (seed, step), so a resumed run continues bit for bit what the unbroken one would have done (same
+machine, same number of processes and threads). Gradient accumulation is refused: see `rlpjepa_zoo.recipe`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import checkpoint, collectives, streams, zoo
+from .checkpoint import Checkpoint
+from .data import Batch, Source, make_loader, open_source
+from .distributions import RectifiedGeneralizedGaussian
+from .encoder import Preprocess, SparseEncoder, create_encoder
+from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
+from .evaluate import encode, knn_accuracy
+from .images import Images
+from .metrics import batch_metrics, dead, l0, l1
+from .objectives import RectifiedLpJEPALoss, Terms
+from .optim import make_optimizer, set_learning_rates
+from .recipe import Recipe
+
+__all__ = ["build_encoder", "train"]
+
+log = logging.getLogger("rlpjepa_zoo")
+
+_MAY_CHANGE = ("name", "train.log_every", "train.num_workers", "train.keep", "train.checkpoint_minutes", "train.trackers", "data.path", "data.download")
+
+
+def build_encoder(recipe: Recipe) -> SparseEncoder:
+    """The encoder a recipe describes, initialised from the recipe's seed."""
+    options, data = recipe.encoder, recipe.data
+    size = (data.image_size, data.image_size)
+    with streams.seeded(recipe.seed, "init"):
+        return create_encoder(
+            options.backbone, options.dim, options.hidden_dim, options.pretrained,
+            projector_depth=options.projector_depth, freeze_backbone=options.freeze_backbone,
+            preprocess=Preprocess(size, data.mean, data.std, data.interpolation, data.crop_pct), **options.args,
+        )  # fmt: skip
+
+
+def train(
+    recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True
+) -> Path:
+    """Pretrain an encoder; returns the folder it is published in (`out/encoder`).
+
+    Args:
+        recipe: the run.
+        out: folder of the run; one run at a time may hold it.
+        resume: go on from the newest checkpoint that verifies; from the start if there is none.
+        allow_change: dotted recipe keys that may differ from the run that is resumed.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UsageError: the folder is in use, or holds a run and `resume` is not set.
+        RecipeError: the recipe differs from that of the run, or does not fit the processes or device.
+        DataError, ModelError, OutputError: as their names say.
+        NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is from before.
+        StoppedBySignal: SIGTERM or SIGINT; a checkpoint was saved.
+    """
+    out = Path(out)
+    AcceleratorState._reset_state()  # precision is a property of the run, not of the process
+    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if recipe.train.precision == "fp16" and cpu:
+        raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.train.precision, cpu=cpu, project_dir=str(out), log_with=list(recipe.train.trackers) or None
+        )
+    except ValueError as error:
+        raise RecipeError(f"train: {str(error).splitlines()[0]}") from error
+    if accelerator.gradient_accumulation_steps != 1:
+        raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
+    if recipe.train.batch_size % collectives.world_size():
+        raise RecipeError(f"train.batch_size: {recipe.train.batch_size} is not divisible by {collectives.world_size()} processes")
+    global_state = torch.get_rng_state()
+    try:
+        if not accelerator.is_main_process:
+            return _Run(recipe, out, accelerator, resume, allow_change, False).go()
+        with checkpoint.lock(out):
+            return _Run(recipe, out, accelerator, resume, allow_change, progress).go()
+    finally:
+        torch.set_rng_state(global_state)
+
+
+class _Result(NamedTuple):
+    z: Tensor
+    """(V, b, D)"""
+    probe_loss: Tensor
+    probe_right: Tensor
+    """Accuracy of the probes on features and on z over this batch."""
+
+
+class _Model(nn.Module):
+    """Encoder and online probes as one module, so that one wrapper (DDP, autocast) covers both."""
+
+    def __init__(self, encoder: SparseEncoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
+        self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
+
+    def forward(self, x: Tensor, labels: Tensor) -> _Result:
+        views = x.shape[0]
+        out = self.encoder.both(x.flatten(0, 1))
+        z = out.z.unflatten(0, (views, -1))
+        loss, right = out.z.new_zeros((), dtype=torch.float32), []
+        known = (labels >= 0).repeat(views)
+        count = known.sum().clamp(min=1)
+        target = labels.clamp(min=0).repeat(views)
+        for name, source in (("features", out.features), ("z", out.z)) if self.probes else ():
+            scores = self.probes[name](source.detach().float()).float()
+            loss = loss + (nn.functional.cross_entropy(scores, target, reduction="none") * known).sum() / count
+            right.append(((scores.argmax(1) == target) & known).sum() / count)
+        return _Result(z, loss, torch.stack(right) if right else loss.new_zeros(0))
+
+
+class _Run:
+    """State of one run; `go` is the story."""
+
+    def __init__(self, recipe: Recipe, out: Path, accelerator: Accelerator, resume: bool, allow_change: Sequence[str], progress: bool) -> None:
+        self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
+        self.main = accelerator.is_main_process
+        found = self._find(resume, allow_change)
+        self.source: Source = open_source(recipe.data, recipe.seed)
+        self.total, self.per_epoch = recipe.steps(self.source.length)
+        self.encoder = build_encoder(recipe)
+        with streams.seeded(recipe.seed, "init-probes"):
+            model = _Model(self.encoder, self.source.classes if recipe.probe.online else 0)
+        optimizer = make_optimizer(self.encoder, model.probes, recipe)
+        if recipe.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if collectives.world_size() > 1 and accelerator.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if recipe.train.compile:
+            self.encoder.backbone.compile()
+        self.inner = model
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        mu, sigma = recipe.target.law()
+        law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+        weights = recipe.objective
+        self.objective = RectifiedLpJEPALoss(
+            law, weights.invariance, weights.matching, weights.directions, weights.num_directions, recipe.seed, weights.chunk
+        )
+        self.floor = self.objective.floor(recipe.train.batch_size, recipe.encoder.dim)
+        self.step, self.seconds, self.bad = 0, 0.0, dict[int, str]()
+        self.last_metrics: dict[str, float] = {}
+        self.stop_with: int | None = None
+        self.save_now = False
+        if found is not None:
+            self._restore(found)
+        self._open_logs(found is not None)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------------------
+
+    def go(self) -> Path:
+        recipe = self.recipe
+        if self.step >= self.total:
+            log.warning("%s: already complete after %d steps", self.out, self.step)
+            return self.out / "encoder"
+        loader = iter(make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size()))
+        self.model.train()
+        self._announce()
+        last_saved = last_logged = time.monotonic()
+        saved_at, logged_at = self.step, self.step
+        with self._signals(), self._bar() as bar:
+            while self.step < self.total:
+                started = time.monotonic()
+                batch: Batch = next(loader)
+                lr = set_learning_rates(self.optimizer, recipe, self.step, self.total, self.per_epoch)
+                torch.manual_seed(streams.key(recipe.seed, "dropout", self.step, collectives.rank()))
+                result = self._forward(batch)
+                terms = self.objective(result.z, self.step)
+                self.accelerator.backward(terms.loss + result.probe_loss)
+                norm = self._check_gradient(terms)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                self.seconds += time.monotonic() - started
+                bar.update(recipe.train.batch_size)
+                self._note_bad(batch)
+
+                if self.step % recipe.train.log_every == 0 or self.step == self.total:
+                    rate = (self.step - logged_at) * recipe.train.batch_size / max(1e-9, time.monotonic() - last_logged)
+                    self._log_step(terms, result, lr, norm, rate, bar)
+                    last_logged, logged_at = time.monotonic(), self.step
+                if self.step == self.total or self.step % max(1, self.per_epoch * recipe.probe.every_epochs) == 0:
+                    self._log({"kind": "eval", **self._evaluate()}, bar)
+                    self._save()
+                    self._publish()
+                    last_saved = last_logged = time.monotonic()
+                    saved_at, logged_at = self.step, self.step
+                minutes = (time.monotonic() - last_saved) / 60
+                if self._agree(self.save_now or minutes >= recipe.train.checkpoint_minutes or self.stop_with is not None) and saved_at != self.step:
+                    self._save()
+                    last_saved, saved_at, self.save_now = time.monotonic(), self.step, False
+                code = self._agree(self.stop_with or 0)
+                if code:
+                    raise StoppedBySignal(f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}", int(code))
+        return self._finish()
+
+    def _forward(self, batch: Batch) -> _Result:
+        x = batch.x.to(self.accelerator.device, non_blocking=True)
+        if self.recipe.train.channels_last:
+            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+        return self.model(x, batch.labels.to(self.accelerator.device, non_blocking=True))
+
+    def _check_gradient(self, terms: Terms) -> float:
+        """Norm of the gradient (clipped if asked); stops all ranks together, before the update, when loss or gradient is not finite."""
+        parameters = [p for p in self.inner.encoder.parameters() if p.grad is not None]
+        if self.recipe.optim.clip_grad is not None:
+            norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_grad)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scaled = self.accelerator.scaler is not None  # the scaler of fp16 skips such steps by itself and lowers its scale
+        broken = ~terms.loss.detach().isfinite() | (~norm.isfinite() if not scaled else torch.zeros_like(norm, dtype=torch.bool))
+        broken, norm = torch.stack([broken.float(), norm.detach().float()]).tolist() if collectives.world_size() == 1 else self._joint(broken, norm)
+        if broken:
+            raise NonFiniteError(
+                f"step {self.step + 1}: loss or gradient is not finite (invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}); "
+                f"lower optim.lr = {self.recipe.optim.lr:g}, set optim.clip_grad, or use train.precision=no; the last checkpoint is from before"
+            )
+        return norm
+
+    @staticmethod
+    def _joint(broken: Tensor, norm: Tensor) -> list[float]:
+        return collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
+
+    def _agree(self, value: float) -> float:
+        """The largest value over ranks, so that all save and stop at the same step."""
+        if collectives.world_size() == 1:
+            return float(value)
+        return float(collectives.max_over_ranks(torch.tensor(float(value), device=self.accelerator.device)))
+
+    # --- starting and stopping ---------------------------------------------------------------------------------------------------
+
+    def _find(self, resume: bool, allow_change: Sequence[str]) -> Checkpoint | None:
+        found, damaged = checkpoint.latest(self.out)
+        if found is None:
+            return None
+        if not resume:
+            raise UsageError(f"{self.out}: holds a run at step {found.step}; add --resume to go on, or choose another --out")
+        for line in damaged:
+            log.warning("damaged checkpoint left out: %s", line)
+        before, now = _flatten(Recipe.parse(found.state["recipe"]).model_dump(mode="json")), _flatten(self.recipe.model_dump(mode="json"))
+        changed = [k for k in now if before.get(k) != now[k] and k not in _MAY_CHANGE and k not in allow_change]
+        if changed:
+            lines = ", ".join(f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in changed)
+            raise RecipeError(f"the recipe differs from the run in {self.out}: {lines}; undo, or allow each with --allow-change KEY")
+        return found
+
+    def _restore(self, found: Checkpoint) -> None:
+        if found.state["images"] != self.source.length:
+            raise DataError(f"the run in {self.out} trained on {found.state['images']} images, the data now holds {self.source.length}")
+        self.inner.load_state_dict(found.model)
+        checkpoint.restore_optimizer(self.optimizer.optimizer, found.optimizer, found.state["optimizer"])
+        if self.accelerator.scaler is not None and found.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(found.state["scaler"])
+        self.step, self.seconds = found.step, found.state["seconds"]
+        self.bad = {int(row): reason for row, reason in found.state["bad"].items()}
+        self.last_metrics = found.state["metrics"]
+        if found.state["world_size"] != collectives.world_size():
+            log.warning("%d processes before, %d now: equal up to rounding, not bit for bit", found.state["world_size"], collectives.world_size())
+        if found.state["threads"] != torch.get_num_threads():
+            log.warning("%d threads before, %d now: equal up to rounding, not bit for bit", found.state["threads"], torch.get_num_threads())
+
+    def _save(self) -> None:
+        if self.main:
+            tensors, scalars = checkpoint.optimizer_state(self.optimizer.optimizer)
+            state = {
+                "recipe": self.recipe.dump(), "optimizer": scalars, "images": self.source.length, "seconds": self.seconds,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+                "bad": self.bad, "metrics": self.last_metrics, "versions": zoo.versions(),
+                "world_size": collectives.world_size(), "threads": torch.get_num_threads(),
+            }  # fmt: skip
+            model = {k: v.detach().cpu().contiguous() for k, v in self.inner.state_dict().items()}
+            checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep)
+        collectives.barrier()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C finish the step, save and stop (a second one stops at once); SIGUSR1 saves and goes on."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.stop_with is not None:
+                raise KeyboardInterrupt
+            self.stop_with = 128 + number
+
+        def save(number: int, frame: Any) -> None:
+            self.save_now = True
+
+        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: save}
+        try:
+            before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        except ValueError:  # not the main thread: the caller handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- measuring and telling ---------------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        recipe = self.recipe
+        parameters = sum(p.numel() for p in self.encoder.parameters()) / 1e6
+        log.info(
+            "%s: %s + projector, %.2f M parameters, %d images, %d classes; %d steps of %d images on %d x %s, %s; peak lr %.3g; target l0 %.3f, floor %.4g%s",
+            recipe.name, recipe.encoder.backbone, parameters, self.source.length, self.source.classes, self.total, recipe.train.batch_size,
+            collectives.world_size(), self.accelerator.device, recipe.train.precision, recipe.lr, recipe.target.density_in_theory(), self.floor,
+            f"; resumed at step {self.step}" if self.step else "",
+        )  # fmt: skip
+
+    def _bar(self) -> Any:
+        size = self.recipe.train.batch_size
+        return tqdm(total=self.total * size, initial=self.step * size, unit="image", unit_scale=True, desc=self.recipe.name, disable=not self.progress, mininterval=0.5)
+
+    def _log_step(self, terms: Terms, result: _Result, lr: float, norm: float, rate: float, bar: Any) -> None:
+        z = result.z.detach().flatten(0, 1)
+        numbers = torch.stack([terms.loss.detach(), terms.invariance.detach(), terms.matching.detach(), result.probe_loss.detach()]).float()
+        numbers = collectives.mean_over_ranks(torch.cat([numbers, result.probe_right.detach().float()])).tolist()
+        loss, invariance, matching, probe_loss, *right = numbers
+        row = {"kind": "train", "loss": loss, "invariance": invariance, "matching": matching, "floor": self.floor, "excess": matching - self.floor}
+        row |= {"lr": lr, "grad_norm": norm, "images_per_second": rate, **batch_metrics(z)}
+        row |= dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
+        if self.bad:
+            row["bad_images"] = len(self.bad)
+        self.last_metrics["l0_train"] = row["l0"]
+        self._log(row, bar)
+        bar.set_postfix(loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", knn=f"{self.last_metrics.get('knn_features', math.nan):.3f}", refresh=False)
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Density in evaluation mode, and kNN on features and z where labels exist; every rank encodes its share of the rows."""
+        probe, rng = self.recipe.probe, torch.get_rng_state()
+        if not isinstance(self.source.train, Images):
+            bank, held_out = self.source.eval, None
+        else:
+            bank, held_out = self._some(self.source.train, probe.bank, "bank"), self.source.eval
+        if bank is None:
+            return {}
+        with self.accelerator.autocast():
+            features, z, y = self._encode(bank)
+            others = None if held_out is None else self._encode(self._some(held_out, probe.eval_images, "eval"))
+        seen = z if others is None else others[1]
+        found = {"l0_eval": float(l0(seen)), "l1_eval": float(l1(seen)), "dead_eval": float(dead(seen))}
+        if int((y >= 0).sum()) > 1:
+            pairs = ((features, z), (features, z) if others is None else others[:2])
+            for name, a, b in (("features", pairs[0][0], pairs[1][0]), ("z", pairs[0][1], pairs[1][1])):
+                labels = y if others is None else others[2]
+                found[f"knn_{name}"] = knn_accuracy(a, y, b, labels, probe.knn_k, probe.knn_temperature, leave_one_out=others is None)
+        torch.set_rng_state(rng)
+        self.last_metrics |= found
+        return found
+
+    def _some(self, images: Images, most: int, purpose: str) -> Images:
+        if len(images) <= most:
+            return images
+        return images.take(torch.randperm(len(images), generator=streams.generator(self.recipe.seed, purpose))[:most].sort().values.numpy())
+
+    def _encode(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
+        mine = images.take(range(collectives.rank(), len(images), collectives.world_size()))
+        parts = encode(self.encoder, mine, max(64, self.recipe.train.batch_size // 2), self.recipe.train.num_workers)
+        features, z, labels = (collectives.gather_rows(part.to(self.accelerator.device)).cpu() for part in parts)
+        return features, z, labels
+
+    def _note_bad(self, batch: Batch) -> None:
+        """Count unreadable images (each once), write them down, and stop if there are more than the recipe allows."""
+        new = [record for record in batch.bad if record[0] not in self.bad]
+        if collectives.world_size() > 1 and self.step % self.per_epoch == 0:
+            new = [r for part in collectives.gather_objects(list(self.bad.items())) for r in part if r[0] not in self.bad] + new
+        for row, reason in new:
+            self.bad[row] = reason
+            if self.main:
+                log.warning("image left out: %s", reason) if len(self.bad) <= 5 else None
+                with open(self.out / "bad_images.jsonl", "a") as file:
+                    file.write(json.dumps({"row": row, "reason": reason}) + "\n")
+        if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length:
+            raise DataError(f"{len(self.bad)} of {self.source.length} images cannot be read, more than train.max_bad_fraction = {self.recipe.train.max_bad_fraction:g}; see {self.out / 'bad_images.jsonl'}")
+
+    def _open_logs(self, resumed: bool) -> None:
+        """Write the recipe; cut metrics written after the checkpoint that is resumed, so that the file is one unbroken record."""
+        if self.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                (self.out / "recipe.yaml").write_text(self.recipe.dump())
+                path = self.out / "metrics.jsonl"
+                lines = [line for line in path.read_text().splitlines() if resumed and _step_of(line) <= self.step] if path.is_file() else []
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(line + "\n" for line in lines))
+                os.replace(partial, path)
+            except OSError as error:
+                raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
+        if self.recipe.train.trackers:
+            flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _flatten(self.recipe.model_dump(mode="json")).items()}
+            self.accelerator.init_trackers("rlpjepa_zoo", config=flat)
+
+    def _log(self, row: dict[str, Any], bar: Any) -> None:
+        if not self.main:
+            return
+        row = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **row}
+        try:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            log.warning("metrics.jsonl: %s", error.strerror or error)  # a full disk for logs does not end a run
+        if self.recipe.train.trackers:
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
+        if row["kind"] == "eval":
+            bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "epoch"), file=None) if not bar.disable else None
+
+    def info(self) -> dict[str, Any]:
+        """What the card tells of the run."""
+        recipe, (mu, sigma) = self.recipe, self.recipe.target.law()
+        found = self.last_metrics
+        protocol = f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}, at most {recipe.probe.bank} training images vote; measured in training, one seed"
+        return {
+            "recipe": recipe.name, "data": recipe.data.label(), "target": {"p": recipe.target.p, "mu": mu, "sigma": sigma},
+            "density": {"asked": recipe.target.density, "theory": recipe.target.density_in_theory(), "train": found.get("l0_train"), "eval": found.get("l0_eval")},
+            "results": {k: v for k, v in found.items() if k.startswith("knn")} | ({"protocol": protocol} if "knn_z" in found else {}),
+            "training": {
+                "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step, "batch": recipe.train.batch_size,
+                "minutes": round(self.seconds / 60, 2), "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
+                "precision": recipe.train.precision, "seed": recipe.seed,
+            },
+        }  # fmt: skip
+
+    def _publish(self) -> None:
+        if self.main:
+            self.encoder.save_pretrained(self.out / "encoder", recipe=self.recipe.dump(), info=self.info(), name=str(self.out / "encoder"))
+        collectives.barrier()
+
+    def _finish(self) -> Path:
+        if self.main:
+            summary = {"steps": self.step, **self.last_metrics, "bad_images": len(self.bad), "info": self.info(), "versions": zoo.versions()}
+            (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if self.recipe.train.trackers:
+            self.accelerator.end_training()
+        collectives.barrier()
+        return self.out / "encoder"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+        return math.inf
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {platform.machine()} CPU"
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -35,7 +35,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
+        grad = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to other branches
         dist.all_reduce(grad)
         return grad.narrow(ctx.dim, dist.get_rank() * ctx.rows, ctx.rows), None
 

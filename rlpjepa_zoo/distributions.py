@@ -216,7 +216,9 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
         _, scale, p, a, t = self._float64()
         active, zero = _standard_cdf(a, p), _standard_cdf(-a, p)
         edge = a / p * torch.exp((1 - 1 / p) * p.log() - math.log(2) - torch.lgamma(1 / p) - t)
-        return self._like(active * (_log_z(scale, p) + 1 / p) - edge - torch.special.xlogy(zero, zero))
+        # (1 - l0) ln(1 - l0), of which 1 - l0 alone would round to 1 at negative mu
+        atom = torch.where(a < 0, torch.special.xlog1py(zero, -active), torch.special.xlogy(zero, zero))
+        return self._like(active * (_log_z(scale, p) + 1 / p) - edge - atom)
 
 
 def _standard_cdf(a: Tensor, p: Tensor) -> Tensor:

@@ -132,6 +132,17 @@ def _from_folder(folder: Path) -> Images:
     return _from_files(files, [file.relative_to(folder).as_posix() for file in files])
 
 
+def _from_parquet(path: Path) -> Images:
+    import datasets
+
+    try:
+        return from_dataset(datasets.Dataset.from_parquet(str(path)))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as parquet ({(str(error).splitlines() or ['?'])[0]})") from error
+
+
 def image_column(features: Any, asked: str | None = None) -> str:
     """The column of a Hugging Face dataset that holds images: the asked one, else the first of type Image or {bytes, path}."""
     names = [n for n, f in features.items() if type(f).__name__ == "Image" or (isinstance(f, dict) and "bytes" in f)]
@@ -178,7 +189,7 @@ def from_dataset(dataset: Any, image: str | None = None, label: str | None = Non
 
 
 def open_images(source: Any) -> Images:
-    """Images from a folder, a file, a sequence of files or PIL images, a Hugging Face dataset, or `Images` (returned as it is).
+    """Images from a folder, a file, a parquet file, a sequence of files or PIL images, a Hugging Face dataset, or `Images` (returned as it is).
 
     Ids are paths (relative to a folder, else as given) or row numbers.
 
@@ -193,6 +204,8 @@ def open_images(source: Any) -> Images:
         return source
     if isinstance(source, str | Path):
         path = Path(source)
+        if path.suffix == ".parquet" and path.is_file():
+            return _from_parquet(path)
         return _from_folder(path) if path.is_dir() else open_images([path])
     if isinstance(source, Image.Image):
         return open_images([source])

@@ -235,10 +235,10 @@ def invariance(z: Tensor) -> Tensor:
         0.5
     """
     views = z.shape[0]
-    if views < 2:
-        return z.sum() * 0.0
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
+        if views < 2:
+            return z.sum() * 0.0
         if views == 2:
             return (z[0] - z[1]).square().mean()
         return (z - z.mean(0)).square().mean() * (2 * views / (views - 1))  # = mean over pairs, in O(V)
@@ -303,8 +303,8 @@ class RectifiedLpJEPALoss:
         source = streams.generator(self.seed, "directions", step, device=z.device)
         c = directions(self.kind, self.n, dim, source, features=everyone)
         mine = c[collectives.rank() :: collectives.world_size()]
-        if len(mine) == 0:
-            raise ValueError(f"directions: {self.n} are fewer than {collectives.world_size()} ranks; raise objective.num_directions")
+        if len(c) < collectives.world_size():
+            raise ValueError(f"directions: {self.n} are fewer than {collectives.world_size()} ranks; raise objective.num_directions")  # on every rank
         share = len(mine) * collectives.world_size() / len(c)  # 1 when the ranks divide n evenly
         matching = sliced_wasserstein(everyone, y, mine, self.chunk) * share
         return Terms(self.invariance_weight * inv + self.matching_weight * matching, inv, matching)

@@ -477,6 +477,10 @@ def _explain(error: ValidationError) -> str:
         return f"{name}: missing; it has no default{more}"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]) + more
+    if name == "target.sigma":
+        return f"target.sigma: got {first['input']!r}, expected gn, rgn or a number greater than 0"
+    if name == "target.density":
+        return f"target.density: got {first['input']!r}, expected a number strictly between 0 and 1{more}"
     expected = re.sub(r"^Input should be ", "", first["msg"]).split(", unable")[0]
     given = first["input"]
     if isinstance(given, float) and not math.isfinite(given):

@@ -12,7 +12,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 
-def law(p: float, mu: float, sigma: float) -> stats.rv_continuous:
+def law(p: float, mu: float, sigma: float) -> stats.distributions.rv_frozen:
     """GN_p(mu, sigma) as scipy knows it."""
     return stats.gennorm(p, loc=mu, scale=p ** (1 / p) * sigma)
 

@@ -223,7 +223,7 @@ def test_mu_for_density_inverts_l0(p: float, density: float) -> None:
 # --- the tail -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mu", [-5.0, -15.0, -50.0, -200.0])
+@pytest.mark.parametrize("mu", [-5.0, -15.0, -50.0])
 @pytest.mark.parametrize("quantity", ["l0", "mean", "variance", "entropy"])
 def test_far_negative_mu_keeps_relative_precision(quantity: str, mu: float) -> None:
     sigma = math.sqrt(0.5)

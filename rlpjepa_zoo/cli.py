@@ -1,0 +1,328 @@
+"""The command line: thin calls of the functions of the package. Results on stdout, progress and log on stderr, errors in one line.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import OutputError, UsageError, ZooError
+
+app = typer.Typer(
+    name="rlpjepa", help="Sparse, non-negative image embeddings of a density you choose (Rectified LpJEPA on timm).",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (rlpjepa list --recipes) or YAML file.")]
+SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, owner/repo[@revision] on the Hub, or a folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is when not given.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also accepted after the command).")] = False) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("rlpjepa-demo"),
+    density: Annotated[float, typer.Option(help="Fraction of non-zeros to ask for, between 0 and 1.")] = 0.12,
+    epochs: Annotated[float, typer.Option(help="Passes over the 1437 training digits.")] = 40,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pretrain on scikit-learn's digits, publish to a folder, load it back, embed, evaluate and draw (a minute or two on a CPU)."""
+    from .demo import run
+
+    _print(run(out, density, epochs, progress=not quiet), as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")] = False,
+    allow_change: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pretrain an encoder by a recipe; also under `accelerate launch -m rlpjepa_zoo train ...` and torchrun."""
+    from . import collectives
+    from .recipe import Recipe
+    from .train import train as run
+
+    resolved = Recipe.load(recipe, overrides or [])
+    try:
+        folder = run(resolved, out, resume, allow_change or [], progress=not quiet)
+        if collectives.rank() == 0:
+            summary = json.loads((out / "summary.json").read_text())
+            _print({"encoder": str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict)}}, as_json)
+    finally:
+        collectives.shut_down()
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Validate a recipe and print it in full, with its expected density and number of parameters; trains nothing."""
+    from .recipe import Recipe
+
+    resolved = Recipe.load(recipe, overrides or [])
+    facts = _facts(resolved)
+    if as_json:
+        _print({**facts, "recipe": resolved.model_dump(mode="json")}, True)
+        return
+    print("\n".join(f"# {name}: {_short(value)}" for name, value in facts.items()))
+    print(resolved.dump(), end="")
+
+
+def _facts(recipe: Any) -> dict[str, Any]:
+    """Derived numbers of a recipe; builds the encoder without memory and sends one batch of the right size through it."""
+    import torch
+
+    from .errors import RecipeError
+    from .train import build_encoder
+
+    mu, sigma = recipe.target.law()
+    empty = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
+    with torch.device("meta"):
+        encoder = build_encoder(empty)
+        side = recipe.data.image_size
+        try:
+            encoder.eval()(torch.empty(2, 3, side, side))
+        except Exception as error:
+            raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {(str(error).splitlines() or ['?'])[0]}") from error
+    return {
+        "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
+        "expected density": recipe.target.density_in_theory(),
+        "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
+        "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
+        "features": encoder.config.features,
+        "peak learning rate": recipe.lr,
+    }
+
+
+@app.command()
+def embed(
+    source: SourceName,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="A folder, image files, or a parquet file with an image column.")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors, .npz or .parquet.")],
+    batch_size: BatchSize = 256,
+    num_workers: Workers = 0,
+    max_active: Annotated[int | None, typer.Option(min=1, help="Keep only this many largest values of each image.")] = None,
+    values: Annotated[str, typer.Option(help="float32 (exact) or float16.")] = "float32",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them in OUT.failed.jsonl, and go on.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write sparse embeddings of images to one file."""
+    if out.suffix not in (".safetensors", ".npz", ".parquet"):
+        raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: no folder {out.parent}")
+    from .encoder import load_encoder
+    from .images import open_images
+
+    opened = open_images(images[0] if len(images) == 1 else images)
+    encoder = load_encoder(source, revision=revision, device=_device(device))
+    failures: list[tuple[Any, str]] = []
+    found = encoder.embed(
+        opened, batch_size, num_workers, max_active, progress=not quiet, on_error="skip" if skip_bad else "raise", failures=failures
+    )
+    found.save(out, values=values)  # type: ignore[arg-type]
+    if failures:
+        listing = out.with_name(out.name + ".failed.jsonl")
+        listing.write_text("".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures))
+        logging.getLogger("rlpjepa_zoo").warning("%d of %d images could not be read, see %s", len(failures), len(opened), listing)
+    n, dim = found.shape
+    _print(
+        {
+            "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": found.l0, "bytes": out.stat().st_size,
+            "bytes as dense float32": 4 * n * dim, "model": found.meta["model"],
+        },
+        as_json,
+    )  # fmt: skip
+
+
+@app.command(name="eval")
+def evaluate(
+    source: SourceName,
+    data: Annotated[str, typer.Option(help="digits, a folder (train/ and val/ with a folder per class, or parquet files), or a recipe whose data section to use.")],
+    overrides: Overrides = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images, drawn at random.")] = None,
+    pixels: Annotated[bool, typer.Option(help="Measure raw pixels too.")] = True,
+    batch_size: BatchSize = 256,
+    num_workers: Workers = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """kNN, linear and 1-shot accuracy of the sparse embedding, the dense features and raw pixels."""
+    from .data import open_source
+    from .encoder import load_encoder
+    from .errors import DataError
+    from .evaluate import evaluate as run
+    from .recipe import Data, Recipe
+
+    if Path(data).is_dir():
+        parquet = any(Path(data).rglob("*.parquet"))
+        section = Data(source="hf", path=data, eval_split="test") if parquet else Data(source="folder", path=data)
+        if overrides:
+            raise UsageError(f"'{overrides[0]}': overrides belong to a recipe, and --data {data} is a folder")
+    else:
+        section = Recipe.load(data, overrides or []).data
+    opened = open_source(section)
+    if opened.eval is None:
+        raise DataError(f"--data {data}: no evaluation images; expected a folder val/ or test/ beside train/, or a recipe with data.eval_split")
+    encoder = load_encoder(source, revision=revision, device=_device(device))
+    report = run(encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit)
+    if out is not None:
+        _write(out, json.dumps({"source": source, "data": data, **report}, indent=1) + "\n")
+    if as_json:
+        _print(report, True)
+        return
+    print(accuracy_table(report))
+    print(f"density of z {report['l0']:.4f} (effective, l1: {report['l1']:.4f}), dead dimensions {report['dead']:.4f}")
+    print(report["protocol"])
+
+
+def accuracy_table(report: dict[str, Any]) -> str:
+    """kNN, linear and 1-shot accuracy of each representation, as text."""
+    lines = [f"{'':<16}{'kNN':>9}{'linear':>9}{'1-shot':>9}"]
+    for name, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
+        if f"knn_{name}" in report:
+            lines.append(f"{label:<16}" + "".join(f"{report[f'{kind}_{name}']:>9.3f}" for kind in ("knn", "linear", "one_shot")))
+    return "\n".join(lines)
+
+
+@app.command(name="list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*",
+    recipes: Annotated[bool, typer.Option("--recipes", help="List recipes instead of encoders.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The encoders of the zoo (offline), or the recipes."""
+    from . import zoo
+
+    if recipes:
+        import fnmatch
+
+        from .recipe import list_recipes
+
+        names = fnmatch.filter(list_recipes(), pattern)
+        print(json.dumps(names) if as_json else "\n".join(names))
+        return
+    rows = [{"name": name, **zoo.entry(name)} for name in zoo.list_encoders(pattern)]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    columns = {"name": "name", "backbone": "architecture", "data": "data", "dim": "dim", "density": "density", "linear z": "linear_z", "kNN z": "knn_z", "MB": "megabytes", "repo": "repo"}
+    table = [list(columns)] + [[_short(row.get(key)) for key in columns.values()] for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table))
+
+
+# --- around the commands --------------------------------------------------------------------------------------------------------------
+
+
+def _device(asked: str | None) -> str:
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {asked}: not available here ({str(error).splitlines()[0]})") from error
+    return asked
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print(values: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or `name: value` lines; the value of "text" is printed as it is."""
+    if as_json:
+        print(json.dumps({k: v for k, v in values.items() if k != "text"}))
+    elif "text" in values:
+        print(values["text"])
+    else:
+        print("\n".join(f"{name}: {_short(value)}" for name, value in values.items()))
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def run(arguments: list[str]) -> int:
+    """The command line as a function of its arguments; returns the exit code (see `rlpjepa_zoo.errors`)."""
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    click_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    try:
+        outcome = typer.main.get_command(app).main(arguments, prog_name="rlpjepa", standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) else 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone; say nothing more at exit
+        return 141
+    except Exception as error:
+        if debug and not isinstance(error, click_error):
+            raise
+        if isinstance(error, ZooError):
+            return _fail(str(error), error.exit_code)
+        if isinstance(error, click_error):
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.format_message())  # type: ignore[attr-defined]
+                return 2
+            return _fail(f"{error.format_message()} (see rlpjepa --help)", 2)  # type: ignore[attr-defined]
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted", 130)
+        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+            return _fail(f"{error.filename or 'output'}: disk full", OutputError.exit_code)
+        import traceback
+
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__}: {error}; this is a bug of rlpjepa_zoo, please report it with the lines above", 70)
+
+
+def main() -> None:
+    """Entry point of `rlpjepa`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("rlpjepa_zoo")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    log.propagate = False
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""`rlpjepa demo`: the main job on scikit-learn's digits, end to end: pretrain, publish, load, embed, evaluate, draw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cli import accuracy_table
+from .data import open_source
+from .distributions import RectifiedGeneralizedGaussian
+from .encoder import load_encoder
+from .errors import UsageError
+from .evaluate import encode, evaluate, linear_accuracy, one_shot_accuracy
+from .images import Images
+from .pictures import overview
+from .recipe import Recipe
+from .sparse import SparseEmbeddings
+from .train import train
+
+BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def run(out: Path, density: float = 0.12, epochs: float = 40, progress: bool = True) -> dict[str, Any]:
+    """Everything the demo does; returns what it found, JSON-able, with a text to print.
+
+    Args:
+        out: folder; the run of an earlier demo in it is replaced, any other content is refused.
+        density: asked fraction of non-zeros in (0, 1).
+        epochs: passes over the training digits.
+    """
+    started = time.monotonic()
+    recipe = Recipe.load("digits", [f"target.density={density}", f"train.epochs={epochs}", f"optim.warmup_epochs={min(4.0, epochs / 4)}"])
+    _make_room(out)
+    folder = train(recipe, out / "run", progress=progress)
+
+    encoder = load_encoder(folder)
+    source = open_source(recipe.data)
+    assert_images(source.eval)
+    report = evaluate(encoder, source.train, source.eval, with_pixels=True)
+    embeddings = encoder.embed(source.eval)
+    file = embeddings.save(out / "test-embeddings.safetensors")
+    again = SparseEmbeddings.load(file)
+
+    curve = budget_curve(encoder, source.train, source.eval)
+    mu, sigma = recipe.target.law()
+    law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = {name: {"linear": report[f"linear_{name}"], "1-shot": report[f"one_shot_{name}"]} for name in ("features", "pixels")}
+    picture = overview(
+        out / "overview.png", rows, law, torch.from_numpy(embeddings.to_dense()), source.eval, curve, scores,
+        f"Rectified LpJEPA on 1437 digits without labels: {embeddings.dim} dimensions, {embeddings.l0:.1%} active",
+    )  # fmt: skip
+
+    n, dim = embeddings.shape
+    found = {
+        "asked": density, "theory": recipe.target.density_in_theory(), "measured": embeddings.l0, "density_training": next(r["l0"] for r in reversed(rows) if r["kind"] == "train"),
+        **{k: v for k, v in report.items() if k != "protocol"}, "encoder": str(folder), "embeddings": str(file), "picture": str(picture),
+        "bytes_sparse": file.stat().st_size, "bytes_dense": 4 * n * dim, "reloaded_equal": again == embeddings, "seconds": time.monotonic() - started,
+    }  # fmt: skip
+    found["text"] = _text(found, report, embeddings)
+    return found
+
+
+def assert_images(images: Images | None) -> None:
+    """The digits always have a test split."""
+    if images is None:
+        raise UsageError("the demo needs evaluation images")
+
+
+def budget_curve(encoder: Any, train_images: Images, test_images: Images) -> dict[int, tuple[float, float]]:
+    """Linear and 1-shot accuracy when only the k largest values of each image are kept."""
+    _, z, y = encode(encoder, train_images)
+    _, test_z, test_y = encode(encoder, test_images)
+    curve = {}
+    for k in BUDGETS:
+        a, b = (torch.from_numpy(SparseEmbeddings.from_dense(x).top_k(k).to_dense()) for x in (z, test_z))
+        curve[k] = (linear_accuracy(a, y, b, test_y), one_shot_accuracy(a, y, b, test_y)[0])
+    return curve
+
+
+def _make_room(out: Path) -> None:
+    ours = {"run", "test-embeddings.safetensors", "overview.png"}
+    if out.is_dir() and (foreign := sorted(p.name for p in out.iterdir() if p.name not in ours)):
+        raise UsageError(f"--out {out}: holds '{foreign[0]}', which is not of the demo; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; choose a folder")
+    shutil.rmtree(out / "run", ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _text(found: dict[str, Any], report: dict[str, Any], embeddings: SparseEmbeddings) -> str:
+    ratio = found["bytes_dense"] / found["bytes_sparse"]
+    return f"""
+density of z      asked {found["asked"]:.3f}   theory of the target {found["theory"]:.3f}   measured on test images {found["measured"]:.3f}
+
+{accuracy_table(report)}
+{report["protocol"]}
+
+encoder           {found["encoder"]}   (timm's format: config.json, model.safetensors, head.safetensors, ...)
+embeddings        {found["embeddings"]}   {embeddings.shape[0]} x {embeddings.dim}, {found["bytes_sparse"]:,} bytes; dense float32: {found["bytes_dense"]:,} ({ratio:.1f} x)
+picture           {found["picture"]}
+{found["seconds"]:.0f} seconds in all. Next:
+
+    rlpjepa embed {found["encoder"]} YOUR_IMAGES --out embeddings.parquet
+    rlpjepa list --recipes"""

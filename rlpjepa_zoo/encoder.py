@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import tempfile
@@ -265,8 +266,9 @@ class SparseEncoder(nn.Module):
         if bad:
             raise NonFiniteError(f"{bad[0]} holds NaN or infinity; an encoder like that is not saved")
         with tempfile.TemporaryDirectory() as scratch:
+            twin = copy.deepcopy(self.backbone).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
             timm.models.save_for_hf(
-                self.backbone, scratch, safe_serialization=True, data_config=self.config.preprocess.data_config(),
+                twin, scratch, safe_serialization=True, data_config=self.config.preprocess.data_config(),
                 model_config={"pretrained_cfg": {"tag": "rlpjepa", "license": "apache-2.0"}},
             )  # fmt: skip
             config = folder.parse_json((Path(scratch) / "config.json").read_bytes(), "config.json")

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from .encoder import SparseEncoder as SparseEncoder
     from .encoder import create_encoder as create_encoder
     from .encoder import load_encoder as load_encoder
-    from .evaluate import evaluate as evaluate
+    from .evaluation import evaluate as evaluate
     from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
     from .objectives import directions as directions
     from .objectives import sliced_wasserstein as sliced_wasserstein
     from .recipe import Recipe as Recipe
     from .sparse import SparseEmbeddings as SparseEmbeddings
-    from .train import train as train
+    from .training import train as train
     from .zoo import list_encoders as list_encoders
 
 __version__ = "0.1.0"
@@ -35,13 +35,13 @@ _HOME = {
     "SparseEncoder": "encoder",
     "create_encoder": "encoder",
     "load_encoder": "encoder",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "RectifiedLpJEPALoss": "objectives",
     "directions": "objectives",
     "sliced_wasserstein": "objectives",
     "Recipe": "recipe",
     "SparseEmbeddings": "sparse",
-    "train": "train",
+    "train": "training",
     "list_encoders": "zoo",
 }
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604

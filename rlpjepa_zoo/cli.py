@@ -63,7 +63,7 @@ def train(
     """Pretrain an encoder by a recipe; also under `accelerate launch -m rlpjepa_zoo train ...` and torchrun."""
     from . import collectives
     from .recipe import Recipe
-    from .train import train as run
+    from .training import train as run
 
     resolved = Recipe.load(recipe, overrides or [])
     try:
@@ -94,7 +94,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
     import torch
 
     from .errors import RecipeError
-    from .train import build_encoder
+    from .training import build_encoder
 
     mu, sigma = recipe.target.law()
     empty = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
@@ -181,7 +181,7 @@ def evaluate(
     from .data import open_source
     from .encoder import load_encoder
     from .errors import DataError
-    from .evaluate import evaluate as run
+    from .evaluation import evaluate as run
     from .recipe import Data, Recipe
 
     if Path(data).is_dir():

@@ -7,7 +7,9 @@ not depend on the number of processes, of workers, or on where a run was resumed
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from .errors import DataError
 from .images import Images
 from .recipe import Data, Recipe, Views
 
-__all__ = ["Batch", "Source", "make_loader", "make_views", "open_source"]
+__all__ = ["Batch", "Batches", "Source", "make_loader", "make_views", "open_source"]
 
 _SUBSTITUTES = 50
 
@@ -79,8 +81,16 @@ def _open_digits(data: Data, seed: int) -> tuple[Images, Images, int]:
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     train, test = train_test_split(np.arange(len(pixels)), test_size=360, stratify=bunch.target, random_state=0)
-    whole = Images(lambda i: Image.fromarray(pixels[i]), [f"digit-{i:04d}" for i in range(len(pixels))], bunch.target, [str(i) for i in range(10)])
+    whole = Images(partial(_pixels, pixels), [f"digit-{i:04d}" for i in range(len(pixels))], bunch.target, [str(i) for i in range(10)])
     return whole.take(train), whole.take(test), 10
+
+
+def _pixels(stack: np.ndarray[Any, Any], i: int) -> Image.Image:
+    return Image.fromarray(stack[i])
+
+
+def _first(dataset: Any, i: int) -> Any:
+    return dataset[i][0]
 
 
 def _open_torchvision(data: Data, seed: int) -> tuple[Images, Images | None, int]:
@@ -104,7 +114,7 @@ def _open_torchvision(data: Data, seed: int) -> tuple[Images, Images | None, int
         except Exception as error:
             raise DataError(f"data: torchvision {data.name} in '{options['root']}': {(str(error).splitlines() or [type(error).__name__])[0]}") from error
         labels = next((getattr(found, n) for n in ("targets", "labels", "_labels") if hasattr(found, n)), None)
-        return Images(lambda i: found[i][0], range(len(found)), labels, getattr(found, "classes", None))
+        return Images(partial(_first, found), range(len(found)), labels, getattr(found, "classes", None))
 
     train = one(data.split, True)
     evaluation = one(data.eval_split, False) if "train" in parameters or data.eval_split else None
@@ -136,9 +146,9 @@ def labelled_folder(root: Path, classes: Sequence[str] | None = None) -> Images:
     names = list(classes) if classes is not None else sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
     ids = ["/".join(p) for p in parts]
     if len(names) < 2:
-        return Images(lambda i: found[i], ids)
+        return Images(found.__getitem__, ids)
     number = {name: k for k, name in enumerate(names)}
-    return Images(lambda i: found[i], ids, [number.get(p[0], -1) for p in parts], names)
+    return Images(found.__getitem__, ids, [number.get(p[0], -1) for p in parts], names)
 
 
 def _open_hf(data: Data, seed: int) -> tuple[Images | Any, Images | None, int]:
@@ -331,8 +341,45 @@ class _Steps(Sampler[list[tuple[int, int]]]):
             yield [(epoch, row) for row in order[start : start + share]]
 
 
-def _one_thread(worker: int) -> None:
+def _worker(number: int) -> None:
+    """One thread; signals that end or checkpoint a run reach the whole process group, and only the main process answers them."""
     torch.set_num_threads(1)
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+
+
+class Batches:
+    """Iterate over a loader; on leaving, its workers are gone, whatever happened."""
+
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self.loader = loader
+
+    def __enter__(self) -> Batches:
+        self.iterator: Any = iter(self.loader)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if hasattr(self.iterator, "_shutdown_workers"):
+            self.iterator._shutdown_workers()
+            for worker in self.iterator._workers:  # one that hangs in a file ignores SIGTERM, see _worker
+                if worker.is_alive():
+                    worker.kill()
+
+    def next(self) -> Batch:
+        """The next batch; what went wrong in a worker becomes one line.
+
+        Raises:
+            DataError: unreadable data, or a worker that died.
+        """
+        try:
+            return next(self.iterator)
+        except DataError as error:  # torch wraps the traceback of the worker around the message
+            raise DataError(str(error.args[0]).strip().splitlines()[-1].removeprefix("rlpjepa_zoo.errors.DataError: ")) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(f"{reason}; out of memory? Lower train.num_workers, or set it to 0 to see the error itself") from error
 
 
 def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
@@ -347,7 +394,7 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
         raise DataError(f"{source.length} training images are fewer than one batch; lower train.batch_size = {recipe.train.batch_size}")
     workers = recipe.train.num_workers
     common: dict[str, Any] = {
-        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _one_thread if workers else None,
+        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _worker if workers else None,
         "prefetch_factor": 4 if workers else None,
     }  # fmt: skip
     if recipe.data.streaming:

@@ -15,12 +15,12 @@ from .data import open_source
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import load_encoder
 from .errors import UsageError
-from .evaluate import encode, evaluate, linear_accuracy, one_shot_accuracy
+from .evaluation import encode, evaluate, linear_accuracy, one_shot_accuracy
 from .images import Images
 from .pictures import overview
 from .recipe import Recipe
 from .sparse import SparseEmbeddings
-from .train import train
+from .training import train
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -40,19 +40,19 @@ def run(out: Path, density: float = 0.12, epochs: float = 40, progress: bool = T
 
     encoder = load_encoder(folder)
     source = open_source(recipe.data)
-    assert_images(source.eval)
-    report = evaluate(encoder, source.train, source.eval, with_pixels=True)
-    embeddings = encoder.embed(source.eval)
+    test = source.eval or Images(lambda i: None, [])  # the digits always have a test split
+    report = evaluate(encoder, source.train, test)
+    embeddings = encoder.embed(test)
     file = embeddings.save(out / "test-embeddings.safetensors")
     again = SparseEmbeddings.load(file)
 
-    curve = budget_curve(encoder, source.train, source.eval)
+    curve = budget_curve(encoder, source.train, test)
     mu, sigma = recipe.target.law()
     law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = {name: {"linear": report[f"linear_{name}"], "1-shot": report[f"one_shot_{name}"]} for name in ("features", "pixels")}
     picture = overview(
-        out / "overview.png", rows, law, torch.from_numpy(embeddings.to_dense()), source.eval, curve, scores,
+        out / "overview.png", rows, law, torch.from_numpy(embeddings.to_dense()), test, curve, scores,
         f"Rectified LpJEPA on 1437 digits without labels: {embeddings.dim} dimensions, {embeddings.l0:.1%} active",
     )  # fmt: skip
 
@@ -64,12 +64,6 @@ def run(out: Path, density: float = 0.12, epochs: float = 40, progress: bool = T
     }  # fmt: skip
     found["text"] = _text(found, report, embeddings)
     return found
-
-
-def assert_images(images: Images | None) -> None:
-    """The digits always have a test split."""
-    if images is None:
-        raise UsageError("the demo needs evaluation images")
 
 
 def budget_curve(encoder: Any, train_images: Images, test_images: Images) -> dict[int, tuple[float, float]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from . import card, folder, hub, images, resnet, streams, zoo
-from .errors import DataError, ModelError, NonFiniteError, UsageError, did_you_mean
+from .errors import DataError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
 from .sparse import SparseEmbeddings
 
 __all__ = ["EncoderConfig", "Output", "Preprocess", "SparseEncoder", "create_encoder", "load_encoder"]
@@ -56,10 +58,24 @@ class Preprocess:
         """A callable: PIL image -> float32 tensor (3, H, W)."""
         return timm.data.create_transform(**self.data_config(), is_training=False)
 
+    def __post_init__(self) -> None:
+        lists = (self.size, self.mean, self.std)
+        numbers = [x for values in lists for x in values] + [self.crop_pct] if all(isinstance(x, tuple) for x in lists) else [""]
+        if not all(type(x) in (int, float) for x in numbers):
+            raise ValueError("expected size, mean and std as lists of numbers and crop_pct as a number")
+        if [len(x) for x in lists] != [2, 3, 3] or not all(isinstance(s, int) and 1 <= s <= 4096 for s in self.size):
+            raise ValueError("expected size as two integers in 1 .. 4096, mean and std of three channels")
+        if not all(s > 0 for s in self.std) or not 0 < self.crop_pct <= 2:
+            raise ValueError("expected std > 0 and crop_pct in (0, 2]")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"):
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; expected bilinear or bicubic")
+
     @classmethod
-    def of(cls, backbone: nn.Module) -> Preprocess:
-        """What timm says the backbone wants."""
+    def of(cls, backbone: nn.Module, img_size: Any = None) -> Preprocess:
+        """What timm says the backbone wants, at the asked image size where one was asked for."""
         found = timm.data.resolve_model_data_config(backbone)
+        if img_size is not None:
+            found["input_size"] = (found["input_size"][0], *((img_size, img_size) if isinstance(img_size, int) else img_size))
         return cls(tuple(found["input_size"][1:]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], float(found["crop_pct"]))
 
 
@@ -144,7 +160,7 @@ class SparseEncoder(nn.Module):
         Returns:
             (B, F), in the dtype the backbone computes in.
         """
-        if x.dim() != 4 or not x.is_floating_point():
+        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise UsageError(f"expected a float batch (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}; preprocess images with enc.transform")
         return self.backbone(x)
 
@@ -156,6 +172,17 @@ class SparseEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embeddings z (B, D), >= 0 with exact zeros, of a float batch x (B, 3, H, W)."""
         return self.both(x).z
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while; every module gets its own mode back."""
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     @property
     def device(self) -> torch.device:
@@ -209,31 +236,27 @@ class SparseEncoder(nn.Module):
             raise UsageError(f"embed: expected batch_size >= 1, max_active >= 1, on_error 'raise' or 'skip', got {batch_size}, {max_active}, {on_error!r}")
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         parts = [SparseEmbeddings.from_dense(np.zeros((0, self.config.dim)), meta=meta)]
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             for ids, x in self._batches(images, batch_size, num_workers, progress, on_error, failures):
                 z = self(x.to(self.device)).float()
                 if not torch.isfinite(z).all():
                     raise NonFiniteError(f"the encoder gave NaN or infinity for the batch that starts at {ids[0]!r}; its weights are damaged or diverged")
                 part = SparseEmbeddings.from_dense(z, ids, meta)
                 parts.append(part if max_active is None else part.top_k(max_active))
-        finally:
-            self.train(was_training)
         return SparseEmbeddings.concat(parts if len(parts) == 1 else parts[1:])
 
     def _batches(
         self, source: Any, batch_size: int, num_workers: int, progress: bool, on_error: str, failures: list[tuple[Any, str]] | None
     ) -> Iterator[tuple[list[Any], Tensor]]:
         if isinstance(source, Tensor):
-            if source.dim() != 4 or not source.is_floating_point():
+            if source.dim() != 4 or source.shape[1] != 3 or not source.is_floating_point():
                 raise DataError(f"expected a float tensor (B, 3, H, W), got {source.dtype} of shape {tuple(source.shape)}; pass PIL images for uint8 pixels")
             for start in tqdm(range(0, len(source), batch_size), desc="embed", unit="batch", disable=not progress):
                 rows = source[start : start + batch_size]
                 yield list(range(start, start + len(rows))), rows
             return
         opened = images.open_images(source)
-        loader = DataLoader(_Preprocessed(opened, self.transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
+        loader = preprocessed(opened, self.transform, batch_size, num_workers)
         with tqdm(total=len(opened), desc="embed", unit="image", disable=not progress) as bar:
             for items in loader:
                 bar.update(len(items))
@@ -265,13 +288,10 @@ class SparseEncoder(nn.Module):
         bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
         if bad:
             raise NonFiniteError(f"{bad[0]} holds NaN or infinity; an encoder like that is not saved")
-        with tempfile.TemporaryDirectory() as scratch:
-            twin = copy.deepcopy(self.backbone).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
-            timm.models.save_for_hf(
-                twin, scratch, safe_serialization=True, data_config=self.config.preprocess.data_config(),
-                model_config={"pretrained_cfg": {"tag": "rlpjepa", "license": "apache-2.0"}},
-            )  # fmt: skip
-            config = folder.parse_json((Path(scratch) / "config.json").read_bytes(), "config.json")
+        other = [k for k, v in state.items() if v.is_floating_point() and v.dtype != torch.float32]
+        if other:
+            raise UsageError(f"{other[0]} is {state[other[0]].dtype}; encoders are published in float32, so call .float() first")
+        config = self._timm_config()
         config.get("model_args", {}).pop("num_classes", None)  # transformers' AutoModel passes it itself
         config[folder.BLOCK] = {
             "format": folder.FORMAT,
@@ -292,6 +312,21 @@ class SparseEncoder(nn.Module):
             files["recipe.yaml"] = recipe.encode()
         return folder.write_folder(path, files, config)
 
+    def _timm_config(self) -> dict[str, Any]:
+        """config.json as timm writes it."""
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                twin = copy.deepcopy(self.backbone).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
+                timm.models.save_for_hf(
+                    twin, scratch, safe_serialization=True, data_config=self.config.preprocess.data_config(),
+                    model_config={"pretrained_cfg": {"tag": "rlpjepa", "license": "apache-2.0"}},
+                )  # fmt: skip
+                return folder.parse_json((Path(scratch) / "config.json").read_bytes(), "config.json")
+        except OSError as error:
+            raise OutputError(f"{tempfile.gettempdir()}: cannot write: {error.strerror or error}") from error
+        except ValueError as error:  # an argument such as act_layer=nn.GELU
+            raise UsageError(f"the backbone cannot be described in config.json: {error}") from error
+
     def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None, **save: Any) -> str:
         """Save and upload to the Hugging Face Hub in one commit; returns the commit's address.
 
@@ -310,7 +345,7 @@ class SparseEncoder(nn.Module):
             return hub.push(published, repo_id, private=private, revision=revision, token=token)
 
 
-class _Preprocessed(Dataset[tuple[int, Tensor | None, str | None]]):
+class Preprocessed(Dataset[tuple[int, Tensor | None, str | None]]):
     """Items (row number, input or None, reason why it could not be read)."""
 
     def __init__(self, source: images.Images, transform: Any) -> None:
@@ -324,6 +359,12 @@ class _Preprocessed(Dataset[tuple[int, Tensor | None, str | None]]):
             return i, self.transform(self.source.read(i)), None
         except DataError as error:
             return i, None, str(error)
+
+
+def preprocessed(source: images.Images, transform: Any, batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """Lists of items of `Preprocessed`, in order."""
+    quiet = streams.generator(0, "loader")  # else every pass draws a seed from the global generator
+    return DataLoader(Preprocessed(source, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list, generator=quiet)
 
 
 def _pack(tensors: dict[str, Tensor]) -> bytes:
@@ -347,11 +388,8 @@ def _golden(encoder: SparseEncoder) -> dict[str, Tensor]:
 
 
 def _evaluate(encoder: SparseEncoder, inputs: Tensor) -> Output:
-    was_training = encoder.training
-    encoder.eval()
-    with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
-        out = encoder.both(inputs.to(encoder.device, next(encoder.projector.parameters()).dtype))
-    encoder.train(was_training)
+    with encoder.evaluating(), torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
+        out = encoder.both(inputs.to(encoder.device))
     return Output(out.features.float().cpu(), out.z.float().cpu())
 
 
@@ -360,7 +398,12 @@ def _check_golden(encoder: SparseEncoder, golden: dict[str, Tensor], where: Path
     missing = {"images", "inputs", "features", "codes"} - set(golden)
     if missing:
         raise ModelError(f"{where}: no tensor '{min(missing)}'")
-    inputs = torch.stack([encoder.transform(Image.fromarray(pixels.numpy())) for pixels in golden["images"]])
+    pixels, size = golden["images"], encoder.config.preprocess.size
+    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[-1] != 3 or not len(pixels):
+        raise ModelError(f"{where}: images: expected uint8 (n, H, W, 3) with n >= 1, got {pixels.dtype} of shape {tuple(pixels.shape)}")
+    inputs = torch.stack([encoder.transform(Image.fromarray(p.numpy())) for p in pixels])
+    if golden["inputs"].shape != (len(pixels), 3, *size) or not golden["inputs"].is_floating_point():
+        raise ModelError(f"{where}: inputs: expected floats of shape {(len(pixels), 3, *size)}, got {tuple(golden['inputs'].shape)}")
     features, z = _evaluate(encoder, golden["inputs"])
     for station, got, expected, tolerance in (
         ("preprocessing", inputs, golden["inputs"], 0.05),  # two grey levels of 255: decoders and resizers differ by that
@@ -417,12 +460,16 @@ def create_encoder(
     config = EncoderConfig(
         architecture=backbone.pretrained_cfg.get("architecture", name),
         features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth,
-        preprocess=preprocess or Preprocess.of(backbone), model_args=dict(timm_kwargs),
+        preprocess=preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size")), model_args=dict(timm_kwargs),
     )  # fmt: skip
     return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
 
 
 def _create_backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> nn.Module:
+    if timm_kwargs.get("in_chans", 3) != 3:
+        raise ModelError(f"in_chans: images are RGB, so it must be 3, got {timm_kwargs['in_chans']!r}")
+    if timm_kwargs.get("global_pool", "avg") in ("", None, False):
+        raise ModelError("global_pool: the projector needs pooled features, so it must not be empty")
     if timm_kwargs.get("features_only"):
         raise ModelError("features_only gives feature maps; the projector needs pooled features, so leave it out")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
@@ -465,10 +512,19 @@ def load_encoder(
     block = config[folder.BLOCK]
     try:
         preprocess = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()})
-        head = {"dim": int(block["projector"]["dim"]), "hidden_dim": int(block["projector"]["hidden_dim"]), "projector_depth": int(block["projector"]["depth"])}
+        head = {"dim": block["projector"]["dim"], "hidden_dim": block["projector"]["hidden_dim"], "projector_depth": block["projector"]["depth"]}
+        for key, top in (("dim", 2**20), ("hidden_dim", 2**20), ("projector_depth", 64)):
+            if type(head[key]) is not int or not 1 <= head[key] <= top:
+                raise ValueError(f"{key}: expected an integer in 1 .. {top}, got {head[key]!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}/config.json: {folder.BLOCK}.preprocess or .projector is not what this version expects ({error})") from error
-    encoder = create_encoder(config["architecture"], preprocess=preprocess, **head, **config.get("model_args", {}))
+    if ":" in config["architecture"]:
+        raise ModelError(f"{path}/config.json: architecture '{config['architecture']}' points to another model; expected a plain timm name")
+    model_args = config.get("model_args", {})
+    reserved = {*inspect.signature(create_encoder).parameters, "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    if reserved & set(model_args):
+        raise ModelError(f"{path}/config.json: model_args: '{min(reserved & set(model_args))}' is not an argument of a backbone")
+    encoder = create_encoder(config["architecture"], preprocess=preprocess, **head, **model_args)
     encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}))
     _load_weights(encoder.backbone, path / "model.safetensors")
     _load_weights(encoder.projector, path / "head.safetensors")

@@ -14,6 +14,9 @@ class ZooError(Exception):
 
     exit_code = 70
 
+    def __str__(self) -> str:
+        return "\\n".join(super().__str__().splitlines())  # file names may hold line breaks
+
 
 class UsageError(ZooError, ValueError):
     """A wrong argument or option."""

@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError, OutputError
+from .errors import ModelError, OutputError, UsageError
 
 FORMAT = 1
 BLOCK = "rlpjepa_zoo"
@@ -86,9 +86,14 @@ def write_folder(folder: str | Path, files: dict[str, bytes], config: dict[str, 
         OutputError: no permission, disk full, or the path is a file.
     """
     folder = Path(folder)
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
     listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in sorted(files.items())}
     config = {**config, BLOCK: {**config[BLOCK], "files": listed}}
-    contents = {**files, "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()}
+    try:
+        contents = {**files, "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"info: not JSON ({error}); expected text, finite numbers, lists and objects") from error
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +139,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         )
     if not isinstance(block.get("format"), int) or not 1 <= block["format"] <= FORMAT:
         raise ModelError(f"{path}: format {block.get('format')!r}, this version reads 1 to {FORMAT}; update rlpjepa_zoo")
-    shapes: dict[str, type] = {"projector": dict, "preprocess": dict, "files": dict}
+    shapes: dict[str, type] = {"info": dict, "projector": dict, "preprocess": dict, "files": dict}
     for key, kind in shapes.items():
-        if not isinstance(block.get(key), kind):
+        if not isinstance(block.get(key, {} if key == "info" else None), kind):
             raise ModelError(f"{path}: {BLOCK}.{key}: expected an object, got {type(block.get(key)).__name__}")
     if not isinstance(config.get("architecture"), str) or not isinstance(config.get("model_args", {}), dict):
         raise ModelError(f"{path}: expected 'architecture' (a string) and 'model_args' (an object)")

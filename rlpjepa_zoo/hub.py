@@ -28,13 +28,11 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
         HubError: the Hub refused or could not be reached.
     """
     text = str(source)
-    if text.startswith("local-dir:"):
-        folder = Path(text.removeprefix("local-dir:")).expanduser()
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: no such folder")
+    folder = _folder(text.removeprefix("local-dir:"))
+    if folder is not None:
         return folder
-    if Path(text).expanduser().is_dir():
-        return Path(text).expanduser()
+    if text.startswith("local-dir:") or isinstance(source, Path):
+        raise ModelError(f"{text.removeprefix('local-dir:')}: no such folder")
     repo, _, at = text.removeprefix("hf-hub:").partition("@")
     if text in zoo.list_encoders():
         local = zoo.local_folder(text)
@@ -50,6 +48,14 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
             f"'{text}' is neither a folder, nor a name of the zoo ({', '.join(known) or 'empty'}), nor 'owner/repo'.{did_you_mean(text, known)}"
         )
     return _download(repo, revision or at or None, token, cache_dir)
+
+
+def _folder(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # name too long, no such user after ~, NUL
+        return None
 
 
 def _download(repo: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
@@ -92,6 +98,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> HubError:
     if isinstance(error, hub.RepositoryNotFoundError):
         return HubError(f"{where}: not found, or private; check the name, or pass token= / run `hf auth login`")
     if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-        return HubError(f"{where}: not in the local cache and the Hub cannot be reached (offline?); go online once, or give a folder")
+        cause = (str(error.__cause__ or "offline").strip().splitlines() or ["offline"])[0]
+        return HubError(f"{where}: not in the local cache and the Hub cannot be reached ({cause}); go online once, or give a folder")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return HubError(f"{where}: the Hub or the network failed: {reason}")

@@ -36,7 +36,8 @@ def decode(source: str | Path | bytes | Image.Image, name: str = "image") -> Ima
     """
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source)
+            source.load()
+            return _to_rgb(ImageOps.exif_transpose(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{name}: {image.width} x {image.height} pixels, the limit is {MAX_PIXELS // 10**6} megapixels")
@@ -50,7 +51,7 @@ def decode(source: str | Path | bytes | Image.Image, name: str = "image") -> Ima
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = np.asarray(image, dtype=np.float64)
@@ -111,7 +112,12 @@ class Images:
 
     def read(self, i: int) -> Image.Image:
         """Image i in RGB; DataError naming it if it cannot be read."""
-        return decode(self._read(i), name=str(self.ids[i]))
+        name = str(self.ids[i])
+        try:
+            source = self._read(i)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        return decode(source, name=name)
 
     def __iter__(self) -> Iterator[Image.Image]:
         return (self.read(i) for i in range(len(self)))
@@ -120,11 +126,31 @@ class Images:
         """The images of these row numbers, in this order."""
         rows = np.asarray(rows)
         ids: Any = [self.ids[int(i)] for i in rows]
-        return Images(lambda i: self._read(int(rows[i])), ids, None if self.labels is None else self.labels[rows], self.classes)
+        return Images(_Rows(self._read, rows), ids, None if self.labels is None else self.labels[rows], self.classes)
+
+
+class _Rows:
+    """Index into another index; a class because workers that are not forked get it pickled."""
+
+    def __init__(self, read: Callable[[int], Any], rows: Any) -> None:
+        self.read, self.rows = read, rows
+
+    def __call__(self, i: int) -> Any:
+        return self.read(int(self.rows[i]))
+
+
+class _Cells:
+    """Image cells of a Hugging Face dataset."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self.dataset, self.column = dataset, column
+
+    def __call__(self, i: int) -> Any:
+        return cell(self.dataset[i][self.column])
 
 
 def _from_files(files: Sequence[Path], ids: Sequence[str]) -> Images:
-    return Images(lambda i: files[i], ids)
+    return Images(files.__getitem__, ids)
 
 
 def _from_folder(folder: Path) -> Images:
@@ -185,7 +211,7 @@ def from_dataset(dataset: Any, image: str | None = None, label: str | None = Non
     column, label = image_column(dataset.features, image), label_column(dataset.features, label)
     raw = undecoded(dataset.select_columns([column]), column)
     labels = None if label is None else [-1 if value is None else value for value in dataset[label][:]]
-    return Images(lambda i: cell(raw[i][column]), range(len(dataset)), labels, getattr(dataset.features[label], "names", None) if label else None)
+    return Images(_Cells(raw, column), range(len(dataset)), labels, getattr(dataset.features[label], "names", None) if label else None)
 
 
 def open_images(source: Any) -> Images:
@@ -213,6 +239,8 @@ def open_images(source: Any) -> Images:
         if not hasattr(source, "__len__"):
             raise DataError("a streaming data set has no length; take(n) and list it first, or load it without streaming")
         return from_dataset(source)
+    if isinstance(source, dict):
+        raise DataError(f"expected one data set, got a {type(source).__name__} with the splits {', '.join(map(str, source))}; choose one")
     items = list(source) if isinstance(source, Sequence) or hasattr(source, "__iter__") else None
     if items is None:
         raise DataError(f"expected a folder, files, PIL images, a float tensor (B, 3, H, W) or a dataset, got {type(source).__name__}")
@@ -222,5 +250,5 @@ def open_images(source: Any) -> Images:
             raise DataError(f"{missing[0]}: no such file" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
         return _from_files([Path(item) for item in items], [str(item) for item in items])
     if all(isinstance(item, Image.Image) for item in items):
-        return Images(lambda i: items[i], range(len(items)))
+        return Images(items.__getitem__, range(len(items)))
     raise DataError(f"expected only paths or only PIL images, got {sorted({type(item).__name__ for item in items})}")

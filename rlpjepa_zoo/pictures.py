@@ -31,9 +31,9 @@ def overview(
         scores: representation -> {"linear": ..., "1-shot": ...} drawn as reference lines in the curve.
         title: printed on top.
     """
-    figure = Figure(figsize=(13, 8.2), dpi=130, facecolor="white")
-    grid = figure.add_gridspec(2, 3, height_ratios=(1, 1.15), hspace=0.34, wspace=0.27, left=0.06, right=0.98, top=0.9, bottom=0.04)
-    figure.suptitle(title, x=0.06, ha="left", fontsize=14, color=INK, fontweight="bold")
+    figure = Figure(figsize=(13, 7.8), dpi=130, facecolor="white")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.92), hspace=0.4, wspace=0.36, left=0.05, right=0.985, top=0.885, bottom=0.02)
+    figure.suptitle(title, x=0.05, ha="left", fontsize=14, color=INK, fontweight="bold")
     _training(figure.add_subplot(grid[0, 0]), rows, law)
     _law(figure.add_subplot(grid[0, 1]), law, z)
     _curve(figure.add_subplot(grid[0, 2]), curve, scores)
@@ -54,8 +54,8 @@ def _training(axes: Any, rows: list[dict[str, Any]], law: RectifiedGeneralizedGa
     other = axes.twinx()
     other.plot(steps, [r["excess"] for r in rows if r["kind"] == "train"], color=SOFT, lw=1.4)
     other.set_yscale("log")
-    other.set_ylabel("distance to the target, above floor", color="#7b8794", fontsize=8)
-    other.tick_params(labelsize=7, colors="#7b8794")
+    other.set_ylabel("distance to the target above its floor (log)", color="#7b8794", fontsize=8)
+    other.tick_params(labelright=False, right=False, which="both")
     axes.set(xlabel="step", ylim=(0, None), title="Density while training")
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -113,10 +113,13 @@ def _units(figure: Figure, place: Any, z: Tensor, images: Images) -> None:
             seen[label] = seen.get(label, 0) + 1
         if len(chosen) == show:
             break
-    inner = place.subgridspec(2, 6, hspace=0.28, wspace=0.12)
+    heading = place.get_position(figure)
+    text = f"What single units see: the {deep} test images that excite each of {show} units most"
+    figure.text(heading.x0, heading.y1 + 0.035, text, color=INK, fontsize=11.5)
+    inner = place.subgridspec(2, 6, hspace=0.3, wspace=0.08)
     for cell, unit in enumerate(chosen):
         axes = figure.add_subplot(inner[cell // 6, cell % 6])
-        tiles = [np.asarray(images.read(int(i)).resize((32, 32))) for i in which[:, unit]]
+        tiles = [np.pad(np.asarray(images.read(int(i)).resize((32, 32))), ((1, 1), (1, 1), (0, 0)), constant_values=255) for i in which[:, unit]]
         sheet = np.concatenate([np.concatenate(tiles[:4], axis=1), np.concatenate(tiles[4:], axis=1)], axis=0)
         axes.imshow(sheet)
         fires = float((z[:, unit] > 0).float().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -54,13 +55,17 @@ class SparseEmbeddings:
         ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | None = None,
         meta: Mapping[str, str] | None = None,
     ) -> None:
-        self.indptr = np.asarray(indptr, dtype=np.int64)
-        wide = np.asarray(indices)
-        self.values = np.asarray(values, dtype=np.float32)
+        self.indptr, wide, self.values = _vector("indptr", indptr, np.int64), _vector("indices", indices), _vector("values", values, np.float32)
+        if isinstance(dim, bool) or not isinstance(dim, int | np.integer):
+            raise DataError(f"dim: expected an integer, got {dim!r}")
         self.dim = int(dim)
+        if not all(isinstance(k, str) and isinstance(v, str) for k, v in dict(meta or {}).items()):
+            raise DataError("meta: expected text for every key and value")
         self.meta = dict(meta or {})
         n = len(self.indptr) - 1
-        self.ids = np.arange(n) if ids is None else np.asarray(ids)
+        self.ids = np.arange(n) if ids is None or np.size(ids) == n == 0 else np.asarray(ids)
+        if self.ids.dtype.kind == "U" and not isinstance(ids, np.ndarray) and not all(isinstance(i, str) for i in ids or ()):
+            raise DataError("ids: expected all strings or all integers, got both")
         self._check(wide)
         self.indices = wide.astype(np.int32, copy=False)
 
@@ -186,7 +191,9 @@ class SparseEmbeddings:
             if not -n <= index < n:
                 raise IndexError(f"row {index} of {n}")
             index = [int(index)]
-        rows = np.arange(n)[index]
+        rows = np.atleast_1d(np.arange(n)[index])
+        if rows.ndim != 1:
+            raise IndexError(f"rows are chosen by one index, got {rows.ndim} dimensions")
         counts = np.diff(self.indptr)[rows]
         indptr = np.concatenate([[0], np.cumsum(counts)])
         entries = np.repeat(self.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
@@ -248,11 +255,15 @@ class SparseEmbeddings:
         """A `pyarrow.Table` with columns id, indices (lists of int16 or int32) and values (lists of floats)."""
         import pyarrow as pa
 
+        try:
+            names = pa.array(self.ids.tolist(), pa.string() if self.ids.dtype.kind == "U" else pa.int64())
+        except UnicodeEncodeError as error:
+            raise DataError("an id is not valid UTF-8 text, which Arrow and Parquet need; save as .npz or .safetensors") from error
         offsets = pa.array(self.indptr)
         columns = pa.array(self.indices.astype(_index_dtype(self.dim)))
         table = pa.table(
             {
-                "id": pa.array(self.ids.tolist(), pa.string() if self.ids.dtype.kind == "U" else pa.int64()),
+                "id": names,
                 "indices": pa.LargeListArray.from_arrays(offsets, columns),
                 "values": pa.LargeListArray.from_arrays(offsets, pa.array(self._cast(values))),
             }
@@ -296,7 +307,8 @@ class SparseEmbeddings:
         except OSError as error:
             raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         return path
 
     def _arrays(self, cast: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -342,10 +354,12 @@ class SparseEmbeddings:
             raise
         except Exception as error:  # each reader has its own zoo of exceptions for damaged files
             raise DataError(f"{path}: damaged or not a file of sparse embeddings ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        if not isinstance(header, dict) or not isinstance(header.get("meta"), dict) or not {"indptr", "indices", "values"} <= set(arrays):
+            raise DataError(f"{path}: damaged or not a file of sparse embeddings (its header or its arrays are not theirs)")
         if header.get("format") != _FORMAT:
             raise ModelError(f"{path}: format {header.get('format')!r}, this version reads {_FORMAT!r}; update rlpjepa_zoo")
         try:
-            return cls(arrays["indptr"], arrays["indices"], arrays["values"], header["dim"], arrays["ids"], header["meta"])
+            return cls(arrays["indptr"], arrays["indices"], arrays["values"], header.get("dim"), arrays["ids"], header.get("meta"))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -381,6 +395,20 @@ class SparseEmbeddings:
             "values": cells.flatten().to_numpy(zero_copy_only=False),
             "ids": np.array(ids, dtype=str if ids and isinstance(ids[0], str) else np.int64),
         }
+
+
+def _vector(name: str, values: Any, dtype: Any = None) -> np.ndarray[Any, Any]:
+    """One-dimensional array of integers or numbers, refused when it is not that or does not fit the type."""
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
+        raise DataError(f"{name}: expected a one-dimensional array of numbers, got {array.dtype} of shape {array.shape}")
+    if dtype is None:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if dtype == np.int64 and not np.array_equal(cast, array):
+        raise DataError(f"{name}: expected integers, got {array.dtype}")
+    return cast
 
 
 def _index_dtype(dim: int) -> type[np.signedinteger[Any]]:

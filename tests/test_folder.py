@@ -155,6 +155,13 @@ def test_saving_changes_neither_mode_nor_weights(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in enc.state_dict().items())
 
 
+def test_an_encoder_in_channels_last_order_is_saved_like_any_other(tmp_path, encoder, published):
+    enc = make().to(memory_format=torch.channels_last)
+    path = enc.save_pretrained(tmp_path / "enc")
+    assert (path / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
+    assert load_encoder(path).fingerprint() == encoder.fingerprint() == enc.fingerprint()
+
+
 def test_an_encoder_on_a_plain_timm_folder_can_be_saved_and_loaded(tmp_path, encoder):
     import timm
 
@@ -727,6 +734,12 @@ def test_a_path_that_cannot_be_a_folder_is_an_output_error(tmp_path, encoder):
             encoder.save_pretrained(path)
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_backbone_whose_arguments_cannot_be_written_is_refused_when_saving(tmp_path):
+    with refused(UsageError, match="act_layer"):
+        make(act_layer=torch.nn.SiLU).save_pretrained(tmp_path / "enc")
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_encoder_that_is_not_finite_is_not_saved(copy):

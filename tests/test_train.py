@@ -16,7 +16,7 @@ from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.encoder import load_encoder
 from rlpjepa_zoo.errors import DataError, NonFiniteError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.recipe import Recipe
-from rlpjepa_zoo.train import train
+from rlpjepa_zoo.training import train
 
 TINY = [
     "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "encoder.projector_depth=2",
@@ -52,7 +52,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal while step `step` is running."""
-    import rlpjepa_zoo.train as module
+    import rlpjepa_zoo.training as module
 
     original = module.set_learning_rates
 
@@ -155,7 +155,7 @@ def test_damaged_newest_checkpoint_falls_back(unbroken: Path, tmp_path: Path, mo
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlpjepa_zoo.train as module
+    import rlpjepa_zoo.training as module
 
     original = module.RectifiedLpJEPALoss.__call__
 
@@ -197,7 +197,7 @@ def test_unlabelled_images_train_without_probes(tmp_path: Path, rng) -> None:  #
 def test_three_views_lars_frozen_backbone_bf16(tmp_path: Path) -> None:
     more = ["views.count=3", "optim.name=lars", "optim.lr=0.5", "encoder.freeze_backbone=true", "train.precision=bf16", "train.epochs=2"]
     folder = train(tiny(*more), tmp_path / "run", progress=False)
-    from rlpjepa_zoo.train import build_encoder
+    from rlpjepa_zoo.training import build_encoder
 
     start, end = build_encoder(tiny(*more)), load_encoder(folder)
     for (name, a), b in zip(start.backbone.state_dict().items(), end.backbone.state_dict().values(), strict=True):
@@ -235,7 +235,9 @@ def launch(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
     start = [sys.executable, "-m", "rlpjepa_zoo"]
     if processes > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "rlpjepa_zoo"]
-    return subprocess.Popen([*start, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*start, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -254,20 +256,39 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     assert torch.allclose(codes(tmp_path / "one/encoder"), codes(tmp_path / "two/encoder"), atol=1e-4)
 
 
-def test_sigkill_mid_run_then_resume_is_bit_equal(tmp_path: Path) -> None:
-    arguments = ["train", "digits", *TINY, "train.checkpoint_minutes=0", "train.epochs=8", "--out", str(tmp_path / "killed"), "--quiet"]
-    process = launch(arguments)
+def wait_for_step(run: Path, step: int) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        home = tmp_path / "killed/checkpoints"
-        if home.is_dir() and any(int(p.name[5:]) >= 7 for p in home.iterdir() if p.name.startswith("step-")):
-            break
+        home = run / "checkpoints"
+        if home.is_dir() and any(int(p.name[5:]) >= step for p in home.iterdir() if p.name.startswith("step-")):
+            return
         time.sleep(0.02)
+    pytest.fail(f"no checkpoint of step {step} in time")
+
+
+def test_terminated_with_its_workers_then_killed_then_resumed_is_bit_equal(tmp_path: Path) -> None:
+    recipe = ["train.checkpoint_minutes=0", "train.epochs=10", "train.num_workers=1"]
+    arguments = ["train", "digits", *TINY, *recipe, "--out", str(tmp_path / "run"), "--quiet"]
+    process = launch(arguments)
+    wait_for_step(tmp_path / "run", 4)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and err.splitlines()[-1].startswith("error: stopped by a signal after step")
+    process = launch([*arguments, "--resume"])
+    wait_for_step(tmp_path / "run", 12)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
-    recipe = tiny("train.checkpoint_minutes=0", "train.epochs=8")
-    assert (latest(tmp_path / "killed")[0] or pytest.fail("no checkpoint")).step < 24
-    train(recipe, tmp_path / "killed", resume=True, progress=False)
-    train(tiny("train.epochs=8"), tmp_path / "whole", progress=False)
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    assert torch.equal(codes(tmp_path / "killed/encoder"), codes(tmp_path / "whole/encoder"))
+    assert (latest(tmp_path / "run")[0] or pytest.fail("no checkpoint")).step < 30
+    train(tiny(*recipe), tmp_path / "run", resume=True, progress=False)
+    train(tiny("train.epochs=10"), tmp_path / "whole", progress=False)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_cannot_be_read_at_all_is_one_line(image_folder: Path, tmp_path: Path, workers: int) -> None:
+    for file in image_folder.rglob("*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(DataError) as caught:
+        train(of_folder(image_folder, "train.batch_size=8", f"train.num_workers={workers}"), tmp_path / "run", progress=False)
+    assert str(caught.value).startswith("50 images in a row cannot be read") and "\n" not in str(caught.value)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from . import streams
-from .encoder import SparseEncoder, _Preprocessed
+from .encoder import Preprocessed, SparseEncoder, preprocessed
 from .errors import DataError
 from .images import Images
 from .metrics import dead, l0, l1
@@ -25,11 +24,9 @@ def encode(
     encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards."""
-    loader = DataLoader(_Preprocessed(images, encoder.transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list)
     features, codes, rows = [], [], []
-    was_training = encoder.training
-    encoder.eval()
-    try:
+    with encoder.evaluating():
+        loader = preprocessed(images, encoder.transform, batch_size, num_workers)
         with tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False) as bar:
             for items in loader:
                 bar.update(len(items))
@@ -39,8 +36,6 @@ def encode(
                     features.append(out.features.float().cpu())
                     codes.append(out.z.float().cpu())
                     rows += [i for i, _ in good]
-    finally:
-        encoder.train(was_training)
     if not rows:
         raise DataError("none of the images can be read")
     labels = np.full(len(rows), -1) if images.labels is None else images.labels[rows]
@@ -49,7 +44,7 @@ def encode(
 
 def pixels(encoder: SparseEncoder, images: Images) -> tuple[Tensor, Tensor]:
     """Preprocessed inputs as flat rows (n, 3 H W), and labels: the baseline that every embedding should beat."""
-    read = _Preprocessed(images, encoder.transform)
+    read = Preprocessed(images, encoder.transform)
     kept = [(i, x.flatten()) for i, x, _ in (read[i] for i in range(len(images))) if x is not None]
     labels = np.full(len(kept), -1) if images.labels is None else images.labels[[i for i, _ in kept]]
     return torch.stack([x for _, x in kept]), torch.from_numpy(np.asarray(labels))

@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 
 from . import checkpoint, collectives, streams, zoo
 from .checkpoint import Checkpoint
-from .data import Batch, Source, make_loader, open_source
+from .data import Batch, Batches, Source, make_loader, open_source
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import Preprocess, SparseEncoder, create_encoder
 from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
-from .evaluate import encode, knn_accuracy
+from .evaluation import encode, knn_accuracy
 from .images import Images
 from .metrics import batch_metrics, dead, l0, l1
 from .objectives import RectifiedLpJEPALoss, Terms
@@ -178,15 +178,15 @@ class _Run:
         if self.step >= self.total:
             log.warning("%s: already complete after %d steps", self.out, self.step)
             return self.out / "encoder"
-        loader = iter(make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size()))
+        loader = make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size())
         self.model.train()
         self._announce()
         last_saved = last_logged = time.monotonic()
         saved_at, logged_at = self.step, self.step
-        with self._signals(), self._bar() as bar:
+        with self._signals(), Batches(loader) as batches, self._bar() as bar:
             while self.step < self.total:
                 started = time.monotonic()
-                batch: Batch = next(loader)
+                batch = batches.next()
                 lr = set_learning_rates(self.optimizer, recipe, self.step, self.total, self.per_epoch)
                 torch.manual_seed(streams.key(recipe.seed, "dropout", self.step, collectives.rank()))
                 result = self._forward(batch)

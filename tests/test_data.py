@@ -1,0 +1,691 @@
+"""Training data: every source opens or is refused in one line, and a batch is a function of (seed, step) alone."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from rlpjepa_zoo import streams
+from rlpjepa_zoo.data import Batch, Source, make_loader, make_views, next_batch, open_source
+from rlpjepa_zoo.errors import DataError
+from rlpjepa_zoo.images import Images
+from rlpjepa_zoo.recipe import Data, Recipe, Views
+
+SIZE = 12
+CLASSES = ["ant", "bee", "cat"]
+
+
+@contextmanager
+def refused(*fragments: str) -> Iterator[None]:
+    with pytest.raises(DataError) as caught:
+        yield
+    message = str(caught.value)
+    assert type(caught.value) is DataError and len(message.splitlines()) == 1, message
+    for fragment in fragments:
+        assert fragment in message
+
+
+def png(seed: int, size: int = SIZE) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def toy(*more: str) -> Recipe:
+    plain = [
+        f"data.image_size={SIZE}", "views.crop_scale=[0.3, 1.0]", "views.flip=0.5", "views.jitter=0.8", "train.batch_size=8",
+        "train.num_workers=0", "encoder.backbone=test_resnet",
+    ]  # fmt: skip
+    return Recipe.load("digits", [*plain, *more])
+
+
+def photos(n: int = 40, broken: tuple[int, ...] = (), labels: bool = True) -> Source:
+    encoded = [b"junk" if i in broken else png(i) for i in range(n)]
+    found = Images(lambda i: encoded[i], [f"photo-{i}" for i in range(n)], [i % 3 for i in range(n)] if labels else None)
+    return Source(found, None, n, 3 if labels else 0)
+
+
+def batches(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1) -> list[Batch]:
+    return list(make_loader(source, recipe, steps, rank, world))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.x, b.x) and torch.equal(a.labels, b.labels) and torch.equal(a.rows, b.rows) and a.bad == b.bad
+
+
+def agree(found: list[Batch], expected: list[Batch]) -> bool:
+    return len(found) == len(expected) and all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def joined(parts: list[list[Batch]]) -> list[Batch]:
+    return [
+        Batch(
+            torch.cat([p.x for p in step], 1),
+            torch.cat([p.labels for p in step]),
+            torch.cat([p.rows for p in step]),
+            [r for p in step for r in p.bad],
+        )
+        for step in zip(*parts, strict=True)
+    ]
+
+
+def write_images(folder: Path, n: int = 3, first: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        (folder / f"{first + i:02d}.png").write_bytes(png(first + i))
+
+
+# --- digits -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_split_is_fixed_disjoint_and_stratified() -> None:
+    first, again = open_source(Data(source="digits")), open_source(Data(source="digits"), seed=9)
+    assert first.eval is not None and again.eval is not None
+    assert (len(first.train), len(first.eval), first.length, first.classes) == (1437, 360, 1437, 10)
+    assert first.train.ids == again.train.ids and first.eval.ids == again.eval.ids
+    assert len({*first.train.ids, *first.eval.ids}) == 1797
+    share = np.bincount(first.eval.labels) / (np.bincount(first.train.labels) + np.bincount(first.eval.labels))
+    assert np.abs(share - 360 / 1797).max() < 0.01
+
+
+def test_digits_keep_image_and_label_together() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch, train = load_digits(), open_source(Data(source="digits")).train
+    for i in (0, 700, 1436):
+        row = int(train.ids[i].removeprefix("digit-"))
+        assert train.labels[i] == bunch.target[row]
+        assert np.abs(np.asarray(train.read(i))[..., 0] / 255 * 16 - bunch.images[row]).max() < 0.05
+
+
+# --- folders ------------------------------------------------------------------------------------------------------------------------
+
+
+def folder(path: Path, **more: Any) -> Source:
+    return open_source(Data(source="folder", path=str(path), **more))
+
+
+def test_folder_takes_labels_from_its_sub_folders(image_folder: Path) -> None:
+    found = folder(image_folder)
+    assert (found.length, found.classes, found.eval) == (40, 2, None)
+    assert found.train.classes == ["blue", "red"]
+    assert all(found.train.classes[label] == name.split("/")[0] for label, name in zip(found.train.labels, found.train.ids, strict=True))
+    assert np.asarray(found.train.read(0))[..., 2].mean() > np.asarray(found.train.read(0))[..., 0].mean() + 60
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 5)
+    found = folder(tmp_path / "flat")
+    assert (found.length, found.classes, found.train.labels) == (5, 0, None)
+
+
+def test_a_single_sub_folder_or_images_beside_sub_folders_are_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "one" / "only", 3)
+    assert folder(tmp_path / "one").train.labels is None
+    write_images(tmp_path / "mixed" / "a", 2)
+    write_images(tmp_path / "mixed" / "b", 2, 2)
+    write_images(tmp_path / "mixed", 1, 4)
+    assert folder(tmp_path / "mixed").train.labels is None
+
+
+def test_train_and_val_folders_are_split_and_numbered_alike(tmp_path: Path) -> None:
+    for name in CLASSES:
+        write_images(tmp_path / "train" / name, 4)
+    for name in ("cat", "ant", "dog"):
+        write_images(tmp_path / "val" / name, 2)
+    found = folder(tmp_path)
+    assert found.eval is not None and (found.length, len(found.eval), found.classes) == (12, 6, 3)
+    assert dict(zip([i.split("/")[0] for i in found.eval.ids], found.eval.labels.tolist(), strict=True)) == {"ant": 0, "cat": 2, "dog": -1}
+
+
+def test_named_splits_of_a_folder_are_used(tmp_path: Path) -> None:
+    for split in ("a", "b", "val"):
+        write_images(tmp_path / split / "x", 2)
+        write_images(tmp_path / split / "y", {"a": 1, "b": 2, "val": 3}[split], 2)
+    found = folder(tmp_path, split="a", eval_split="b")
+    assert found.eval is not None and (found.length, len(found.eval)) == (3, 4)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_held_out_images_are_never_trained_on(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path / "ant", 3)
+    write_images(tmp_path / "bee", 3, 3)
+    write_images(tmp_path / name / "ant", 2, 6)
+    write_images(tmp_path / name / "bee", 2, 8)
+    try:
+        found = folder(tmp_path)
+    except DataError as error:
+        assert name in str(error)
+    else:
+        assert not any(i.startswith(f"{name}/") for i in found.train.ids) and name not in (found.train.classes or [])
+
+
+def test_missing_folders_are_refused_with_the_path(tmp_path: Path) -> None:
+    with refused(str(tmp_path / "nowhere"), "no such folder"):
+        folder(tmp_path / "nowhere")
+    with refused("data.path", "add data.path=DIR"):
+        open_source(Data(source="folder"))
+    (tmp_path / "empty").mkdir()
+    with refused(str(tmp_path / "empty"), "no images found"):
+        folder(tmp_path / "empty")
+    write_images(tmp_path / "full")
+    with refused("data.eval_split", str(tmp_path / "full" / "holdout")):
+        folder(tmp_path / "full", eval_split="holdout")
+
+
+# --- Hugging Face -------------------------------------------------------------------------------------------------------------------
+
+FEATURES = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES), "note": datasets.Value("string")})
+
+
+def table(rows: range, broken: tuple[int, ...] = ()) -> datasets.Dataset:
+    columns = {
+        "image": [{"bytes": b"junk" if i in broken else png(i), "path": None} for i in rows],
+        "label": [i % 3 for i in rows],
+        "note": [f"row {i}" for i in rows],
+    }
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_and_quick() -> Iterator[None]:
+    pause, datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN, 0
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = pause
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("parquet")
+    table(range(40), broken=(7,)).to_parquet(str(root / "train-00000-of-00002.parquet"))
+    table(range(40, 60)).to_parquet(str(root / "train-00001-of-00002.parquet"))
+    table(range(60, 75)).to_parquet(str(root / "test-00000-of-00001.parquet"))
+    return root
+
+
+def hf(path: Path, **more: Any) -> Source:
+    return open_source(Data(source="hf", path=str(path), **more))
+
+
+def test_parquet_files_are_split_by_name_with_a_broken_row_among_them(parquet: Path) -> None:
+    found = hf(parquet, eval_split="test")
+    assert found.eval is not None and (found.length, len(found.eval), found.classes) == (60, 15, 3)
+    assert found.train.labels.tolist() == [i % 3 for i in range(60)] and found.train.classes == CLASSES
+    assert np.array_equal(np.asarray(found.train.read(50)), np.asarray(Image.open(io.BytesIO(png(50)))))
+    assert np.array_equal(np.asarray(found.eval.read(3)), np.asarray(Image.open(io.BytesIO(png(63)))))
+    with refused("7: cannot be read"):
+        found.train.read(7)
+    batch = batches(found, toy("train.batch_size=60"), range(1))[0]
+    assert batch.x.shape[1] == 60 and 7 not in batch.rows and [row for row, _ in batch.bad] == [7] * len(batch.bad) != []
+
+
+def test_a_missing_split_is_refused_with_what_there_is(parquet: Path) -> None:
+    with refused("split 'holdout'", str(parquet), "train-00000"):
+        hf(parquet, split="holdout")
+    with refused("split 'holdout'"):
+        hf(parquet, eval_split="holdout")
+
+
+def test_a_single_file_is_not_both_training_and_evaluation(tmp_path: Path) -> None:
+    table(range(6)).to_parquet(str(tmp_path / "train-00000-of-00001.parquet"))
+    assert hf(tmp_path).length == 6
+    with refused("test"):
+        hf(tmp_path, eval_split="test")
+
+
+@pytest.mark.parametrize("asked", ["image_column", "label_column"])
+def test_a_missing_column_is_refused_with_those_there_are(parquet: Path, asked: str) -> None:
+    with refused("no column 'picture'", "image, label, note"):
+        hf(parquet, **{asked: "picture"})
+
+
+def test_labels_can_be_left_out(parquet: Path) -> None:
+    found = hf(parquet, label_column="none")
+    assert found.train.labels is None and found.classes == 0
+
+
+def test_a_missing_or_damaged_local_copy_is_refused(tmp_path: Path) -> None:
+    with refused("data.path", str(tmp_path / "nowhere")):
+        hf(tmp_path / "nowhere")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    with refused(str(tmp_path)):
+        hf(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with refused(str(tmp_path / "empty")):
+        hf(tmp_path / "empty")
+
+
+def test_saved_data_sets_are_read_from_disk(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table(range(9)), "test": table(range(9, 13))}).save_to_disk(str(tmp_path / "both"))
+    found = hf(tmp_path / "both", eval_split="test")
+    assert found.eval is not None and (found.length, len(found.eval), found.classes) == (9, 4, 3)
+    assert np.array_equal(np.asarray(found.eval.read(0)), np.asarray(Image.open(io.BytesIO(png(9)))))
+    with refused(str(tmp_path / "both"), "holdout"):
+        hf(tmp_path / "both", split="holdout")
+    table(range(5)).save_to_disk(str(tmp_path / "one"))
+    assert hf(tmp_path / "one").length == 5
+
+
+def test_a_data_set_saved_without_splits_is_not_both_training_and_evaluation(tmp_path: Path) -> None:
+    table(range(5)).save_to_disk(str(tmp_path / "one"))
+    with refused("test"):
+        hf(tmp_path / "one", eval_split="test")
+
+
+def test_an_unknown_hub_name_without_network_is_refused() -> None:
+    with refused("'nobody/nothing-here'"):
+        open_source(Data(source="hf", name="nobody/nothing-here"))
+
+
+# --- torchvision --------------------------------------------------------------------------------------------------------------------
+
+
+class Toy(torchvision.datasets.VisionDataset):
+    classes = CLASSES
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        super().__init__(root)
+        self.count, self.targets, self.downloaded = (6, [0, 1, 2] * 2, download) if train else (3, [2, 1, 0], download)
+        if not download and not Path(root).is_dir():
+            raise RuntimeError("Dataset not found or corrupted.\nYou can use download=True to download it")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return Image.open(io.BytesIO(png(i + (0 if self.count == 6 else 100)))), self.targets[i]
+
+
+class Splits(Toy):
+    def __init__(self, root: str, split: str = "train") -> None:
+        if split not in ("train", "val"):
+            raise ValueError(f"Unknown value '{split}' for argument split.")
+        super().__init__(root, split == "train", True)
+
+
+@pytest.fixture
+def torchvision_toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.datasets, "Toy", Toy, raising=False)
+    monkeypatch.setattr(torchvision.datasets, "Splits", Splits, raising=False)
+
+
+def vision(name: str, path: Path, **more: Any) -> Source:
+    return open_source(Data(source="torchvision", name=name, path=str(path), **more))
+
+
+def test_torchvision_classes_with_a_train_switch_give_both_parts(torchvision_toys: None, tmp_path: Path) -> None:
+    found = vision("Toy", tmp_path, download=False)
+    assert found.eval is not None and (found.length, len(found.eval), found.classes) == (6, 3, 3)
+    assert found.train.labels.tolist() == [0, 1, 2, 0, 1, 2] and found.eval.labels.tolist() == [2, 1, 0]
+    assert np.array_equal(np.asarray(found.train.read(4)), np.asarray(Image.open(io.BytesIO(png(4)))))
+
+
+def test_torchvision_classes_with_splits_take_them_by_name(torchvision_toys: None, tmp_path: Path) -> None:
+    assert vision("Splits", tmp_path).eval is None
+    found = vision("Splits", tmp_path, eval_split="val")
+    assert found.eval is not None and (found.length, len(found.eval)) == (6, 3)
+    with refused("Splits", "Unknown value 'holdout'"):
+        vision("Splits", tmp_path, eval_split="holdout")
+
+
+def test_missing_torchvision_files_are_refused_in_one_line(torchvision_toys: None, tmp_path: Path) -> None:
+    with refused("torchvision Toy", str(tmp_path / "nowhere"), "not found or corrupted"):
+        vision("Toy", tmp_path / "nowhere", download=False)
+    assert vision("Toy", tmp_path / "nowhere").length == 6
+    for name in ("CIFAR10", "MNIST", "STL10", "SVHN"):
+        with refused(f"torchvision {name}", str(tmp_path)):
+            vision(name, tmp_path, download=False)
+
+
+@pytest.mark.parametrize("name", ["CIFAR11", "cifar10", "os", "VisionDataset2", "__name__"])
+def test_unknown_torchvision_classes_are_refused(name: str, tmp_path: Path) -> None:
+    with refused(f"data.name: '{name}'", "class name such as CIFAR10"):
+        vision(name, tmp_path)
+
+
+def test_torchvision_classes_that_want_other_arguments_are_refused(tmp_path: Path) -> None:
+    for name in ("FakeData", "DatasetFolder", "Kinetics"):
+        with refused(f"torchvision {name}"):
+            vision(name, tmp_path, download=False)
+
+
+# --- limit --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_limit_takes_the_same_random_images_for_the_same_seed() -> None:
+    whole, some = open_source(Data(source="digits")), open_source(Data(source="digits", limit=50), seed=1)
+    assert (some.length, len(some.train), len(set(some.train.ids))) == (50, 50, 50)
+    number = {name: i for i, name in enumerate(whole.train.ids)}
+    assert some.train.labels.tolist() == [whole.train.labels[number[i]] for i in some.train.ids]
+    assert some.train.ids == open_source(Data(source="digits", limit=50), seed=1).train.ids
+    assert some.train.ids != open_source(Data(source="digits", limit=50), seed=2).train.ids
+    assert max(number[i] for i in some.train.ids) > 1000
+    assert some.eval is not None and len(some.eval) == 360
+
+
+def test_limit_above_the_number_of_images_changes_nothing() -> None:
+    assert open_source(Data(source="digits", limit=5000)).length == 1437
+
+
+# --- batches ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_have_the_promised_shapes() -> None:
+    found = batches(photos(), toy("views.count=3"), range(2))
+    assert len(found) == 2
+    for batch in found:
+        assert batch.x.shape == (3, 8, 3, SIZE, SIZE) and batch.x.dtype == torch.float32 and batch.bad == []
+        assert batch.labels.tolist() == [row % 3 for row in batch.rows.tolist()]
+    assert batches(photos(labels=False), toy(), range(1))[0].labels.tolist() == [-1] * 8
+
+
+def test_batches_do_not_depend_on_the_number_of_workers() -> None:
+    source = photos(broken=(3, 11))
+    expected = batches(source, toy(), range(10))
+    assert agree(batches(source, toy("train.num_workers=2"), range(10)), expected)
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 9])
+def test_a_resumed_range_gives_the_batches_of_the_unbroken_one(start: int) -> None:
+    source = photos(broken=(3,))
+    assert agree(batches(source, toy(), range(start, 12)), batches(source, toy(), range(12))[start:])
+
+
+def test_batches_do_not_depend_on_how_the_source_was_used_before() -> None:
+    source = photos()
+    expected = batches(source, toy(), range(6))
+    torch.rand(5)
+    list(source.train)
+    assert agree(batches(source, toy(), range(6)), expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_shares_of_all_ranks_make_the_batch_of_one_process(world: int) -> None:
+    source = photos(broken=(5,))
+    parts = [batches(source, toy(), range(7), rank, world) for rank in range(world)]
+    assert all(batch.x.shape[1] == 8 // world for part in parts for batch in part)
+    assert agree(joined(parts), batches(source, toy(), range(7)))
+
+
+def test_seed_and_step_change_the_batch() -> None:
+    a, b = batches(photos(), toy(), range(2))
+    other = batches(photos(), toy("seed=1"), range(1))[0]
+    assert not torch.equal(a.rows, b.rows) and not torch.equal(a.rows, other.rows)
+
+
+def test_an_epoch_is_a_permutation_and_epochs_and_seeds_differ() -> None:
+    orders = []
+    for seed in (0, 1):
+        found = batches(photos(), toy(f"seed={seed}"), range(10))
+        for epoch in (found[:5], found[5:]):
+            orders.append(torch.cat([b.rows for b in epoch]).tolist())
+            assert sorted(orders[-1]) == list(range(40))
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_incomplete_last_batch_is_dropped_without_repeats() -> None:
+    found = batches(photos(43), toy(), range(15))
+    left = []
+    for epoch in range(3):
+        rows = torch.cat([b.rows for b in found[5 * epoch : 5 * epoch + 5]]).tolist()
+        assert len(set(rows)) == 40
+        left.append(tuple(sorted(set(range(43)) - set(rows))))
+    assert len(set(left)) > 1
+
+
+def test_views_of_an_image_differ_and_change_with_the_epoch() -> None:
+    found = batches(photos(8), toy(), range(2))
+    by_row = [{int(row): batch.x[:, i] for i, row in enumerate(batch.rows)} for batch in found]
+    for row in range(8):
+        first, second = by_row[0][row], by_row[1][row]
+        assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
+
+
+def test_a_corrupt_image_is_substituted_and_counted_at_each_occurrence() -> None:
+    found = batches(photos(broken=(6,)), toy(), range(15))
+    assert all(batch.x.shape[1] == 8 and 6 not in batch.rows for batch in found)
+    seen = [record for batch in found for record in batch.bad]
+    assert [row for row, _ in seen] == [6, 6, 6] and all("photo-6: cannot be read" in reason for _, reason in seen)
+    assert [sum(len(b.bad) for b in found[5 * e : 5 * e + 5]) for e in range(3)] == [1, 1, 1]
+    for batch in found:
+        assert batch.labels.tolist() == [row % 3 for row in batch.rows.tolist()]
+
+
+def test_many_corrupt_images_leave_full_batches() -> None:
+    broken = tuple(range(0, 40, 2))
+    found = batches(photos(broken=broken), toy(), range(5))
+    assert all(batch.x.shape[1] == 8 and not set(batch.rows.tolist()) & set(broken) for batch in found)
+    first_tries = {row for batch in found for row, _ in batch.bad}
+    assert first_tries == set(broken)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_corrupt_images_is_refused_in_one_line(workers: int) -> None:
+    loader = iter(make_loader(photos(20, broken=tuple(range(20))), toy(f"train.num_workers={workers}"), range(2)))
+    with refused("images in a row cannot be read", "photo-"):
+        next_batch(loader)
+
+
+def test_fewer_images_than_a_batch_are_refused() -> None:
+    with refused("7 training images", "train.batch_size = 8"):
+        make_loader(photos(7), toy(), range(1))
+    assert len(batches(photos(8), toy(), range(1))) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_state_is_untouched(workers: int) -> None:
+    torch.manual_seed(5)
+    state, others = torch.get_rng_state(), np.random.get_state()[1].copy()
+    batches(photos(16, broken=(3,)), toy(f"train.num_workers={workers}"), range(2))
+    assert torch.equal(torch.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], others)
+
+
+# --- streams ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("stream")
+    for shard in range(2):
+        table(range(shard * 20, shard * 20 + 20)).to_parquet(str(root / f"train-{shard:05d}-of-00002.parquet"))
+    return root
+
+
+def streamed(path: Path, *more: str) -> tuple[Source, Recipe]:
+    stream = ["data.source=hf", f"data.path={path}", "data.streaming=true", "data.length=40", "data.shuffle_buffer=25"]
+    recipe = toy(*stream, *more)
+    return open_source(recipe.data, recipe.seed), recipe
+
+
+def stream_batches(path: Path, steps: range, rank: int = 0, world: int = 1, workers: int = 0) -> list[Batch]:
+    source, recipe = streamed(path, f"train.num_workers={workers}")
+    return batches(source, recipe, steps, rank, world)
+
+
+def test_a_stream_gives_each_image_once_an_epoch_in_an_order_of_its_own(stream_files: Path) -> None:
+    found = stream_batches(stream_files, range(10))
+    source, _ = streamed(stream_files)
+    assert (source.length, source.classes) == (40, 3)
+    codes = [batch.labels.tolist() for batch in found]
+    assert all(len(c) == 8 and batch.x.shape == (2, 8, 3, SIZE, SIZE) for c, batch in zip(codes, found, strict=True))
+    for epoch in (codes[:5], codes[5:]):
+        assert np.bincount(np.concatenate(epoch)).tolist() == [14, 13, 13]
+    assert codes[:5] != codes[5:]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stream_does_not_depend_on_the_number_of_workers(stream_files: Path, workers: int) -> None:
+    assert agree(stream_batches(stream_files, range(10), workers=workers), stream_batches(stream_files, range(10)))
+
+
+def test_a_stream_of_one_file_does_not_depend_on_the_number_of_workers(stream_files: Path) -> None:
+    one = stream_files / "train-00000-of-00002.parquet"
+    source, recipe = streamed(one, "data.length=20")
+    workers = recipe.model_copy(update={"train": recipe.train.model_copy(update={"num_workers": 2})})
+    assert agree(batches(source, workers, range(4)), batches(source, recipe, range(4)))
+
+
+def test_the_shares_of_a_stream_make_the_batch_of_one_process(stream_files: Path) -> None:
+    parts = [stream_batches(stream_files, range(7), rank, 2) for rank in range(2)]
+    assert agree(joined(parts), stream_batches(stream_files, range(7)))
+
+
+@pytest.mark.parametrize("start", [2, 5, 7])
+def test_a_resumed_stream_gives_the_batches_of_the_unbroken_one(stream_files: Path, start: int) -> None:
+    assert agree(stream_batches(stream_files, range(start, 10)), stream_batches(stream_files, range(10))[start:])
+
+
+def test_a_stream_that_ends_too_soon_is_refused(stream_files: Path) -> None:
+    source, recipe = streamed(stream_files, "data.length=56")
+    loader = iter(make_loader(source, recipe, range(7)))
+    for _ in range(5):
+        next_batch(loader)
+    with refused("data.length", "ended after 40 images", "56 were promised"):
+        next_batch(loader)
+
+
+def test_a_stream_replaces_and_counts_an_unreadable_image(tmp_path: Path) -> None:
+    table(range(24), broken=(4,)).to_parquet(str(tmp_path / "train.parquet"))
+    source, recipe = streamed(tmp_path, "data.length=24")
+    found = batches(source, recipe, range(3))
+    assert all(batch.x.shape[1] == 8 for batch in found)
+    seen = [record for batch in found for record in batch.bad]
+    assert len(seen) == 1 and "cannot be read" in seen[0][1] and seen[0][0] not in torch.cat([b.rows for b in found])
+
+
+def test_a_stream_of_unreadable_images_is_refused(tmp_path: Path) -> None:
+    table(range(16), broken=tuple(range(16))).to_parquet(str(tmp_path / "train.parquet"))
+    source, recipe = streamed(tmp_path, "data.length=16")
+    with refused("unreadable images", "cannot be read"):
+        next_batch(iter(make_loader(source, recipe, range(2))))
+
+
+# --- views --------------------------------------------------------------------------------------------------------------------------
+
+NEUTRAL: dict[str, Any] = {"crop_scale": None, "jitter": 0, "grayscale": 0, "flip": 0}
+PLAIN = {"source": "digits", "image_size": 16, "mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+def viewed(image: np.ndarray, n: int, size: int = 16, **views: Any) -> list[torch.Tensor]:
+    transform = make_views(Views(**{**NEUTRAL, **views}), Data(**{**PLAIN, "image_size": size}))
+    picture, made = Image.fromarray(image), []
+    for draw in range(n):
+        with streams.seeded(0, "test", draw):
+            made.append(transform(picture))
+    return made
+
+
+def coloured() -> np.ndarray:
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:, :8], image[:, 8:] = (200, 40, 40), (20, 90, 60)
+    return image
+
+
+def test_a_view_without_randomness_is_the_normalised_image() -> None:
+    image = coloured()
+    data = Data(source="digits", image_size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    found = make_views(Views(**NEUTRAL), data)(Image.fromarray(image))
+    expected = (image / 255 - np.array(data.mean)) / np.array(data.std)
+    assert found.dtype == torch.float32 and np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+def is_flipped(x: torch.Tensor) -> bool:
+    return bool(x[0, 0, 0] < x[0, 0, -1])
+
+
+def is_grey(x: torch.Tensor) -> bool:
+    return bool((x[0] == x[1]).all() and (x[1] == x[2]).all())
+
+
+def is_solarized(x: torch.Tensor) -> bool:
+    return bool(x[0, 0, 0] < 0.5)
+
+
+def is_changed(x: torch.Tensor) -> bool:
+    return not torch.equal(x, torch.from_numpy(coloured()).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize(
+    ("field", "happened", "probability"),
+    [
+        ("flip", is_flipped, 0.5), ("flip", is_flipped, 0.1), ("grayscale", is_grey, 0.2), ("solarize", is_solarized, 0.1),
+        ("jitter", is_changed, 0.8), ("blur", is_changed, 0.5), ("equalize", is_changed, 0.3),
+    ],
+)  # fmt: skip
+def test_random_operations_happen_as_often_as_asked(field: str, happened: Callable[[torch.Tensor], bool], probability: float) -> None:
+    n = 500
+    count = sum(happened(x) for x in viewed(coloured(), n, **{field: probability}))
+    assert abs(count - n * probability) < 4 * (n * probability * (1 - probability)) ** 0.5
+
+
+def test_solarize_inverts_above_128_only() -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8], image[8:] = 127, 200
+    found = viewed(image, 1, solarize=1.0)[0]
+    assert float(found[0, 0, 0]) == pytest.approx(127 / 255) and float(found[0, -1, 0]) == pytest.approx(55 / 255)
+
+
+def test_noise_has_the_asked_standard_deviation_after_normalisation() -> None:
+    grey = np.full((16, 16, 3), 128, np.uint8)
+    found = torch.stack(viewed(grey, 30, noise=0.8)) - 128 / 255
+    assert float(found.std()) == pytest.approx(0.8, rel=0.02) and abs(float(found.mean())) < 0.02
+
+
+def crop_boxes(n: int, **views: Any) -> tuple[np.ndarray, np.ndarray]:
+    ramp = np.linspace(0, 255, 256).astype(np.uint8)
+    image = np.stack([np.tile(ramp, (256, 1)), np.tile(ramp[:, None], (1, 256)), np.zeros((256, 256), np.uint8)], -1)
+    made = torch.stack(viewed(image, n, size=32, interpolation="bilinear", **views))
+    width = (made[:, 0, 16, 31] - made[:, 0, 16, 0]).numpy() * 255 / 256 * 32 / 31
+    height = (made[:, 1, 31, 16] - made[:, 1, 0, 16]).numpy() * 255 / 256 * 32 / 31
+    return width, height
+
+
+def simulated_areas(n: int, low: float, high: float) -> np.ndarray:
+    rng, areas = np.random.default_rng(0), []
+    while len(areas) < n:
+        for _ in range(10):
+            area, ratio = rng.uniform(low, high), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+            if area * ratio <= 1 and area / ratio <= 1:
+                areas.append(area)
+                break
+        else:
+            areas.append(1.0)
+    return np.array(areas)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 1.0), (0.5, 0.7)])
+def test_crops_cover_the_asked_shares_of_the_area(low: float, high: float) -> None:
+    width, height = crop_boxes(400, crop_scale=(low, high))
+    area, ratio = width * height, width / height
+    assert low - 0.02 < area.min() and area.max() < high + 0.02
+    assert ratio.min() > 3 / 4 - 0.03 and ratio.max() < 4 / 3 + 0.04
+    expected = simulated_areas(20000, low, high)
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert abs(np.quantile(area, share) - np.quantile(expected, share)) < 0.08 * (high - low)
+    assert abs(np.log(ratio).mean()) < 0.03
+
+
+def test_without_a_crop_the_whole_image_is_resized() -> None:
+    width, height = crop_boxes(3)
+    assert np.abs(width - 1).max() < 0.03 and np.abs(height - 1).max() < 0.03
+
+
+def test_rotation_and_translation_stay_within_their_bounds() -> None:
+    image = np.zeros((33, 33, 3), np.uint8)
+    image[15:18, 15:18] = 255
+    centres = []
+    for x in viewed(image, 200, size=33, translate=0.1):
+        rows, columns = torch.nonzero(x[0] > 0.3, as_tuple=True)
+        centres.append((float(rows.float().mean()) - 16, float(columns.float().mean()) - 16))
+    reach = np.abs(np.array(centres))
+    assert reach.max() <= 0.1 * 33 + 0.5 and (reach.max(0) > 2).all()

@@ -44,7 +44,7 @@ _HOME = {
     "train": "training",
     "list_encoders": "zoo",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,15 @@ def render(config: dict[str, Any], name: str = "owner/repo") -> str:
     """
     block = config["rlpjepa_zoo"]
     info = block.get("info", {})
-    sections = [_front(config, info), _head(config, block, name), _use(config, block, name), _densities(block, info), _results(info), _origin(block, info), _LIMITS]
+    sections = [
+        _front(config, info),
+        _head(config, block, name),
+        _use(config, block, name),
+        _densities(block, info),
+        _results(info),
+        _origin(block, info),
+        _LIMITS,
+    ]
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
@@ -42,7 +50,10 @@ def _front(config: dict[str, Any], info: dict[str, Any]) -> str:
     if metrics:
         dataset = {"type": str(info.get("data", "images")), "name": str(info.get("data", "images"))}
         data["model-index"] = [
-            {"name": config["architecture"], "results": [{"task": {"type": "image-feature-extraction"}, "dataset": dataset, "metrics": metrics}]}
+            {
+                "name": config["architecture"],
+                "results": [{"task": {"type": "image-feature-extraction"}, "dataset": dataset, "metrics": metrics}],
+            }
         ]
     return "---\n" + yaml.safe_dump(data, sort_keys=False) + "---"
 
@@ -52,7 +63,10 @@ def _head(config: dict[str, Any], block: dict[str, Any], name: str) -> str:
     target = block.get("info", {}).get("target")
     text = f"# Sparse image encoder: {config['architecture']}, {head['dim']} dimensions\n\n"
     if target is None:
-        return text + "Backbone and rectified projector, **not trained** by Rectified LpJEPA: the codes are non-negative and sparse but mean nothing yet."
+        return (
+            text
+            + "Backbone and rectified projector, **not trained** by Rectified LpJEPA: the codes are non-negative and sparse but mean nothing yet."
+        )
     return text + (
         f"Trained without labels by Rectified LpJEPA (arXiv 2602.01456) so that its embeddings are non-negative and sparse: they are matched to the "
         f"rectified generalized Gaussian with p = {target['p']:g}, mu = {target['mu']:.4g}, sigma = {target['sigma']:.4g}."
@@ -70,8 +84,13 @@ e = enc.embed(["a.jpg", "b.jpg"])  # SparseEmbeddings: CSR, values >= 0, exact z
 ```
 """
     if block.get("needs_package"):
-        return text + f"\n`{config['architecture']}` has a small-image stem that plain timm does not know: `import rlpjepa_zoo.resnet` first, then timm opens the backbone."
-    return text + f"""
+        return (
+            text
+            + f"\n`{config['architecture']}` has a small-image stem that plain timm does not know: `import rlpjepa_zoo.resnet` first, then timm opens the backbone."
+        )
+    return (
+        text
+        + f"""
 The dense backbone alone opens in plain timm, without this package:
 
 ```python
@@ -80,6 +99,7 @@ import timm
 backbone = timm.create_model("hf-hub:{name}", pretrained=True).eval()
 ```
 """
+    )
 
 
 def _densities(block: dict[str, Any], info: dict[str, Any]) -> str:

@@ -111,14 +111,23 @@ def _read(step: int, path: Path) -> Checkpoint:
         raise ModelError(f"{path}: no MANIFEST.json")
     manifest = parse_json(manifest_path.read_bytes(), str(manifest_path))
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("step") != step or set(files) != {"model.safetensors", "optimizer.safetensors", "state.json"}:
+    if (
+        not isinstance(files, dict)
+        or manifest.get("step") != step
+        or set(files) != {"model.safetensors", "optimizer.safetensors", "state.json"}
+    ):
         raise ModelError(f"{manifest_path}: not the manifest of step {step}")
     for name, entry in files.items():
         file = path / name
-        if not file.is_file() or not isinstance(entry, dict) or file.stat().st_size != entry.get("size") or sha256(file) != entry.get("sha256"):
+        if (
+            not file.is_file()
+            or not isinstance(entry, dict)
+            or file.stat().st_size != entry.get("size")
+            or sha256(file) != entry.get("sha256")
+        ):
             raise ModelError(f"{file}: missing or differs from its sha256")
-    tensors = [safetensors.torch.load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors")]
-    return Checkpoint(step, *tensors, parse_json((path / "state.json").read_bytes(), str(path / "state.json")))
+    model, optimizer = (safetensors.torch.load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
+    return Checkpoint(step, model, optimizer, parse_json((path / "state.json").read_bytes(), str(path / "state.json")))
 
 
 # --- optimizer state as tensors + JSON ------------------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the be
 
 
 @app.callback()
-def _root(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also accepted after the command).")] = False) -> None:
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also accepted after the command).")] = False,
+) -> None:
     pass
 
 
@@ -104,7 +106,9 @@ def _facts(recipe: Any) -> dict[str, Any]:
         try:
             encoder.eval()(torch.empty(2, 3, side, side))
         except Exception as error:
-            raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {(str(error).splitlines() or ['?'])[0]}") from error
+            raise RecipeError(
+                f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {(str(error).splitlines() or ['?'])[0]}"
+            ) from error
     return {
         "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
         "expected density": recipe.target.density_in_theory(),
@@ -118,13 +122,17 @@ def _facts(recipe: Any) -> dict[str, Any]:
 @app.command()
 def embed(
     source: SourceName,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="A folder, image files, or a parquet file with an image column.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="A folder, image files, or a parquet file with an image column.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write: .safetensors, .npz or .parquet.")],
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
     max_active: Annotated[int | None, typer.Option(min=1, help="Keep only this many largest values of each image.")] = None,
     values: Annotated[str, typer.Option(help="float32 (exact) or float16.")] = "float32",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them in OUT.failed.jsonl, and go on.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them in OUT.failed.jsonl, and go on.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     device: Device = None,
@@ -165,7 +173,12 @@ def embed(
 @app.command(name="eval")
 def evaluate(
     source: SourceName,
-    data: Annotated[str, typer.Option(help="digits, a folder (train/ and val/ with a folder per class, or parquet files), or a recipe whose data section to use.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits, a folder (train/ and val/ with a folder per class, or parquet files), or a recipe whose data section to use."
+        ),
+    ],
     overrides: Overrides = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images, drawn at random.")] = None,
     pixels: Annotated[bool, typer.Option(help="Measure raw pixels too.")] = True,
@@ -181,6 +194,7 @@ def evaluate(
     from .data import open_source
     from .encoder import load_encoder
     from .errors import DataError
+    from .evaluation import accuracy_table
     from .evaluation import evaluate as run
     from .recipe import Data, Recipe
 
@@ -193,7 +207,9 @@ def evaluate(
         section = Recipe.load(data, overrides or []).data
     opened = open_source(section)
     if opened.eval is None:
-        raise DataError(f"--data {data}: no evaluation images; expected a folder val/ or test/ beside train/, or a recipe with data.eval_split")
+        raise DataError(
+            f"--data {data}: no evaluation images; expected a folder val/ or test/ beside train/, or a recipe with data.eval_split"
+        )
     encoder = load_encoder(source, revision=revision, device=_device(device))
     report = run(encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit)
     if out is not None:
@@ -204,15 +220,6 @@ def evaluate(
     print(accuracy_table(report))
     print(f"density of z {report['l0']:.4f} (effective, l1: {report['l1']:.4f}), dead dimensions {report['dead']:.4f}")
     print(report["protocol"])
-
-
-def accuracy_table(report: dict[str, Any]) -> str:
-    """kNN, linear and 1-shot accuracy of each representation, as text."""
-    lines = [f"{'':<16}{'kNN':>9}{'linear':>9}{'1-shot':>9}"]
-    for name, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
-        if f"knn_{name}" in report:
-            lines.append(f"{label:<16}" + "".join(f"{report[f'{kind}_{name}']:>9.3f}" for kind in ("knn", "linear", "one_shot")))
-    return "\n".join(lines)
 
 
 @app.command(name="list")
@@ -236,7 +243,17 @@ def list_(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    columns = {"name": "name", "backbone": "architecture", "data": "data", "dim": "dim", "density": "density", "linear z": "linear_z", "kNN z": "knn_z", "MB": "megabytes", "repo": "repo"}
+    columns = {
+        "name": "name",
+        "backbone": "architecture",
+        "data": "data",
+        "dim": "dim",
+        "density": "density",
+        "linear z": "linear_z",
+        "kNN z": "knn_z",
+        "MB": "megabytes",
+        "repo": "repo",
+    }
     table = [list(columns)] + [[_short(row.get(key)) for key in columns.values()] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table))

@@ -61,11 +61,11 @@ def open_source(data: Data, seed: int = 0) -> Source:
     """
     opener = {"digits": _open_digits, "torchvision": _open_torchvision, "folder": _open_folder, "hf": _open_hf}[data.source]
     train, evaluation, classes = opener(data, seed)
-    length = data.length if data.streaming else len(train)
+    length = data.length or len(train)
     if data.limit is not None and data.limit < length:
         rows = torch.randperm(length, generator=streams.generator(seed, "limit"))[: data.limit].sort().values
         train, length = train.take(rows.numpy()), data.limit
-    return Source(train, evaluation, int(length or 0), classes)
+    return Source(train, evaluation, length, classes)
 
 
 def _count(train: Images, evaluation: Images | None = None) -> int:
@@ -110,9 +110,11 @@ def _open_torchvision(data: Data, seed: int) -> tuple[Images, Images | None, int
         if "download" in parameters:
             options["download"] = data.download
         try:
-            found = kind(**options)
+            found: Any = kind(**options)
         except Exception as error:
-            raise DataError(f"data: torchvision {data.name} in '{options['root']}': {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+            raise DataError(
+                f"data: torchvision {data.name} in '{options['root']}': {(str(error).splitlines() or [type(error).__name__])[0]}"
+            ) from error
         labels = next((getattr(found, n) for n in ("targets", "labels", "_labels") if hasattr(found, n)), None)
         return Images(partial(_first, found), range(len(found)), labels, getattr(found, "classes", None))
 
@@ -292,7 +294,9 @@ class _Stream(IterableDataset[Batch]):
             for step in range(epoch * self.per_epoch, last):
                 taken = [pair for pair, _ in zip(rows, range(batch), strict=False)]
                 if len(taken) < batch:
-                    raise DataError(f"data.length: the stream ended after {step % self.per_epoch * batch + len(taken)} images, {self.recipe.data.length} were promised")
+                    raise DataError(
+                        f"data.length: the stream ended after {step % self.per_epoch * batch + len(taken)} images, {self.recipe.data.length} were promised"
+                    )
                 if step >= first and (step - self.steps.start) % of == mine:
                     yield _collate(self._items(taken, self.rank * share, share, epoch))
 
@@ -387,7 +391,6 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
 
     Raises:
         DataError: fewer images than one batch.
-        RecipeError: a batch that the ranks cannot share evenly is refused by the caller.
     """
     per_epoch = source.length // recipe.train.batch_size
     if per_epoch < 1:
@@ -400,4 +403,5 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
     if recipe.data.streaming:
         return DataLoader(_Stream(source.train, recipe, steps, per_epoch, rank, world), batch_size=None, **common)
     sampler: Any = _Steps(source.length, recipe, steps, rank, world)
-    return DataLoader(_Augmented(source.train, recipe), batch_sampler=sampler, collate_fn=_collate, **common)
+    items: Any = _Augmented(source.train, recipe)
+    return DataLoader(items, batch_sampler=sampler, collate_fn=_collate, **common)

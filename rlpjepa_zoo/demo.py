@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from .cli import accuracy_table
 from .data import open_source
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import load_encoder
 from .errors import UsageError
-from .evaluation import encode, evaluate, linear_accuracy, one_shot_accuracy
+from .evaluation import accuracy_table, encode, evaluate, linear_accuracy, one_shot_accuracy
 from .images import Images
 from .pictures import overview
 from .recipe import Recipe
@@ -58,7 +57,7 @@ def run(out: Path, density: float = 0.12, epochs: float = 40, progress: bool = T
 
     n, dim = embeddings.shape
     found = {
-        "asked": density, "theory": recipe.target.density_in_theory(), "measured": embeddings.l0, "density_training": next(r["l0"] for r in reversed(rows) if r["kind"] == "train"),
+        "asked": density, "theory": recipe.target.density_in_theory(), "measured": embeddings.l0,
         **{k: v for k, v in report.items() if k != "protocol"}, "encoder": str(folder), "embeddings": str(file), "picture": str(picture),
         "bytes_sparse": file.stat().st_size, "bytes_dense": 4 * n * dim, "reloaded_equal": again == embeddings, "seconds": time.monotonic() - started,
     }  # fmt: skip
@@ -89,6 +88,7 @@ def _make_room(out: Path) -> None:
 
 def _text(found: dict[str, Any], report: dict[str, Any], embeddings: SparseEmbeddings) -> str:
     ratio = found["bytes_dense"] / found["bytes_sparse"]
+    size = f"{embeddings.shape[0]} x {embeddings.dim}, {found['bytes_sparse']:,}"
     return f"""
 density of z      asked {found["asked"]:.3f}   theory of the target {found["theory"]:.3f}   measured on test images {found["measured"]:.3f}
 
@@ -96,7 +96,7 @@ density of z      asked {found["asked"]:.3f}   theory of the target {found["theo
 {report["protocol"]}
 
 encoder           {found["encoder"]}   (timm's format: config.json, model.safetensors, head.safetensors, ...)
-embeddings        {found["embeddings"]}   {embeddings.shape[0]} x {embeddings.dim}, {found["bytes_sparse"]:,} bytes; dense float32: {found["bytes_dense"]:,} ({ratio:.1f} x)
+embeddings        {found["embeddings"]}   {size} bytes; dense float32: {found["bytes_dense"]:,} ({ratio:.1f} x)
 picture           {found["picture"]}
 {found["seconds"]:.0f} seconds in all. Next:
 

@@ -76,7 +76,9 @@ class Preprocess:
         found = timm.data.resolve_model_data_config(backbone)
         if img_size is not None:
             found["input_size"] = (found["input_size"][0], *((img_size, img_size) if isinstance(img_size, int) else img_size))
-        return cls(tuple(found["input_size"][1:]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], float(found["crop_pct"]))
+        return cls(
+            tuple(found["input_size"][1:]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], float(found["crop_pct"])
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,9 @@ class SparseEncoder(nn.Module):
             (B, F), in the dtype the backbone computes in.
         """
         if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise UsageError(f"expected a float batch (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}; preprocess images with enc.transform")
+            raise UsageError(
+                f"expected a float batch (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}; preprocess images with enc.transform"
+            )
         return self.backbone(x)
 
     def both(self, x: Tensor) -> Output:
@@ -233,14 +237,18 @@ class SparseEncoder(nn.Module):
             (2, 16)
         """
         if batch_size < 1 or (max_active is not None and max_active < 1) or on_error not in ("raise", "skip"):
-            raise UsageError(f"embed: expected batch_size >= 1, max_active >= 1, on_error 'raise' or 'skip', got {batch_size}, {max_active}, {on_error!r}")
+            raise UsageError(
+                f"embed: expected batch_size >= 1, max_active >= 1, on_error 'raise' or 'skip', got {batch_size}, {max_active}, {on_error!r}"
+            )
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         parts = [SparseEmbeddings.from_dense(np.zeros((0, self.config.dim)), meta=meta)]
         with self.evaluating():
             for ids, x in self._batches(images, batch_size, num_workers, progress, on_error, failures):
                 z = self(x.to(self.device)).float()
                 if not torch.isfinite(z).all():
-                    raise NonFiniteError(f"the encoder gave NaN or infinity for the batch that starts at {ids[0]!r}; its weights are damaged or diverged")
+                    raise NonFiniteError(
+                        f"the encoder gave NaN or infinity for the batch that starts at {ids[0]!r}; its weights are damaged or diverged"
+                    )
                 part = SparseEmbeddings.from_dense(z, ids, meta)
                 parts.append(part if max_active is None else part.top_k(max_active))
         return SparseEmbeddings.concat(parts if len(parts) == 1 else parts[1:])
@@ -250,7 +258,9 @@ class SparseEncoder(nn.Module):
     ) -> Iterator[tuple[list[Any], Tensor]]:
         if isinstance(source, Tensor):
             if source.dim() != 4 or source.shape[1] != 3 or not source.is_floating_point():
-                raise DataError(f"expected a float tensor (B, 3, H, W), got {source.dtype} of shape {tuple(source.shape)}; pass PIL images for uint8 pixels")
+                raise DataError(
+                    f"expected a float tensor (B, 3, H, W), got {source.dtype} of shape {tuple(source.shape)}; pass PIL images for uint8 pixels"
+                )
             for start in tqdm(range(0, len(source), batch_size), desc="embed", unit="batch", disable=not progress):
                 rows = source[start : start + batch_size]
                 yield list(range(start, start + len(rows))), rows
@@ -271,7 +281,9 @@ class SparseEncoder(nn.Module):
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | Path, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo") -> Path:
+    def save_pretrained(
+        self, path: str | Path, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo"
+    ) -> Path:
         """Write the published folder (see `rlpjepa_zoo.folder`): timm's format plus projector, golden codes and card.
 
         Args:
@@ -327,7 +339,9 @@ class SparseEncoder(nn.Module):
         except ValueError as error:  # an argument such as act_layer=nn.GELU
             raise UsageError(f"the backbone cannot be described in config.json: {error}") from error
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None, **save: Any) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None, **save: Any
+    ) -> str:
         """Save and upload to the Hugging Face Hub in one commit; returns the commit's address.
 
         Args:
@@ -414,7 +428,9 @@ def _check_golden(encoder: SparseEncoder, golden: dict[str, Tensor], where: Path
             raise ModelError(f"{where}: {station} have shape {tuple(got.shape)}, the saved ones {tuple(expected.shape)}")
         error = float((got - expected).abs().max()) / max(1.0, float(expected.abs().max()))
         if not error <= tolerance:
-            raise ModelError(f"{where}: {station} differ from the saved ones by {error:.2g} (allowed {tolerance:g}); other versions of torch, timm or Pillow?")
+            raise ModelError(
+                f"{where}: {station} differ from the saved ones by {error:.2g} (allowed {tolerance:g}); other versions of torch, timm or Pillow?"
+            )
 
 
 # --- making and loading --------------------------------------------------------------------------------------------------------------
@@ -465,7 +481,7 @@ def create_encoder(
     return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
 
 
-def _create_backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> nn.Module:
+def _create_backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
     if timm_kwargs.get("in_chans", 3) != 3:
         raise ModelError(f"in_chans: images are RGB, so it must be 3, got {timm_kwargs['in_chans']!r}")
     if timm_kwargs.get("global_pool", "avg") in ("", None, False):
@@ -511,13 +527,20 @@ def load_encoder(
     folder.verify(path, config)
     block = config[folder.BLOCK]
     try:
-        preprocess = Preprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()})
-        head = {"dim": block["projector"]["dim"], "hidden_dim": block["projector"]["hidden_dim"], "projector_depth": block["projector"]["depth"]}
+        saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()}
+        preprocess = Preprocess(**saved)
+        head = {
+            "dim": block["projector"]["dim"],
+            "hidden_dim": block["projector"]["hidden_dim"],
+            "projector_depth": block["projector"]["depth"],
+        }
         for key, top in (("dim", 2**20), ("hidden_dim", 2**20), ("projector_depth", 64)):
             if type(head[key]) is not int or not 1 <= head[key] <= top:
                 raise ValueError(f"{key}: expected an integer in 1 .. {top}, got {head[key]!r}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path}/config.json: {folder.BLOCK}.preprocess or .projector is not what this version expects ({error})") from error
+        raise ModelError(
+            f"{path}/config.json: {folder.BLOCK}.preprocess or .projector is not what this version expects ({error})"
+        ) from error
     if ":" in config["architecture"]:
         raise ModelError(f"{path}/config.json: architecture '{config['architecture']}' points to another model; expected a plain timm name")
     model_args = config.get("model_args", {})

@@ -16,7 +16,7 @@ from .errors import DataError
 from .images import Images
 from .metrics import dead, l0, l1
 
-__all__ = ["encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy"]
+__all__ = ["accuracy_table", "encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy"]
 
 
 @torch.no_grad()
@@ -160,3 +160,12 @@ def evaluate(
         report[f"linear_{name}"] = linear_accuracy(a, y, b, test_y)
         report[f"one_shot_{name}"], report[f"one_shot_std_{name}"] = one_shot_accuracy(a, y, b, test_y)
     return report
+
+
+def accuracy_table(report: dict[str, Any]) -> str:
+    """kNN, linear and 1-shot accuracy of each representation, as text."""
+    lines = [f"{'':<16}{'kNN':>9}{'linear':>9}{'1-shot':>9}"]
+    for name, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
+        if f"knn_{name}" in report:
+            lines.append(f"{label:<16}" + "".join(f"{report[f'{kind}_{name}']:>9.3f}" for kind in ("knn", "linear", "one_shot")))
+    return "\n".join(lines)

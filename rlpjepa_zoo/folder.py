@@ -164,4 +164,6 @@ def verify(folder: str | Path, config: dict[str, Any]) -> None:
         if not path.is_file():
             raise ModelError(f"{path}: missing; download or save the encoder again")
         if path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):
-            raise ModelError(f"{path}: differs from the sha256 in config.json (damaged or from another version); download or save the encoder again")
+            raise ModelError(
+                f"{path}: differs from the sha256 in config.json (damaged or from another version); download or save the encoder again"
+            )

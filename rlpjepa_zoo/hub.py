@@ -40,7 +40,9 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
             return local
         entry = zoo.entry(text)
         if not entry.get("repo"):
-            raise HubError(f"'{text}' ships with this package and is not on the Hub, so it has no revision '{revision}'; leave revision out")
+            raise HubError(
+                f"'{text}' ships with this package and is not on the Hub, so it has no revision '{revision}'; leave revision out"
+            )
         repo, at = entry["repo"], entry.get("commit", "")
     elif not _REPO.fullmatch(repo):
         known = zoo.list_encoders()
@@ -67,7 +69,15 @@ def _download(repo: str, revision: str | None, token: str | None, cache_dir: str
         raise _explain(error, repo, revision) from error
 
 
-def push(folder: Path, repo: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None, message: str | None = None) -> str:
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
     """Upload a published folder (only the files of the format) in one commit; returns its address."""
     from huggingface_hub import HfApi
 
@@ -79,7 +89,11 @@ def push(folder: Path, repo: str, *, private: bool | None = None, revision: str 
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         commit: Any = api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, allow_patterns=list(NAMES), commit_message=message or "Upload sparse encoder"
+            repo_id=repo,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=list(NAMES),
+            commit_message=message or "Upload sparse encoder",
         )
     except Exception as error:
         raise _explain(error, repo, revision) from error

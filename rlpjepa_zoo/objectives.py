@@ -43,7 +43,9 @@ def parse_directions(kind: str, n: int, dim: int) -> list[tuple[str, int]]:
     for part in kind.split("+"):
         match = re.fullmatch(r"\s*([a-z-]+)(?::(\d+))?\s*", part)
         if match is None or match[1] not in FAMILIES:
-            raise ValueError(f"directions: unknown family '{part.strip()}' in '{kind}'; expected {', '.join(FAMILIES)} or a mix such as 'axes+random'")
+            raise ValueError(
+                f"directions: unknown family '{part.strip()}' in '{kind}'; expected {', '.join(FAMILIES)} or a mix such as 'axes+random'"
+            )
         parts.append((match[1], int(match[2]) if match[2] else None))
     if len(parts) == 1:
         return [(parts[0][0], n)] if parts[0][1] in (None, n) else _bad_count(kind, n)
@@ -63,9 +65,7 @@ def _bad_count(kind: str, n: int) -> Any:
     raise ValueError(f"directions: the counts of '{kind}' do not add up to n = {n}; give counts as 'axes:64+random', or change n")
 
 
-def directions(
-    kind: str, n: int, dim: int, generator: torch.Generator | None = None, features: Tensor | None = None
-) -> Tensor:
+def directions(kind: str, n: int, dim: int, generator: torch.Generator | None = None, features: Tensor | None = None) -> Tensor:
     """Unit vectors to project on.
 
     Args:
@@ -98,9 +98,7 @@ def directions(
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
-def _family(
-    family: str, n: int, dim: int, generator: torch.Generator | None, device: torch.device, features: Tensor | None
-) -> Tensor:
+def _family(family: str, n: int, dim: int, generator: torch.Generator | None, device: torch.device, features: Tensor | None) -> Tensor:
     def gaussian(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator, device=device)
 
@@ -304,7 +302,9 @@ class RectifiedLpJEPALoss:
         c = directions(self.kind, self.n, dim, source, features=everyone)
         mine = c[collectives.rank() :: collectives.world_size()]
         if len(c) < collectives.world_size():
-            raise ValueError(f"directions: {self.n} are fewer than {collectives.world_size()} ranks; raise objective.num_directions")  # on every rank
+            raise ValueError(
+                f"directions: {self.n} are fewer than {collectives.world_size()} ranks; raise objective.num_directions"
+            )  # on every rank
         share = len(mine) * collectives.world_size() / len(c)  # 1 when the ranks divide n evenly
         matching = sliced_wasserstein(everyone, y, mine, self.chunk) * share
         return Terms(self.invariance_weight * inv + self.matching_weight * matching, inv, matching)

@@ -44,12 +44,15 @@ def make_optimizer(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe)
         groups.append({"params": list(probes.parameters()), "weight_decay": 0.0, "peak": recipe.probe_lr})
     groups = [group for group in groups if group["params"]]
     if options.name == "lars":
-        return timm.optim.create_optimizer_v2(groups, opt="larc", lr=recipe.lr, momentum=options.momentum, trust_coeff=options.trust_coefficient)
+        return timm.optim.create_optimizer_v2(
+            groups, opt="larc", lr=recipe.lr, momentum=options.momentum, trust_coeff=options.trust_coefficient
+        )
     return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
 
 
 def _split(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    weights, others = [], []
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in parameters:
         (weights if parameter.dim() > 1 else others).append(parameter)
     return weights, others

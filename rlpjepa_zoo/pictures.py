@@ -74,7 +74,13 @@ def _law(axes: Any, law: RectifiedGeneralizedGaussian, z: Tensor) -> None:
     axes.plot(x, law.log_prob(x).exp(), color=SECOND, lw=2, label="target")
     measured = (values == 0).mean()
     axes.text(
-        0.97, 0.62, f"zeros\nmeasured {measured:.1%}\ntarget {1 - float(law.l0):.1%}", transform=axes.transAxes, ha="right", color=INK, fontsize=9
+        0.97,
+        0.62,
+        f"zeros\nmeasured {measured:.1%}\ntarget {1 - float(law.l0):.1%}",
+        transform=axes.transAxes,
+        ha="right",
+        color=INK,
+        fontsize=9,
     )
     axes.set(xlabel="value of a coordinate", ylabel="probability density", title="Law of the embedding (test images)", yscale="log")
     axes.legend(frameon=False, fontsize=8)
@@ -119,7 +125,9 @@ def _units(figure: Figure, place: Any, z: Tensor, images: Images) -> None:
     inner = place.subgridspec(2, 6, hspace=0.3, wspace=0.08)
     for cell, unit in enumerate(chosen):
         axes = figure.add_subplot(inner[cell // 6, cell % 6])
-        tiles = [np.pad(np.asarray(images.read(int(i)).resize((32, 32))), ((1, 1), (1, 1), (0, 0)), constant_values=255) for i in which[:, unit]]
+        tiles = [
+            np.pad(np.asarray(images.read(int(i)).resize((32, 32))), ((1, 1), (1, 1), (0, 0)), constant_values=255) for i in which[:, unit]
+        ]
         sheet = np.concatenate([np.concatenate(tiles[:4], axis=1), np.concatenate(tiles[4:], axis=1)], axis=0)
         axes.imshow(sheet)
         fires = float((z[:, unit] > 0).float().mean())

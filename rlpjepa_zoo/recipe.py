@@ -50,7 +50,11 @@ class Section(BaseModel):
     @classmethod
     def _null(cls, values: Any) -> Any:
         """`key:` and `key: null` mean None where the field is optional."""
-        return {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()} if isinstance(values, dict) else values
+        return (
+            {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()}
+            if isinstance(values, dict)
+            else values
+        )
 
 
 class Data(Section):
@@ -95,7 +99,18 @@ class Data(Section):
             "folder": {"path", "split", "eval_split"},
             "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
         }[self.source]
-        of_some_source = {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer", "download"}
+        of_some_source = {
+            "name",
+            "path",
+            "split",
+            "eval_split",
+            "image_column",
+            "label_column",
+            "streaming",
+            "length",
+            "shuffle_buffer",
+            "download",
+        }
         changed = {k for k in of_some_source - allowed if getattr(self, k) != type(self).model_fields[k].default}
         if changed:
             raise ValueError(f"data.{min(changed)}: has no meaning for source '{self.source}'; remove it")
@@ -147,7 +162,9 @@ class Views(Section):
         for name in ("crop_scale", "crop_ratio", "zoom"):
             pair = getattr(self, name)
             if pair is not None and (pair[0] > pair[1] or (name == "crop_scale" and pair[1] > 1)):
-                raise ValueError(f"views.{name}: expected [low, high] with low <= high{' <= 1' if name == 'crop_scale' else ''}, got {list(pair)}")
+                raise ValueError(
+                    f"views.{name}: expected [low, high] with low <= high{' <= 1' if name == 'crop_scale' else ''}, got {list(pair)}"
+                )
         return self
 
 
@@ -415,7 +432,10 @@ class _Loader(yaml.BaseLoader):
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key.value}' is given twice, in lines {seen[key.value] + 1} and {key.start_mark.line + 1}", key.start_mark
+                    None,
+                    None,
+                    f"key '{key.value}' is given twice, in lines {seen[key.value] + 1} and {key.start_mark.line + 1}",
+                    key.start_mark,
                 )
             seen[key.value] = key.start_mark.line
         return super().construct_mapping(node, deep)
@@ -425,7 +445,7 @@ def _read_yaml(text: str, where: str) -> dict[str, Any]:
     if len(text) > 1 << 20:
         raise RecipeError(f"{where}: {len(text)} characters; a recipe has at most {1 << 20}")
     try:
-        values = yaml.load(text, _Loader)  # noqa: S506 - a BaseLoader: text, lists and mappings only
+        values = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f"line {mark.line + 1}: " if mark is not None else ""
@@ -446,7 +466,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"{name}: '{parent}' is not a section")
         values = child
     try:
-        values[last] = yaml.load(text, _Loader)  # noqa: S506
+        values[last] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         values[last] = text
     if values[last] is None:

@@ -24,11 +24,18 @@ class SmallImageResNet(ResNet):
 
     def __init__(self, *args: Any, stem_padding: int = 1, zero_init_last: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, zero_init_last=zero_init_last, **kwargs)
-        if not isinstance(self.conv1, nn.Conv2d):
+        old: Any = getattr(self, "conv1")  # noqa: B009 - timm builds it in one of two types
+        if not isinstance(old, nn.Conv2d):
             raise ValueError("small-image ResNets have one stem convolution; stem_type must be ''")
-        old = self.conv1
         self.conv1 = nn.Conv2d(
-            old.in_channels, old.out_channels, 3, stride=1, padding=stem_padding, bias=False, device=old.weight.device, dtype=old.weight.dtype
+            old.in_channels,
+            old.out_channels,
+            3,
+            stride=1,
+            padding=stem_padding,
+            bias=False,
+            device=old.weight.device,
+            dtype=old.weight.dtype,
         )
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
@@ -54,7 +61,9 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 @register_model
 def resnet10_small_narrow(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
     """One basic block a stage, widths 32-64-128-256 behind a 64-wide stem: 1.2 M parameters, for CPUs."""
-    return _create("resnet10_small_narrow", pretrained, {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}, kwargs)
+    return _create(
+        "resnet10_small_narrow", pretrained, {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}, kwargs
+    )
 
 
 @register_model

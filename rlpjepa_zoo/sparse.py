@@ -55,7 +55,11 @@ class SparseEmbeddings:
         ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | None = None,
         meta: Mapping[str, str] | None = None,
     ) -> None:
-        self.indptr, wide, self.values = _vector("indptr", indptr, np.int64), _vector("indices", indices), _vector("values", values, np.float32)
+        self.indptr, wide, self.values = (
+            _vector("indptr", indptr, np.int64),
+            _vector("indices", indices),
+            _vector("values", values, np.float32),
+        )
         if isinstance(dim, bool) or not isinstance(dim, int | np.integer):
             raise DataError(f"dim: expected an integer, got {dim!r}")
         self.dim = int(dim)
@@ -72,7 +76,9 @@ class SparseEmbeddings:
     def _check(self, indices: np.ndarray[Any, Any]) -> None:
         p, v = self.indptr, self.values
         if p.ndim != 1 or len(p) < 1 or p[0] != 0 or p[-1] != len(indices) or len(indices) != len(v):
-            raise DataError(f"indptr, indices and values do not fit together: lengths {len(p)}, {len(indices)}, {len(v)}, last indptr {p[-1:].tolist()}")
+            raise DataError(
+                f"indptr, indices and values do not fit together: lengths {len(p)}, {len(indices)}, {len(v)}, last indptr {p[-1:].tolist()}"
+            )
         if (np.diff(p) < 0).any():
             raise DataError(f"row {int(np.flatnonzero(np.diff(p) < 0)[0])}: indptr decreases")
         if not 0 < self.dim < 2**31:
@@ -90,7 +96,9 @@ class SparseEmbeddings:
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             row = int(np.searchsorted(p, at, side="right")) - 1
-            raise DataError(f"row {row}: column {indices[at]} with value {v[at]}; expected rising columns below {self.dim} and finite values > 0")
+            raise DataError(
+                f"row {row}: column {indices[at]} with value {v[at]}; expected rising columns below {self.dim} and finite values > 0"
+            )
 
     # --- making ----------------------------------------------------------------------------------------------------------------------
 
@@ -131,7 +139,9 @@ class SparseEmbeddings:
             raise UsageError("concat: expected at least one part, got none")
         models = {part.meta["model"] for part in parts if "model" in part.meta}
         if len({part.dim for part in parts}) > 1 or len(models) > 1:
-            raise UsageError(f"concat: rows of different encoders do not mix: widths {sorted({p.dim for p in parts})}, models {sorted(models)}")
+            raise UsageError(
+                f"concat: rows of different encoders do not mix: widths {sorted({p.dim for p in parts})}, models {sorted(models)}"
+            )
         starts = np.cumsum([0] + [part.nnz for part in parts])
         indptr = np.concatenate([[0]] + [part.indptr[1:] + start for part, start in zip(parts, starts, strict=False)])
         meta = {k: v for k, v in parts[0].meta.items() if all(part.meta.get(k) == v for part in parts)}
@@ -328,7 +338,8 @@ class SparseEmbeddings:
         arrays["indices"], arrays["indptr"] = self.indices, self.indptr
         extra = {"ids": self.ids, "header": np.array(json.dumps(self._header()))}
         with open(path, "wb") as file:
-            np.savez_compressed(file, format=b"csr", shape=np.array(self.shape), **arrays, **extra)
+            parts: dict[str, Any] = {"format": b"csr", "shape": np.array(self.shape), **arrays, **extra}
+            np.savez_compressed(file, **parts)
 
     def _write_parquet(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
         import pyarrow.parquet as pq
@@ -353,13 +364,15 @@ class SparseEmbeddings:
         except (DataError, ModelError):
             raise
         except Exception as error:  # each reader has its own zoo of exceptions for damaged files
-            raise DataError(f"{path}: damaged or not a file of sparse embeddings ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+            raise DataError(
+                f"{path}: damaged or not a file of sparse embeddings ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from error
         if not isinstance(header, dict) or not isinstance(header.get("meta"), dict) or not {"indptr", "indices", "values"} <= set(arrays):
             raise DataError(f"{path}: damaged or not a file of sparse embeddings (its header or its arrays are not theirs)")
         if header.get("format") != _FORMAT:
             raise ModelError(f"{path}: format {header.get('format')!r}, this version reads {_FORMAT!r}; update rlpjepa_zoo")
         try:
-            return cls(arrays["indptr"], arrays["indices"], arrays["values"], header.get("dim"), arrays["ids"], header.get("meta"))
+            return cls(arrays["indptr"], arrays["indices"], arrays["values"], header.get("dim", 0), arrays["ids"], header["meta"])
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -369,7 +382,7 @@ class SparseEmbeddings:
 
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {})["rlpjepa_zoo"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
         arrays.setdefault("ids", np.array(header.get("ids", []), dtype=str))
         return header, arrays
 

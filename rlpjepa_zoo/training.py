@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,16 @@ __all__ = ["build_encoder", "train"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
-_MAY_CHANGE = ("name", "train.log_every", "train.num_workers", "train.keep", "train.checkpoint_minutes", "train.trackers", "data.path", "data.download")
+_MAY_CHANGE = (
+    "name",
+    "train.log_every",
+    "train.num_workers",
+    "train.keep",
+    "train.checkpoint_minutes",
+    "train.trackers",
+    "data.path",
+    "data.download",
+)
 
 
 def build_encoder(recipe: Recipe) -> SparseEncoder:
@@ -59,9 +69,7 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
         )  # fmt: skip
 
 
-def train(
-    recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True
-) -> Path:
+def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
     """Pretrain an encoder; returns the folder it is published in (`out/encoder`).
 
     Args:
@@ -138,7 +146,9 @@ class _Model(nn.Module):
 class _Run:
     """State of one run; `go` is the story."""
 
-    def __init__(self, recipe: Recipe, out: Path, accelerator: Accelerator, resume: bool, allow_change: Sequence[str], progress: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, accelerator: Accelerator, resume: bool, allow_change: Sequence[str], progress: bool
+    ) -> None:
         self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
         self.main = accelerator.is_main_process
         found = self._find(resume, allow_change)
@@ -167,6 +177,7 @@ class _Run:
         self.last_metrics: dict[str, float] = {}
         self.stop_with: int | None = None
         self.save_now = False
+        self.saved = self.logged = (0, 0.0)
         if found is not None:
             self._restore(found)
         self._open_logs(found is not None)
@@ -181,8 +192,7 @@ class _Run:
         loader = make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size())
         self.model.train()
         self._announce()
-        last_saved = last_logged = time.monotonic()
-        saved_at, logged_at = self.step, self.step
+        self.saved = self.logged = (self.step, time.monotonic())
         with self._signals(), Batches(loader) as batches, self._bar() as bar:
             while self.step < self.total:
                 started = time.monotonic()
@@ -200,23 +210,21 @@ class _Run:
                 bar.update(recipe.train.batch_size)
                 self._note_bad(batch)
 
-                if self.step % recipe.train.log_every == 0 or self.step == self.total:
-                    rate = (self.step - logged_at) * recipe.train.batch_size / max(1e-9, time.monotonic() - last_logged)
-                    self._log_step(terms, result, lr, norm, rate, bar)
-                    last_logged, logged_at = time.monotonic(), self.step
-                if self.step == self.total or self.step % max(1, self.per_epoch * recipe.probe.every_epochs) == 0:
+                last = self.step == self.total
+                if last or self.step % recipe.train.log_every == 0:
+                    self._log_step(terms, result, lr, norm, bar)
+                if last or self.step % max(1, self.per_epoch * recipe.probe.every_epochs) == 0:
                     self._log({"kind": "eval", **self._evaluate()}, bar)
                     self._save()
                     self._publish()
-                    last_saved = last_logged = time.monotonic()
-                    saved_at, logged_at = self.step, self.step
-                minutes = (time.monotonic() - last_saved) / 60
-                if self._agree(self.save_now or minutes >= recipe.train.checkpoint_minutes or self.stop_with is not None) and saved_at != self.step:
+                    self.logged = (self.step, time.monotonic())
+                minutes = (time.monotonic() - self.saved[1]) / 60
+                save, code = self._agree(self.save_now or minutes >= recipe.train.checkpoint_minutes, self.stop_with or 0)
+                if (save or code) and self.saved[0] != self.step:
                     self._save()
-                    last_saved, saved_at, self.save_now = time.monotonic(), self.step, False
-                code = self._agree(self.stop_with or 0)
                 if code:
-                    raise StoppedBySignal(f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}", int(code))
+                    reason = f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}"
+                    raise StoppedBySignal(reason, int(code))
         return self._finish()
 
     def _forward(self, batch: Batch) -> _Result:
@@ -231,26 +239,24 @@ class _Run:
         if self.recipe.optim.clip_grad is not None:
             norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_grad)
         else:
+            self.accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         scaled = self.accelerator.scaler is not None  # the scaler of fp16 skips such steps by itself and lowers its scale
         broken = ~terms.loss.detach().isfinite() | (~norm.isfinite() if not scaled else torch.zeros_like(norm, dtype=torch.bool))
-        broken, norm = torch.stack([broken.float(), norm.detach().float()]).tolist() if collectives.world_size() == 1 else self._joint(broken, norm)
-        if broken:
+        stop, size = collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
+        if stop:
+            parts = f"invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}"
             raise NonFiniteError(
-                f"step {self.step + 1}: loss or gradient is not finite (invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}); "
+                f"step {self.step + 1}: loss or gradient is not finite ({parts}); "
                 f"lower optim.lr = {self.recipe.optim.lr:g}, set optim.clip_grad, or use train.precision=no; the last checkpoint is from before"
             )
-        return norm
+        return float(size)
 
-    @staticmethod
-    def _joint(broken: Tensor, norm: Tensor) -> list[float]:
-        return collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
-
-    def _agree(self, value: float) -> float:
-        """The largest value over ranks, so that all save and stop at the same step."""
+    def _agree(self, *flags: float) -> list[float]:
+        """The largest of each flag over ranks, so that all save and stop at the same step."""
         if collectives.world_size() == 1:
-            return float(value)
-        return float(collectives.max_over_ranks(torch.tensor(float(value), device=self.accelerator.device)))
+            return [float(flag) for flag in flags]
+        return collectives.max_over_ranks(torch.tensor([float(flag) for flag in flags], device=self.accelerator.device)).tolist()
 
     # --- starting and stopping ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +286,9 @@ class _Run:
         self.bad = {int(row): reason for row, reason in found.state["bad"].items()}
         self.last_metrics = found.state["metrics"]
         if found.state["world_size"] != collectives.world_size():
-            log.warning("%d processes before, %d now: equal up to rounding, not bit for bit", found.state["world_size"], collectives.world_size())
+            log.warning(
+                "%d processes before, %d now: equal up to rounding, not bit for bit", found.state["world_size"], collectives.world_size()
+            )
         if found.state["threads"] != torch.get_num_threads():
             log.warning("%d threads before, %d now: equal up to rounding, not bit for bit", found.state["threads"], torch.get_num_threads())
 
@@ -296,6 +304,7 @@ class _Run:
             model = {k: v.detach().cpu().contiguous() for k, v in self.inner.state_dict().items()}
             checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep)
         collectives.barrier()
+        self.saved, self.save_now = (self.step, time.monotonic()), False
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -334,21 +343,40 @@ class _Run:
 
     def _bar(self) -> Any:
         size = self.recipe.train.batch_size
-        return tqdm(total=self.total * size, initial=self.step * size, unit="image", unit_scale=True, desc=self.recipe.name, disable=not self.progress, mininterval=0.5)
+        return tqdm(
+            total=self.total * size,
+            initial=self.step * size,
+            unit="image",
+            unit_scale=True,
+            desc=self.recipe.name,
+            disable=not self.progress,
+            mininterval=0.5,
+        )
 
-    def _log_step(self, terms: Terms, result: _Result, lr: float, norm: float, rate: float, bar: Any) -> None:
+    def _log_step(self, terms: Terms, result: _Result, lr: float, norm: float, bar: Any) -> None:
+        rate = (self.step - self.logged[0]) * self.recipe.train.batch_size / max(1e-9, time.monotonic() - self.logged[1])
+        self.logged = (self.step, time.monotonic())
         z = result.z.detach().flatten(0, 1)
         numbers = torch.stack([terms.loss.detach(), terms.invariance.detach(), terms.matching.detach(), result.probe_loss.detach()]).float()
-        numbers = collectives.mean_over_ranks(torch.cat([numbers, result.probe_right.detach().float()])).tolist()
-        loss, invariance, matching, probe_loss, *right = numbers
-        row = {"kind": "train", "loss": loss, "invariance": invariance, "matching": matching, "floor": self.floor, "excess": matching - self.floor}
+        numbers = collectives.mean_over_ranks(torch.cat([numbers, result.probe_right.detach().float()]))
+        loss, invariance, matching, probe_loss, *right = numbers.tolist()
+        row = {
+            "kind": "train",
+            "loss": loss,
+            "invariance": invariance,
+            "matching": matching,
+            "floor": self.floor,
+            "excess": matching - self.floor,
+        }
         row |= {"lr": lr, "grad_norm": norm, "images_per_second": rate, **batch_metrics(z)}
         row |= dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
         if self.bad:
             row["bad_images"] = len(self.bad)
         self.last_metrics["l0_train"] = row["l0"]
         self._log(row, bar)
-        bar.set_postfix(loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", knn=f"{self.last_metrics.get('knn_features', math.nan):.3f}", refresh=False)
+        bar.set_postfix(
+            loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", knn=f"{self.last_metrics.get('knn_features', math.nan):.3f}", refresh=False
+        )
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
@@ -397,7 +425,10 @@ class _Run:
                 with open(self.out / "bad_images.jsonl", "a") as file:
                     file.write(json.dumps({"row": row, "reason": reason}) + "\n")
         if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length:
-            raise DataError(f"{len(self.bad)} of {self.source.length} images cannot be read, more than train.max_bad_fraction = {self.recipe.train.max_bad_fraction:g}; see {self.out / 'bad_images.jsonl'}")
+            allowed = f"train.max_bad_fraction = {self.recipe.train.max_bad_fraction:g}"
+            raise DataError(
+                f"{len(self.bad)} of {self.source.length} images cannot be read, more than {allowed}; see {self.out / 'bad_images.jsonl'}"
+            )
 
     def _open_logs(self, resumed: bool) -> None:
         """Write the recipe; cut metrics written after the checkpoint that is resumed, so that the file is one unbroken record."""
@@ -406,14 +437,19 @@ class _Run:
                 self.out.mkdir(parents=True, exist_ok=True)
                 (self.out / "recipe.yaml").write_text(self.recipe.dump())
                 path = self.out / "metrics.jsonl"
-                lines = [line for line in path.read_text().splitlines() if resumed and _step_of(line) <= self.step] if path.is_file() else []
+                lines = (
+                    [line for line in path.read_text().splitlines() if resumed and _step_of(line) <= self.step] if path.is_file() else []
+                )
                 partial = path.with_suffix(".partial")
                 partial.write_text("".join(line + "\n" for line in lines))
                 os.replace(partial, path)
             except OSError as error:
                 raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
         if self.recipe.train.trackers:
-            flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _flatten(self.recipe.model_dump(mode="json")).items()}
+            flat = {
+                k: v if isinstance(v, int | float | str | bool) else str(v)
+                for k, v in _flatten(self.recipe.model_dump(mode="json")).items()
+            }
             self.accelerator.init_trackers("rlpjepa_zoo", config=flat)
 
     def _log(self, row: dict[str, Any], bar: Any) -> None:
@@ -427,14 +463,18 @@ class _Run:
             log.warning("metrics.jsonl: %s", error.strerror or error)  # a full disk for logs does not end a run
         if self.recipe.train.trackers:
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
-        if row["kind"] == "eval":
-            bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "epoch"), file=None) if not bar.disable else None
+        if row["kind"] == "eval" and not bar.disable:
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "epoch")
+            bar.write(f"step {self.step}: {shown}", file=sys.stderr)
 
     def info(self) -> dict[str, Any]:
         """What the card tells of the run."""
         recipe, (mu, sigma) = self.recipe, self.recipe.target.law()
         found = self.last_metrics
-        protocol = f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}, at most {recipe.probe.bank} training images vote; measured in training, one seed"
+        vote = (
+            f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}, at most {recipe.probe.bank} training images vote"
+        )
+        protocol = f"{vote}; measured in training, one seed"
         return {
             "recipe": recipe.name, "data": recipe.data.label(), "target": {"p": recipe.target.p, "mu": mu, "sigma": sigma},
             "density": {"asked": recipe.target.density, "theory": recipe.target.density_in_theory(), "train": found.get("l0_train"), "eval": found.get("l0_eval")},
@@ -453,7 +493,13 @@ class _Run:
 
     def _finish(self) -> Path:
         if self.main:
-            summary = {"steps": self.step, **self.last_metrics, "bad_images": len(self.bad), "info": self.info(), "versions": zoo.versions()}
+            summary = {
+                "steps": self.step,
+                **self.last_metrics,
+                "bad_images": len(self.bad),
+                "info": self.info(),
+                "versions": zoo.versions(),
+            }
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         if self.recipe.train.trackers:
             self.accelerator.end_training()

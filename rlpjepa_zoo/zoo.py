@@ -43,7 +43,9 @@ def entry(name: str) -> dict[str, Any]:
         UsageError: no such encoder, with the nearest name.
     """
     if name not in _manifest():
-        raise UsageError(f"no encoder named '{name}' in the zoo ({len(_manifest())} listed by `rlpjepa list`).{did_you_mean(name, _manifest())}")
+        raise UsageError(
+            f"no encoder named '{name}' in the zoo ({len(_manifest())} listed by `rlpjepa list`).{did_you_mean(name, _manifest())}"
+        )
     return _manifest()[name]
 
 

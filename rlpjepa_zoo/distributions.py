@@ -33,7 +33,8 @@ class GeneralizedGaussian(Distribution):
     Args:
         loc: mean mu, any real; scalar or tensor.
         scale: sigma > 0, same unit as `loc`; scalar or tensor. The variance is p^(2/p) sigma^2 Gamma(3/p) / Gamma(1/p).
-        p: shape > 0 (1 Laplace, 2 normal, < 1 heavier tails); scalar or tensor. The three broadcast together.
+        p: shape > 0 (1 Laplace, 2 normal, < 1 heavier tails); scalar or tensor. The three broadcast together. Three Python numbers are
+            kept in float64, so that the closed forms lose nothing; samples are then of torch's default dtype.
         validate_args: check parameters and values (torch's default is on).
 
     Raises:
@@ -53,7 +54,12 @@ class GeneralizedGaussian(Distribution):
 
     def __init__(self, loc: Number, scale: Number, p: Number, validate_args: bool | None = None) -> None:
         self._shape_is = float(p) if not isinstance(p, Tensor) or p.numel() == 1 else None  # one p for all: fast sampling paths
-        self.loc, self.scale, self.p = broadcast_all(loc, scale, p)
+        self._sample_dtype: torch.dtype | None = None
+        if any(isinstance(x, Tensor) for x in (loc, scale, p)):
+            self.loc, self.scale, self.p = broadcast_all(loc, scale, p)
+        else:
+            self.loc, self.scale, self.p = (torch.tensor(float(x), dtype=torch.float64) for x in (loc, scale, p))
+            self._sample_dtype = torch.get_default_dtype()
         super().__init__(self.loc.shape, validate_args=validate_args)
         if self._validate_args:
             for name, value in (("loc", self.loc), ("scale", self.scale), ("p", self.p)):
@@ -63,7 +69,7 @@ class GeneralizedGaussian(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> GeneralizedGaussian:
         new = self._get_checked_instance(type(self), _instance)
         batch_shape = torch.Size(batch_shape)
-        new._shape_is = self._shape_is
+        new._shape_is, new._sample_dtype = self._shape_is, self._sample_dtype
         new.loc, new.scale, new.p = (x.expand(batch_shape) for x in (self.loc, self.scale, self.p))
         super(GeneralizedGaussian, new).__init__(batch_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -75,8 +81,9 @@ class GeneralizedGaussian(Distribution):
         a = loc / scale
         return loc, scale, p, a, a.abs() ** p / p
 
-    def _like(self, value: Tensor) -> Tensor:
-        return value.to(self.loc.dtype)
+    def _like(self, result: Tensor, value: Tensor | None = None) -> Tensor:
+        """A float64 result in the dtype that parameters (and value) promote to."""
+        return result.to(self.loc.dtype if value is None else torch.result_type(value, self.loc))
 
     @property
     def mean(self) -> Tensor:
@@ -100,7 +107,8 @@ class GeneralizedGaussian(Distribution):
             cut the tails, so half parameters are drawn in float32 and then cast).
         """
         shape = self._extended_shape(torch.Size(sample_shape))
-        dtype = torch.promote_types(self.loc.dtype, torch.float32)
+        asked = self._sample_dtype or self.loc.dtype
+        dtype = torch.promote_types(asked, torch.float32)
         options: dict[str, Any] = {"dtype": dtype, "device": self.loc.device}
         if self._shape_is == 2.0:
             unit = torch.empty(shape, **options).normal_(generator=generator)
@@ -113,7 +121,7 @@ class GeneralizedGaussian(Distribution):
             p = self.p.to(dtype).expand(shape)
             gamma = torch._standard_gamma(1 + 1 / p, generator=generator)
             unit = torch.empty(shape, **options).uniform_(-1, 1, generator=generator) * (p * gamma) ** (1 / p)
-        return (self.loc.to(dtype) + self.scale.to(dtype) * unit).to(self.loc.dtype)
+        return (self.loc.to(dtype) + self.scale.to(dtype) * unit).to(asked)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Logarithm of the density (nats) with respect to Lebesgue measure; differentiable in value, loc and scale."""
@@ -128,15 +136,16 @@ class GeneralizedGaussian(Distribution):
         if self._validate_args:
             self._validate_sample(value)
         loc, scale, p, _, _ = self._float64()
-        return self._like(_standard_cdf((value.double() - loc) / scale, p))
+        return self._like(_standard_cdf((value.double() - loc) / scale, p), value)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantile of a probability in [0, 1] (not differentiable; computed by scipy in float64)."""
         loc, scale, p, _, _ = self._float64()
-        q = torch.as_tensor(value).double().to(loc.device)
+        value = torch.as_tensor(value)
+        q = value.double().to(loc.device)
         if self._validate_args and not ((q >= 0) & (q <= 1)).all():
             raise ValueError("icdf: expected probabilities in [0, 1]")
-        return self._like(loc + scale * _standard_icdf(q, p))
+        return self._like(loc + scale * _standard_icdf(q, p), value)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats."""
@@ -197,14 +206,14 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
         """Log density with respect to (Lebesgue measure + point mass at 0): log f(y) for y > 0, log P(Y = 0) at 0, -inf below."""
         continuous = super().log_prob(value)
         _, _, p, a, _ = self._float64()
-        atom = self._like(_standard_cdf(-a, p).log())
+        atom = self._like(_standard_cdf(-a, p).log(), value)
         below = torch.full_like(continuous, -math.inf)
         return torch.where(value > 0, continuous, torch.where(value == 0, atom, below))
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(Y <= value): zero below 0, a jump of 1 - l0 at 0."""
         loc, scale, p, _, _ = self._float64()
-        below = self._like(_standard_cdf((value.double() - loc) / scale, p))
+        below = self._like(_standard_cdf((value.double() - loc) / scale, p), value)
         return torch.where(value < 0, torch.zeros_like(below), below)
 
     def icdf(self, value: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ class SparseEncoder(nn.Module):
                 bar.update(len(items))
                 for i, _, reason in items:
                     if reason is not None and on_error == "raise":
-                        raise DataError(f"{reason}; on_error='skip' leaves such images out")
+                        raise DataError(f"{reason}; leave such images out with on_error='skip' (--skip-bad)")
                     if reason is not None and failures is not None:
                         failures.append((opened.ids[i], reason))
                 good = [(i, x) for i, x, reason in items if reason is None]

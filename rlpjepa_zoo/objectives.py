@@ -287,9 +287,8 @@ class RectifiedLpJEPALoss:
 
     def _draw(self, purpose: str, step: int, rows: int, dim: int, device: torch.device) -> Tensor:
         source = streams.generator(self.seed, purpose, step, device=device)
-        law = RectifiedGeneralizedGaussian(
-            self.target.loc.to(device), self.target.scale.to(device), float(self.target.p), validate_args=False
-        )
+        loc, scale = (torch.tensor(float(x), device=device) for x in (self.target.loc, self.target.scale))
+        law = RectifiedGeneralizedGaussian(loc, scale, float(self.target.p), validate_args=False)
         return law.sample((rows, dim), generator=source)
 
     def __call__(self, z: Tensor, step: int) -> Terms:

@@ -369,7 +369,7 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides.
+        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides (target.mu replaces target.density).
 
         Raises:
             RecipeError: naming the key, what was given and what was expected.
@@ -387,6 +387,7 @@ class Recipe(Section):
         values = _read_yaml(text, where)
         for override in overrides:
             _override(values, override)
+        _one_dial(values, overrides)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -471,6 +472,13 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[last] = text
     if values[last] is None:
         values[last] = ""
+
+
+def _one_dial(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """target.mu on the command line replaces target.density of the file, and the other way round."""
+    given = {o.partition("=")[0] for o in overrides} & {"target.mu", "target.density"}
+    if len(given) == 1 and isinstance(values.get("target"), dict):
+        values["target"].pop({"target.mu": "density", "target.density": "mu"}[given.pop()], None)
 
 
 _ACCUMULATION = (

@@ -134,6 +134,8 @@ class SparseEmbeddings:
         Raises:
             UsageError: no parts, different widths, or rows of different encoders.
         """
+        if isinstance(parts, SparseEmbeddings):
+            raise UsageError("concat: expected a list, as in SparseEmbeddings.concat([a, b])")
         parts = list(parts)
         if not parts:
             raise UsageError("concat: expected at least one part, got none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 from functools import cache
 from importlib import metadata
@@ -11,7 +12,7 @@ from typing import Any
 
 from .errors import UsageError, did_you_mean
 
-__all__ = ["entry", "list_encoders", "local_folder", "resource", "versions"]
+__all__ = ["describe", "entry", "list_encoders", "local_folder", "resource", "versions", "write_manifest"]
 
 
 def resource(name: str) -> Path:
@@ -53,6 +54,36 @@ def local_folder(name: str) -> Path | None:
     """Where the encoder ships with the package, weights included; None when only the Hub has it."""
     folder = resource("hub") / name
     return folder if (folder / "model.safetensors").is_file() else None
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The manifest's record of a published folder."""
+    config = (folder / "config.json").read_bytes()
+    parsed = json.loads(config)
+    block = parsed["rlpjepa_zoo"]
+    info, results = block["info"], block["info"].get("results", {})
+    return {
+        "architecture": parsed["architecture"],
+        "data": info.get("data"),
+        "dim": block["projector"]["dim"],
+        "density": info.get("density", {}).get("eval"),
+        **{key: results[key] for key in ("knn_z", "linear_z", "knn_features", "linear_features") if key in results},
+        "megabytes": round(sum(entry["size"] for entry in block["files"].values()) / 1e6, 2),
+        "sha256": hashlib.sha256(config).hexdigest(),
+        "repo": None,
+        "commit": None,
+    }
+
+
+def write_manifest(root: Path) -> None:
+    """Describe every published folder below hub/ in hub/manifest.json; what is known of Hub repositories is kept."""
+    path = root / "manifest.json"
+    known = json.loads(path.read_text())["encoders"] if path.is_file() else {}
+    found = {folder.parent.name: describe(folder.parent) for folder in sorted(root.glob("*/config.json"))}
+    for name, record in found.items():
+        record |= {key: known.get(name, {}).get(key) for key in ("repo", "commit")}
+    path.write_text(json.dumps({"format": 1, "encoders": found}, indent=1) + "\n")
+    _manifest.cache_clear()
 
 
 def versions() -> dict[str, str]:

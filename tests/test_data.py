@@ -576,17 +576,17 @@ def test_a_stream_replaces_and_counts_an_unreadable_image(tmp_path: Path) -> Non
 def test_a_stream_of_unreadable_images_is_refused(tmp_path: Path) -> None:
     table(range(16), broken=tuple(range(16))).to_parquet(str(tmp_path / "train.parquet"))
     source, recipe = streamed(tmp_path, "data.length=16")
-    with refused("unreadable images", "cannot be read"), Batches(make_loader(source, recipe, range(2))) as found:
+    with refused("readable", "cannot be read"), Batches(make_loader(source, recipe, range(2))) as found:
         found.next()
 
 
 # --- views --------------------------------------------------------------------------------------------------------------------------
 
 NEUTRAL: dict[str, Any] = {"crop_scale": None, "jitter": 0, "grayscale": 0, "flip": 0}
-PLAIN = {"source": "digits", "image_size": 16, "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
+PLAIN = {"source": "digits", "image_size": 32, "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
 
 
-def viewed(image: np.ndarray, n: int, size: int = 16, **views: Any) -> list[torch.Tensor]:
+def viewed(image: np.ndarray, n: int, size: int = 32, **views: Any) -> list[torch.Tensor]:
     transform = make_views(Views(**{**NEUTRAL, **views}), Data(**{**PLAIN, "image_size": size}))
     picture, made = Image.fromarray(image), []
     for draw in range(n):
@@ -596,14 +596,14 @@ def viewed(image: np.ndarray, n: int, size: int = 16, **views: Any) -> list[torc
 
 
 def coloured() -> np.ndarray:
-    image = np.zeros((16, 16, 3), np.uint8)
-    image[:, :8], image[:, 8:] = (200, 40, 40), (20, 90, 60)
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, :16], image[:, 16:] = (200, 40, 40), (20, 90, 60)
     return image
 
 
 def test_a_view_without_randomness_is_the_normalised_image() -> None:
     image = coloured()
-    data = Data(source="digits", image_size=16, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    data = Data(source="digits", image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     found = make_views(Views(**NEUTRAL), data)(Image.fromarray(image))
     expected = (image / 255 - np.array(data.mean)) / np.array(data.std)
     assert found.dtype == torch.float32 and np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-5
@@ -639,14 +639,14 @@ def test_random_operations_happen_as_often_as_asked(field: str, happened: Callab
 
 
 def test_solarize_inverts_above_128_only() -> None:
-    image = np.zeros((16, 16, 3), np.uint8)
-    image[:8], image[8:] = 127, 200
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:16], image[16:] = 127, 200
     found = viewed(image, 1, solarize=1.0)[0]
     assert float(found[0, 0, 0]) == pytest.approx(127 / 255) and float(found[0, -1, 0]) == pytest.approx(55 / 255)
 
 
 def test_noise_has_the_asked_standard_deviation_after_normalisation() -> None:
-    grey = np.full((16, 16, 3), 128, np.uint8)
+    grey = np.full((32, 32, 3), 128, np.uint8)
     found = torch.stack(viewed(grey, 30, noise=0.8)) - 128 / 255
     assert float(found.std()) == pytest.approx(0.8, rel=0.02) and abs(float(found.mean())) < 0.02
 
@@ -654,7 +654,7 @@ def test_noise_has_the_asked_standard_deviation_after_normalisation() -> None:
 def crop_boxes(n: int, **views: Any) -> tuple[np.ndarray, np.ndarray]:
     ramp = np.linspace(0, 255, 256).astype(np.uint8)
     image = np.stack([np.tile(ramp, (256, 1)), np.tile(ramp[:, None], (1, 256)), np.zeros((256, 256), np.uint8)], -1)
-    made = torch.stack(viewed(image, n, size=32, **views))
+    made = torch.stack(viewed(image, n, **views))
     width = (made[:, 0, 16, 31] - made[:, 0, 16, 0]).numpy() * 255 / 256 * 32 / 31
     height = (made[:, 1, 31, 16] - made[:, 1, 0, 16]).numpy() * 255 / 256 * 32 / 31
     return width, height

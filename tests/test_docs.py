@@ -1,0 +1,113 @@
+"""What the documents show runs: README blocks, docstring examples, the commands of the README, the generated table and manifest."""
+
+import doctest
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlpjepa_zoo import cli, zoo
+from rlpjepa_zoo.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> Path:
+    """A working folder with photos/, as the README supposes."""
+    (tmp_path / "photos").mkdir()
+    for name in ("cat", "dog", "hat"):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_blocks_to_run() -> None:
+    assert len(blocks("python")) >= 4 and len(blocks("bash")) >= 4
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_python_blocks_of_the_readme_run(photos: Path, number: int) -> None:
+    exec(compile(blocks("python")[number], f"README block {number}", "exec"), {})
+
+
+def test_commands_of_the_readme_run_or_would(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("rlpjepa ", "accelerate ", "torchrun "))]
+    assert len(lines) >= 8
+    for line in lines:
+        words = shlex.split(line)
+        words = words[words.index("rlpjepa_zoo") + 1 :] if "rlpjepa_zoo" in words else words[1:]
+        if words[0] == "train":  # the recipe and its overrides are valid; the run itself is for test_train
+            options = words[2 : words.index("--out")]
+            Recipe.load(words[1], options)
+        else:
+            assert cli.run([*words, *(["--quiet"] if words[0] in ("embed", "eval") else [])]) == 0, (line, capsys.readouterr().err)
+
+
+def test_the_two_commands_of_the_start_are_there() -> None:
+    assert "pip install -e . && rlpjepa demo" in README and "pip install -e '.[test]' && pytest" in README
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "rlpjepa_zoo").glob("*.py") if p.stem != "__main__"))
+def test_docstring_examples_run(name: str) -> None:
+    module = importlib.import_module("rlpjepa_zoo" if name == "__init__" else f"rlpjepa_zoo.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def public_objects() -> list[tuple[str, object]]:
+    import rlpjepa_zoo
+
+    return [(name, getattr(rlpjepa_zoo, name)) for name in rlpjepa_zoo.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize(("name", "thing"), public_objects())
+def test_public_names_are_documented(name: str, thing: object) -> None:
+    text = thing.__doc__ or ""
+    assert len(text) > 60, name
+    if callable(thing) and not name.startswith("load"):
+        assert "Example:" in text or "Args:" in text, name
+
+
+def test_manifest_and_table_are_up_to_date(tmp_path: Path) -> None:
+    manifest = json.loads((ROOT / "hub/manifest.json").read_text())["encoders"]
+    assert manifest and all(zoo.describe(ROOT / "hub" / name).items() <= {**record}.items() for name, record in strip(manifest).items())
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import add_to_zoo
+    finally:
+        sys.path.pop(0)
+    assert add_to_zoo.table() in README
+
+
+def strip(manifest: dict[str, dict]) -> dict[str, dict]:
+    """Records as `describe` makes them, before the Hub's repository and commit are known."""
+    return {name: {**record, "repo": None, "commit": None} for name, record in manifest.items()}
+
+
+@pytest.mark.parametrize("name", zoo.list_encoders())
+def test_shipped_encoders_load_and_verify(name: str) -> None:
+    import rlpjepa_zoo as rz
+
+    enc = rz.load_encoder(name)
+    assert enc.config.info["results"]["knn_z"] > 0.3 and enc.config.dim == zoo.entry(name)["dim"]
+
+
+def test_no_path_of_a_machine_and_no_registry_host() -> None:
+    texts = [p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".yaml", ".toml", ".json", ".cff") and "hub/" not in str(p.relative_to(ROOT))]
+    texts += list((ROOT / "hub").rglob("*.json")) + list((ROOT / "hub").rglob("*.md")) + list((ROOT / "hub").rglob("*.yaml"))
+    for path in texts:
+        if path == Path(__file__) or any(part.startswith((".venv", ".git", "venv", "runs", "rlpjepa-demo")) for part in path.relative_to(ROOT).parts):
+            continue
+        found = re.search(r"/(root|home|work)/\w+|pypi\.org|/tmp/\w+", path.read_text())
+        assert not found, f"{path}: {found[0]}"

@@ -480,10 +480,17 @@ def test_an_override_value_that_is_no_yaml_is_refused_by_its_key(value: str) -> 
 
 
 def test_exactly_one_of_mu_and_density_is_wanted() -> None:
+    for target in ("{mu: 0.0, density: 0.2}", "{p: 1}", "{mu: null}", "{density: null}"):
+        with refused("target.mu", "exactly one", "target.density"):
+            Recipe.parse(BASE.replace("{mu: 0.0}", target))
     with refused("target.mu", "exactly one", "target.density"):
-        base("target.density=0.2")
-    with refused("target.mu", "exactly one", "target.density"):
-        base("target.mu=null")
+        base("target.mu=0.1", "target.density=0.2")
+
+
+def test_an_override_of_mu_replaces_the_density_of_the_file_and_the_other_way_round() -> None:
+    assert (base("target.density=0.2").target.mu, base("target.density=0.2").target.density) == (None, 0.2)
+    dense = BASE.replace("{mu: 0.0}", "{density: 0.2}")
+    assert (Recipe.parse(dense, ["target.mu=-1"]).target.mu, Recipe.parse(dense, ["target.mu=-1"]).target.density) == (-1.0, None)
 
 
 @pytest.mark.parametrize("epochs", ["1", "0.5"])

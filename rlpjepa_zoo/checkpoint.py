@@ -64,11 +64,16 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
             write_durably(partial / name, data)
         write_durably(partial / "MANIFEST.json", json.dumps({"step": checkpoint.step, "files": manifest}).encode())
         sync_folder(partial)
-        if final.exists():  # saved before at this step: the same unless it is damaged, so it steps aside only now
-            os.rename(final, final.with_name(f".del-{final.name}-{os.getpid()}"))
-        os.rename(partial, final)
-        sync_folder(home)
-        for _, old in _steps(home)[:-keep]:
+        if _verifies(checkpoint.step, final):  # saved before at this step: the same, as steps are deterministic
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            if final.exists():
+                os.rename(final, final.with_name(f".del-{final.name}-{os.getpid()}"))
+            os.rename(partial, final)
+            sync_folder(home)
+        published = _steps(home)
+        newer = [entry for entry in published if entry[0] > checkpoint.step]  # damaged, or they would have been resumed from
+        for _, old in [entry for entry in published if entry[0] <= checkpoint.step][:-keep] + newer:
             os.rename(old, old.with_name(f".del-{old.name}-{os.getpid()}"))  # never half there under its own name
         for doomed in home.glob(".del-*"):
             shutil.rmtree(doomed, ignore_errors=True)
@@ -76,6 +81,13 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{final}: checkpoint not written: {error.strerror or error}; earlier ones are untouched") from error
     return final
+
+
+def _verifies(step: int, path: Path) -> bool:
+    try:
+        return _read(step, path).step == step
+    except ModelError:
+        return False
 
 
 def _steps(home: Path) -> list[tuple[int, Path]]:
@@ -127,7 +139,7 @@ def _read(step: int, path: Path) -> Checkpoint:
         ):
             raise ModelError(f"{file}: missing or differs from its sha256")
     model, optimizer = (safetensors.torch.load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
-    return Checkpoint(step, model, optimizer, parse_json((path / "state.json").read_bytes(), str(path / "state.json")))
+    return Checkpoint(step, model, optimizer, parse_json((path / "state.json").read_bytes(), str(path / "state.json"), limit=1 << 28))
 
 
 # --- optimizer state as tensors + JSON ------------------------------------------------------------------------------------------------

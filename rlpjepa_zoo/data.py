@@ -7,6 +7,7 @@ not depend on the number of processes, of workers, or on where a run was resumed
 from __future__ import annotations
 
 import inspect
+import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -131,7 +132,12 @@ def _open_folder(data: Data, seed: int) -> tuple[Images, Images | None, int]:
     held_out = next((root / name for name in names if (root / name).is_dir()), None)
     if data.eval_split and held_out is None:
         raise DataError(f"data.eval_split: no folder {root / data.eval_split}")
-    train = labelled_folder(root / data.split if (root / data.split).is_dir() else root)
+    inside = (root / data.split).is_dir()
+    if held_out is not None and not inside:
+        raise DataError(
+            f"data.path: {held_out} holds evaluation images but there is no {root / data.split}; move the training images there"
+        )
+    train = labelled_folder(root / data.split if inside else root)
     evaluation = labelled_folder(held_out, train.classes) if held_out is not None else None
     return train, evaluation, _count(train)
 
@@ -189,11 +195,15 @@ def _hf_split(data: Data, split: str, streaming: bool) -> Any:
         raise DataError(f"data.path: {root}: no such file or folder")
     if root.is_dir() and ((root / "dataset_dict.json").is_file() or (root / "state.json").is_file()):
         loaded = datasets.load_from_disk(str(root))
+        if not isinstance(loaded, datasets.DatasetDict) and split == data.eval_split:
+            raise DataError(f"data.eval_split: {root} has no splits, so no '{split}'; save a DatasetDict, or set data.eval_split=null")
         part = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return part.to_iterable_dataset() if streaming else part
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*.parquet") if not p.name.startswith("."))
     if files:
-        of_split = [str(f) for f in files if f.name.startswith(split) or f.parent.name == split or len(files) == 1]
+        of_split = [
+            str(f) for f in files if f.name.startswith(split) or f.parent.name == split or (len(files) == 1 and split != data.eval_split)
+        ]
         if not of_split:
             raise DataError(f"data.path: no parquet file of the split '{split}' in {root}; found {', '.join(f.name for f in files[:4])}")
         return datasets.load_dataset("parquet", data_files={split: of_split}, split=split, streaming=streaming)
@@ -268,6 +278,12 @@ class _Augmented(Dataset[Item]):
         raise DataError(f"{_SUBSTITUTES} images in a row cannot be read; the last: {bad[-1][1]}")
 
 
+def _unsharded(source: Any) -> Iterator[dict[str, Any]]:
+    """All rows: iterating the data set itself inside a worker would give that worker's shards only."""
+    for block in source.iter(batch_size=1):
+        yield {name: column[0] for name, column in block.items()}
+
+
 class _Stream(IterableDataset[Batch]):
     """Batches of a streamed data set, the same whatever the number of ranks and workers.
 
@@ -277,7 +293,7 @@ class _Stream(IterableDataset[Batch]):
     def __init__(self, source: Any, recipe: Recipe, steps: range, per_epoch: int, rank: int, world: int) -> None:
         self.image = images.image_column(source.features, recipe.data.image_column)
         self.label = images.label_column(source.features, recipe.data.label_column)
-        self.source = images.undecoded(source, self.image).shuffle(seed=recipe.seed, buffer_size=recipe.data.shuffle_buffer)
+        self.source = images.undecoded(source, self.image)
         self.recipe, self.steps, self.per_epoch, self.rank, self.world = recipe, steps, per_epoch, rank, world
         self.augment = _Augment(recipe)
 
@@ -287,12 +303,14 @@ class _Stream(IterableDataset[Batch]):
         batch = self.recipe.train.batch_size
         share = batch // self.world
         for epoch in range(self.steps.start // self.per_epoch, -(-self.steps.stop // self.per_epoch)):
-            self.source.set_epoch(epoch)
             first = max(self.steps.start, epoch * self.per_epoch)
             last = min(self.steps.stop, (epoch + 1) * self.per_epoch)
-            rows = enumerate(iter(self.source))
+            source = self.source.shuffle(
+                seed=streams.key(self.recipe.seed, "stream", epoch) % 2**32, buffer_size=self.recipe.data.shuffle_buffer
+            )
+            rows = enumerate(_unsharded(source))
             for step in range(epoch * self.per_epoch, last):
-                taken = [pair for pair, _ in zip(rows, range(batch), strict=False)]
+                taken = list(itertools.islice(rows, batch))
                 if len(taken) < batch:
                     raise DataError(
                         f"data.length: the stream ended after {step % self.per_epoch * batch + len(taken)} images, {self.recipe.data.length} were promised"
@@ -315,8 +333,12 @@ class _Stream(IterableDataset[Batch]):
             label = record[self.label] if self.label else -1
             items.append((self.augment(picture, epoch, row), -1 if label is None else label, row, bad))
             bad = []
-        if len(items) < share:
-            raise DataError(f"too many unreadable images in one batch of the stream; the last: {bad[-1][1]}")
+        if not items:
+            raise DataError(f"no readable image in one batch of the stream; the last: {bad[-1][1]}")
+        while len(items) < share:  # too few readable: some stand in twice
+            views, label, row, _ = items[streams.key(self.recipe.seed, "stand-in", epoch, taken[0][0], len(items)) % len(items)]
+            items.append((views, label, row, bad))
+            bad = []
         return items
 
 
@@ -387,7 +409,7 @@ class Batches:
 
 
 def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
-    """Batches of the given steps, across epochs, for one rank.
+    """Batches of the given steps, across epochs, for one rank; iterate inside `Batches`, which ends the workers.
 
     Raises:
         DataError: fewer images than one batch.
@@ -398,7 +420,7 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
     workers = recipe.train.num_workers
     common: dict[str, Any] = {
         "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _worker if workers else None,
-        "prefetch_factor": 4 if workers else None,
+        "prefetch_factor": 4 if workers else None, "generator": torch.Generator(),
     }  # fmt: skip
     if recipe.data.streaming:
         return DataLoader(_Stream(source.train, recipe, steps, per_epoch, rank, world), batch_size=None, **common)

@@ -78,6 +78,8 @@ def knn_accuracy(
         raise DataError("kNN: no labelled images")
     bank, x = _unit(bank), _unit(x)
     k = min(k, len(bank) - int(leave_one_out))
+    if k < 1:
+        raise DataError("kNN: a single labelled image has nobody to vote for it")
     classes = int(max(bank_labels.max(), labels.max())) + 1
     right = 0
     for start in range(0, len(x), 1024):
@@ -85,7 +87,7 @@ def knn_accuracy(
         if leave_one_out:
             cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
         near, which = cosine.topk(k, dim=1)
-        votes = torch.zeros(len(cosine), classes).scatter_add_(1, bank_labels[which], ((near - 1) / temperature).exp())
+        votes = torch.zeros(len(cosine), classes).scatter_add_(1, bank_labels[which], ((near - near[:, :1]) / temperature).exp())
         right += int((votes.argmax(1) == labels[start : start + 1024]).sum())
     return right / len(x)
 
@@ -113,6 +115,8 @@ def one_shot_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, draw
     The same draws are made whatever x is, so representations of one data set compare pairwise.
     """
     (x, y), (test_x, test_y) = _labelled(x.float(), y), _labelled(test_x.float(), test_y)
+    if not len(y) or not len(test_y):
+        raise DataError("1-shot: no labelled images")
     rows = [torch.nonzero(y == c).flatten() for c in y.unique()]
     cosine = _unit(test_x) @ _unit(x).T
     scores = []

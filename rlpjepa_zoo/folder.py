@@ -30,7 +30,7 @@ NAMES = ("config.json", *REQUIRED, *OPTIONAL)
 MAX_JSON = 1 << 20
 
 
-def parse_json(text: bytes, name: str) -> Any:
+def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
     """Strict JSON: UTF-8, at most 1 MiB, no duplicate keys, no NaN or Infinity.
 
     Raises:
@@ -46,8 +46,8 @@ def parse_json(text: bytes, name: str) -> Any:
     def constant(value: str) -> Any:
         raise ValueError(f"{value} is not a JSON number")
 
-    if len(text) > MAX_JSON:
-        raise ModelError(f"{name}: {len(text)} bytes, the limit is {MAX_JSON}")
+    if len(text) > limit:
+        raise ModelError(f"{name}: {len(text)} bytes, the limit is {limit}")
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:

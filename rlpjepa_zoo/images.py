@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 
@@ -46,7 +46,9 @@ def decode(source: str | Path | bytes | Image.Image, name: str = "image") -> Ima
     except DataError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (
+            "of no known format" if isinstance(error, UnidentifiedImageError) else (str(error).splitlines() or [type(error).__name__])[0]
+        )
         raise DataError(f"{name}: cannot be read as an image ({reason})") from error
 
 

@@ -37,7 +37,12 @@ def make_optimizer(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe)
     weights, others = _split(p for p in encoder.parameters() if p.requires_grad)
     decay_others = options.weight_decay if options.decay_bias_and_norm else 0.0
     groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": options.weight_decay, "peak": recipe.lr},
+        {
+            "params": weights,
+            "weight_decay": options.weight_decay,
+            "peak": recipe.lr,
+            **({"always_adapt": True} if options.name == "lars" else {}),
+        },
         {"params": others, "weight_decay": decay_others, "peak": recipe.lr},
     ]
     if probes is not None:

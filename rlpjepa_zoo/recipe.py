@@ -6,6 +6,7 @@ The classes below are the single source of defaults and documentation; derived v
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             return value
     return value
 
@@ -178,7 +179,7 @@ class Encoder(Section):
     pretrained: bool = False
     freeze_backbone: bool = False
     """Train the projector only."""
-    dim: Count = 512
+    dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     hidden_dim: Count = 512
     projector_depth: Count = 3
     """Linear layers; 1 is a single rectified layer."""
@@ -246,7 +247,7 @@ class Optim(Section):
     """Optimiser and learning-rate schedule: linear warm-up, then cosine."""
 
     name: Literal["adamw", "lars"] = "adamw"
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, le=1e6)]
     """At a batch of `reference_batch`; the rate used is lr * train.batch_size / reference_batch."""
     reference_batch: Count = 256
     weight_decay: NonNegative = 1e-4
@@ -292,7 +293,7 @@ class Probe(Section):
 class Train(Section):
     """Length, batch, precision, and what is kept."""
 
-    epochs: Positive
+    epochs: Annotated[float, Field(gt=0, le=1e9)]
     batch_size: Annotated[int, Field(ge=2)] = 256
     """Images per step over all processes (each gives `views.count` views)."""
     precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -407,10 +408,11 @@ def list_recipes() -> list[str]:
 def find_recipe(source: str | Path) -> Path:
     """The file of a recipe given by path or by name."""
     path = Path(source)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError):  # a name too long to be one
+        if path.is_file():
+            return path
     named = zoo.resource("recipes") / f"{source}.yaml"
-    if re.fullmatch(r"[\w.-]+", str(source)) and named.is_file():
+    if str(source) in list_recipes():
         return named
     known = list_recipes()
     hint = did_you_mean(str(source), known) or f" Known recipes: {', '.join(known)}"
@@ -431,6 +433,8 @@ class _Loader(yaml.BaseLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None,
@@ -491,7 +495,9 @@ def _explain(error: ValidationError) -> str:
     """The first problem in one line: dotted key, what was given, what was expected."""
     problems = error.errors()
     first = problems[0]
-    location = [str(part) for part in first["loc"] if not str(part).startswith(("literal", "constrained", "float", "function"))]
+    location = [str(part) for part in first["loc"]]
+    if location[:2] == ["target", "sigma"]:
+        location = location[:2]  # the members of the union follow
     name, more = ".".join(location), f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         if "accum" in location[-1]:

@@ -42,7 +42,7 @@ def _root(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("rlpjepa-demo"),
     density: Annotated[float, typer.Option(help="Fraction of non-zeros to ask for, between 0 and 1.")] = 0.12,
-    epochs: Annotated[float, typer.Option(help="Passes over the 1437 training digits.")] = 40,
+    epochs: Annotated[float, typer.Option(help="Passes over the 1437 training digits.")] = 50,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -24,7 +24,7 @@ from .training import train
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run(out: Path, density: float = 0.12, epochs: float = 40, progress: bool = True) -> dict[str, Any]:
+def run(out: Path, density: float = 0.12, epochs: float = 50, progress: bool = True) -> dict[str, Any]:
     """Everything the demo does; returns what it found, JSON-able, with a text to print.
 
     Args:

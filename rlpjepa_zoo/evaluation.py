@@ -43,9 +43,10 @@ def encode(
 
 
 def pixels(encoder: SparseEncoder, images: Images) -> tuple[Tensor, Tensor]:
-    """Preprocessed inputs as flat rows (n, 3 H W), and labels: the baseline that every embedding should beat."""
+    """Raw pixels in 0..1, resized and cropped like the input, as flat rows (n, 3 H W), and labels: the baseline every embedding should beat."""
     read = Preprocessed(images, encoder.transform)
-    kept = [(i, x.flatten()) for i, x, _ in (read[i] for i in range(len(images))) if x is not None]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.config.preprocess.mean, encoder.config.preprocess.std))
+    kept = [(i, (x * std + mean).flatten()) for i, x, _ in (read[i] for i in range(len(images))) if x is not None]
     labels = np.full(len(kept), -1) if images.labels is None else images.labels[[i for i, _ in kept]]
     return torch.stack([x for _, x in kept]), torch.from_numpy(np.asarray(labels))
 

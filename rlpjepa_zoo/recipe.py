@@ -127,7 +127,9 @@ class Data(Section):
 
     def label(self) -> str:
         """How the data set is called on cards."""
-        return self.name or (Path(self.path).name if self.path else self.source)
+        if self.path is None:
+            return self.name or self.source
+        return f"{self.name} (local copy)" if self.name else Path(self.path).name
 
 
 class Views(Section):

@@ -146,7 +146,7 @@ def test_check_prints_a_recipe_that_can_be_used(capsys: pytest.CaptureFixture[st
 def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["check", "digits", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["expected density"] == pytest.approx(0.12) and found["recipe"]["train"]["epochs"] == 40
+    assert found["expected density"] == pytest.approx(0.12) and found["recipe"]["train"]["epochs"] == 50
 
 
 def test_train_embed_eval_list(capsys: pytest.CaptureFixture[str], image_folder: Path, tmp_path: Path) -> None:

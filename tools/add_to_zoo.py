@@ -28,6 +28,7 @@ def add(run: Path, name: str, overrides: list[str]) -> None:
     report = evaluate(encoder, source.train, source.eval, num_workers=recipe.train.num_workers, progress=True, limit=20_000)
     info = dict(encoder.config.info)
     info["results"] = {k: round(v, 4) if isinstance(v, float) else v for k, v in report.items()}
+    info["data"] = recipe.data.label()
     info["density"] = {**info["density"], "eval": round(report["l0"], 4)}
     shareable = Recipe.parse(text, ["data.path=null"]).dump() if recipe.data.name else text
     encoder.save_pretrained(ROOT / "hub" / name, recipe=shareable, info=info, name=name)

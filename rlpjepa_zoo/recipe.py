@@ -320,9 +320,9 @@ class Recipe(Section):
     """A complete run.
 
     Example:
-        >>> recipe = Recipe.load("digits", ["target.density=0.2", "train.epochs=3"])
+        >>> recipe = Recipe.load("digits", ["target.density=0.2", "train.epochs=30"])
         >>> recipe.train.epochs, round(recipe.target.law()[0], 3), Recipe.parse(recipe.dump()) == recipe
-        (3.0, -0.648, True)
+        (30.0, -0.648, True)
     """
 
     name: str

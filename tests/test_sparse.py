@@ -155,7 +155,7 @@ def test_rows_that_do_not_exist_are_an_index_error(dense, index):
 
 def test_iteration_gives_every_row_once(dense):
     e = SparseEmbeddings.from_dense(dense)
-    assert SparseEmbeddings.concat(e) == e
+    assert SparseEmbeddings.concat(list(e)) == e
 
 
 def test_a_slice_does_not_share_memory_that_a_write_could_reach(dense):

@@ -45,7 +45,9 @@ def _front(config: dict[str, Any], info: dict[str, Any]) -> str:
     }
     results = info.get("results", {})
     metrics = [
-        {"type": "accuracy", "name": label, "value": results[key]} for key, label in _RESULTS.items() if isinstance(results.get(key), float)
+        {"type": "accuracy", "name": label, "value": results[key]}
+        for key, label in _RESULTS.items()
+        if isinstance(results.get(key), float) and not key.endswith("pixels")
     ]
     if metrics:
         dataset = {"type": str(info.get("data", "images")), "name": str(info.get("data", "images"))}
@@ -83,6 +85,8 @@ enc = rz.load_encoder("{name}")
 e = enc.embed(["a.jpg", "b.jpg"])  # SparseEmbeddings: CSR, values >= 0, exact zeros
 ```
 """
+    if "/" not in name and ":" not in name:  # a name of the zoo, which only this package resolves
+        return text
     if block.get("needs_package"):
         return (
             text
@@ -96,7 +100,7 @@ The dense backbone alone opens in plain timm, without this package:
 ```python
 import timm
 
-backbone = timm.create_model("hf-hub:{name}", pretrained=True).eval()
+backbone = timm.create_model("{name if name.startswith("local-dir:") else "hf-hub:" + name}", pretrained=True).eval()
 ```
 """
     )

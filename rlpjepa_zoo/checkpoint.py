@@ -169,6 +169,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     if not set(state) <= known:
         raise ModelError(f"checkpoint: optimizer state of {len(state)} parameters, the model has {len(known)}")
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    for parameter, entries in optimizer.state.items():  # in the memory format of the parameter, which the fast paths expect
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 # --- one run, one folder --------------------------------------------------------------------------------------------------------------
@@ -190,9 +194,11 @@ def lock(run: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
             raise UsageError(f"{run}: in use by {owner}; choose another --out, or wait for it to end") from error
+        except OSError as error:
+            raise OutputError(f"{run}: cannot be locked: {error.strerror or error}; choose an --out on a file system with locks") from error
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         home = run / "checkpoints"

@@ -205,6 +205,8 @@ def evaluate(
             raise UsageError(f"'{overrides[0]}': overrides belong to a recipe, and --data {data} is a folder")
     else:
         section = Recipe.load(data, overrides or []).data
+    if section.streaming:
+        raise UsageError(f"--data {data}: evaluation needs all images at once; set data.streaming=false and data.length=null")
     opened = open_source(section)
     if opened.eval is None:
         raise DataError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import signal
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -101,6 +100,10 @@ def _open_torchvision(data: Data, seed: int) -> tuple[Images, Images | None, int
     if not (inspect.isclass(kind) and issubclass(kind, torchvision.datasets.VisionDataset)):
         raise DataError(f"data.name: '{data.name}' is not a data set of torchvision; expected a class name such as CIFAR10")
     parameters = inspect.signature(kind).parameters
+    if "train" in parameters and (data.split != "train" or data.eval_split is not None):
+        raise DataError(
+            f"data.split: torchvision's {data.name} has a training and a test part only; leave data.split and data.eval_split out"
+        )
 
     def one(split: str | None, training: bool) -> Images:
         options: dict[str, Any] = {"root": data.path or "data"}
@@ -367,29 +370,18 @@ class _Steps(Sampler[list[tuple[int, int]]]):
             yield [(epoch, row) for row in order[start : start + share]]
 
 
-def _worker(number: int) -> None:
-    """One thread; signals that end or checkpoint a run reach the whole process group, and only the main process answers them."""
-    torch.set_num_threads(1)
-    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(ignored, signal.SIG_IGN)
-
-
 class Batches:
     """Iterate over a loader; on leaving, its workers are gone, whatever happened."""
 
     def __init__(self, loader: DataLoader[Batch]) -> None:
-        self.loader = loader
+        self._running = images.running(loader)
 
     def __enter__(self) -> Batches:
-        self.iterator: Any = iter(self.loader)
+        self.iterator = self._running.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if hasattr(self.iterator, "_shutdown_workers"):
-            self.iterator._shutdown_workers()
-            for worker in self.iterator._workers:  # one that hangs in a file ignores SIGTERM, see _worker
-                if worker.is_alive():
-                    worker.kill()
+        self._running.__exit__(*error)
 
     def next(self) -> Batch:
         """The next batch; what went wrong in a worker becomes one line.
@@ -419,7 +411,7 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
         raise DataError(f"{source.length} training images are fewer than one batch; lower train.batch_size = {recipe.train.batch_size}")
     workers = recipe.train.num_workers
     common: dict[str, Any] = {
-        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": _worker if workers else None,
+        "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": images.deaf_worker if workers else None,
         "prefetch_factor": 4 if workers else None, "generator": torch.Generator(),
     }  # fmt: skip
     if recipe.data.streaming:

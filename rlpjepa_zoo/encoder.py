@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -93,7 +93,8 @@ class EncoderConfig:
         hidden_dim: H, width of the projector's hidden layers.
         projector_depth: linear layers of the projector; 1 is a single rectified layer, 3 is the paper's.
         preprocess: the evaluation preprocessing.
-        info: JSON-able record of target, density, results, recipe; filled by training, shown on the card.
+        info: JSON-able record of target, density, results; filled by training, shown on the card.
+        recipe: YAML text of the recipe that trained it.
     """
 
     architecture: str
@@ -104,6 +105,7 @@ class EncoderConfig:
     preprocess: Preprocess
     model_args: dict[str, Any] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
 
 
 class Output(NamedTuple):
@@ -242,8 +244,9 @@ class SparseEncoder(nn.Module):
             )
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         parts = [SparseEmbeddings.from_dense(np.zeros((0, self.config.dim)), meta=meta)]
-        with self.evaluating():
-            for ids, x in self._batches(images, batch_size, num_workers, progress, on_error, failures):
+        found = self._batches(images, batch_size, num_workers, progress, on_error, failures)
+        with self.evaluating(), closing(found):
+            for ids, x in found:
                 z = self(x.to(self.device)).float()
                 if not torch.isfinite(z).all():
                     raise NonFiniteError(
@@ -255,7 +258,7 @@ class SparseEncoder(nn.Module):
 
     def _batches(
         self, source: Any, batch_size: int, num_workers: int, progress: bool, on_error: str, failures: list[tuple[Any, str]] | None
-    ) -> Iterator[tuple[list[Any], Tensor]]:
+    ) -> Generator[tuple[list[Any], Tensor], None, None]:
         if isinstance(source, Tensor):
             if source.dim() != 4 or source.shape[1] != 3 or not source.is_floating_point():
                 raise DataError(
@@ -267,8 +270,8 @@ class SparseEncoder(nn.Module):
             return
         opened = images.open_images(source)
         loader = preprocessed(opened, self.transform, batch_size, num_workers)
-        with tqdm(total=len(opened), desc="embed", unit="image", disable=not progress) as bar:
-            for items in loader:
+        with tqdm(total=len(opened), desc="embed", unit="image", disable=not progress) as bar, images.running(loader) as batches:
+            for items in batches:
                 bar.update(len(items))
                 for i, _, reason in items:
                     if reason is not None and on_error == "raise":
@@ -288,7 +291,7 @@ class SparseEncoder(nn.Module):
 
         Args:
             path: folder; made if missing. Its own files of an earlier save are replaced, others are left alone.
-            recipe: YAML text of the recipe that trained it.
+            recipe: YAML text that replaces `config.recipe`.
             info: JSON-able record that replaces `config.info`.
             name: what the examples on the card load.
 
@@ -320,6 +323,7 @@ class SparseEncoder(nn.Module):
             "golden.safetensors": _pack(_golden(self)),
             "README.md": card.render(config, name).encode(),
         }
+        recipe = self.config.recipe if recipe is None else recipe
         if recipe is not None:
             files["recipe.yaml"] = recipe.encode()
         return folder.write_folder(path, files, config)
@@ -340,7 +344,13 @@ class SparseEncoder(nn.Module):
             raise UsageError(f"the backbone cannot be described in config.json: {error}") from error
 
     def push_to_hub(
-        self, repo_id: str, private: bool | None = None, revision: str | None = None, token: str | None = None, **save: Any
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        recipe: str | None = None,
+        info: Mapping[str, Any] | None = None,
     ) -> str:
         """Save and upload to the Hugging Face Hub in one commit; returns the commit's address.
 
@@ -349,13 +359,13 @@ class SparseEncoder(nn.Module):
             private: of a new repository.
             revision: branch to commit to; made if missing.
             token: Hub token with write permission; the stored login when None.
-            save: `recipe` and `info` of `save_pretrained`.
+            recipe, info: those of `save_pretrained`.
 
         Raises:
             HubError: one line with the mend.
         """
         with tempfile.TemporaryDirectory() as scratch:
-            published = self.save_pretrained(Path(scratch) / "encoder", name=repo_id, **save)
+            published = self.save_pretrained(Path(scratch) / "encoder", name=repo_id, recipe=recipe, info=info)
             return hub.push(published, repo_id, private=private, revision=revision, token=token)
 
 
@@ -378,7 +388,10 @@ class Preprocessed(Dataset[tuple[int, Tensor | None, str | None]]):
 def preprocessed(source: images.Images, transform: Any, batch_size: int, num_workers: int) -> DataLoader[Any]:
     """Lists of items of `Preprocessed`, in order."""
     quiet = streams.generator(0, "loader")  # else every pass draws a seed from the global generator
-    return DataLoader(Preprocessed(source, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list, generator=quiet)
+    return DataLoader(
+        Preprocessed(source, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list, generator=quiet,
+        worker_init_fn=images.deaf_worker if num_workers else None,
+    )  # fmt: skip
 
 
 def _pack(tensors: dict[str, Tensor]) -> bytes:
@@ -391,6 +404,7 @@ def _pack(tensors: dict[str, Tensor]) -> bytes:
 @torch.no_grad()
 def _golden(encoder: SparseEncoder) -> dict[str, Tensor]:
     """Two images (one smooth, one noise) larger than the input and not square, and what the encoder makes of them in float32."""
+    encoder = copy.deepcopy(encoder).float().cpu()  # on a GPU, TF32 convolutions differ by more than loading allows
     height, width = (s + s // 4 for s in encoder.config.preprocess.size)
     rows, columns = np.mgrid[0:height, 0 : width + 8] / max(height, width)
     smooth = np.stack([rows, columns, (np.sin(9 * rows) * np.cos(7 * columns) + 1) / 2], -1) * 200
@@ -548,7 +562,8 @@ def load_encoder(
     if reserved & set(model_args):
         raise ModelError(f"{path}/config.json: model_args: '{min(reserved & set(model_args))}' is not an argument of a backbone")
     encoder = create_encoder(config["architecture"], preprocess=preprocess, **head, **model_args)
-    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}))
+    text = (path / "recipe.yaml").read_text("utf-8", "replace") if "recipe.yaml" in block["files"] else None
+    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text)
     _load_weights(encoder.backbone, path / "model.safetensors")
     _load_weights(encoder.projector, path / "head.safetensors")
     encoder.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import warnings
 from typing import Any
 
@@ -13,8 +15,10 @@ from tqdm.auto import tqdm
 from . import streams
 from .encoder import Preprocessed, SparseEncoder, preprocessed
 from .errors import DataError
-from .images import Images
+from .images import Images, running
 from .metrics import dead, l0, l1
+
+log = logging.getLogger("rlpjepa_zoo")
 
 __all__ = ["accuracy_table", "encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy"]
 
@@ -27,8 +31,9 @@ def encode(
     features, codes, rows = [], [], []
     with encoder.evaluating():
         loader = preprocessed(images, encoder.transform, batch_size, num_workers)
-        with tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False) as bar:
-            for items in loader:
+        bar = tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
+        with bar, running(loader) as batches:
+            for items in batches:
                 bar.update(len(items))
                 good = [(i, x) for i, x, _ in items if x is not None]
                 if good:
@@ -152,7 +157,9 @@ def evaluate(
     features, z, y = encode(encoder, train, batch_size, num_workers, progress)
     test_features, test_z, test_y = encode(encoder, test, batch_size, num_workers, progress)
     spaces = {"z": (z, test_z), "features": (features, test_features)}
-    if with_pixels:
+    if with_pixels and (len(y) + len(test_y)) * 3 * math.prod(encoder.config.preprocess.size) > 1 << 30:
+        log.warning("raw pixels left out: more than 4 GB; measure them on fewer images with limit")
+    elif with_pixels:
         spaces["pixels"] = (pixels(encoder, train)[0], pixels(encoder, test)[0])
     k = min(k, len(y))
     report: dict[str, Any] = {

@@ -29,6 +29,8 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     """
     text = str(source)
     folder = _folder(text.removeprefix("local-dir:"))
+    if folder is not None and revision is not None:
+        raise UsageError(f"'{text}' is a folder, which has no revision '{revision}'; leave it out, or write 'hf-hub:owner/repo'")
     if folder is not None:
         return folder
     if text.startswith("local-dir:") or isinstance(source, Path):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,30 @@ def list_images(folder: str | Path) -> list[Path]:
     return sorted(found)
 
 
+def deaf_worker(number: int) -> None:
+    """Start a loader's process: one thread, and deaf to the signals that end or checkpoint a run; they reach whole process groups, and only
+    the main process answers them."""
+    import torch
+
+    torch.set_num_threads(1)
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)
+
+
+@contextmanager
+def running(loader: Any) -> Iterator[Iterator[Any]]:
+    """Iterate over a loader; on leaving, its processes are gone, whatever happened (deaf ones would keep the program from ending)."""
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                if worker.is_alive():
+                    worker.kill()
+
+
 class Images:
     """n images behind an index: `read(i)` decodes one, `ids[i]` names it, `labels[i]` is its class or -1.
 
@@ -107,7 +133,10 @@ class Images:
         classes: Sequence[str] | None = None,
     ) -> None:
         self._read, self.ids, self.classes = read, ids, list(classes) if classes else None
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        try:
+            self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"labels: expected integers, or a ClassLabel column ({error})") from error
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import collectives, streams
 from .distributions import RectifiedGeneralizedGaussian
+from .errors import NonFiniteError
 
 __all__ = ["FAMILIES", "RectifiedLpJEPALoss", "Terms", "directions", "invariance", "parse_directions", "sliced_wasserstein"]
 
@@ -128,7 +129,7 @@ def _eigenbasis(x: Tensor, gaussian: Tensor) -> Tensor:
     """All D eigenvectors of the covariance of x (B, D) as rows, by falling eigenvalue; null space filled at random."""
     x = x - x.mean(0)
     if not torch.isfinite(x).all():
-        raise ValueError("directions: features hold NaN or infinity")
+        raise NonFiniteError("directions: the features hold NaN or infinity")
     _, s, vh = torch.linalg.svd(x, full_matrices=False)
     kept = vh[s > s.max().clamp(min=1e-30) * 1e-6]
     if len(kept) == x.shape[1]:

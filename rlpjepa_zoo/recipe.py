@@ -258,7 +258,7 @@ class Optim(Section):
     momentum: Probability = 0.9
     trust_coefficient: Positive = 0.02
     """lars only."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """adamw only."""
     warmup_epochs: NonNegative = 10.0
     warmup_start_lr: NonNegative = 3e-5

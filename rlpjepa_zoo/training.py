@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,7 +34,7 @@ from .checkpoint import Checkpoint
 from .data import Batch, Batches, Source, make_loader, open_source
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import Preprocess, SparseEncoder, create_encoder
-from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
+from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
 from .evaluation import encode, knn_accuracy
 from .images import Images
 from .metrics import batch_metrics, dead, l0, l1
@@ -99,6 +100,10 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         raise RecipeError(f"train: {str(error).splitlines()[0]}") from error
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
+    if missing := set(recipe.train.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with} - {"all"}:
+        raise RecipeError(f"train.trackers: {min(missing)} is not installed; pip install it, or leave it out")
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise RecipeError(f"accelerate: expected plain data parallelism, got {accelerator.distributed_type.value}; use recipes/accelerate/")
     if recipe.train.batch_size % collectives.world_size():
         raise RecipeError(f"train.batch_size: {recipe.train.batch_size} is not divisible by {collectives.world_size()} processes")
     global_state = torch.get_rng_state()
@@ -152,7 +157,13 @@ class _Run:
         self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
         self.main = accelerator.is_main_process
         found = self._find(resume, allow_change)
-        self.source: Source = open_source(recipe.data, recipe.seed)
+        with accelerator.local_main_process_first():  # one process downloads
+            self.source: Source = open_source(recipe.data, recipe.seed)
+        seen = collectives.gather_objects((found.step if found else 0, self.source.length))
+        if len(set(seen)) > 1:
+            raise UsageError(
+                f"processes see different checkpoints or images (step, images): {seen}; put --out and the data on a shared disk"
+            )
         self.total, self.per_epoch = recipe.steps(self.source.length)
         self.encoder = build_encoder(recipe)
         with streams.seeded(recipe.seed, "init-probes"):
@@ -161,7 +172,7 @@ class _Run:
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if collectives.world_size() > 1 and accelerator.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)  # timm's keeps the activation that its fused norms hold; torch's drops it
         if recipe.train.compile:
             self.encoder.backbone.compile()
         self.inner = model
@@ -176,6 +187,7 @@ class _Run:
         self.step, self.seconds, self.bad = 0, 0.0, dict[int, str]()
         self.last_metrics: dict[str, float] = {}
         self.stop_with: int | None = None
+        self.asked_at = 0.0
         self.save_now = False
         self.saved = self.logged = (0, 0.0)
         if found is not None:
@@ -188,7 +200,8 @@ class _Run:
         recipe = self.recipe
         if self.step >= self.total:
             log.warning("%s: already complete after %d steps", self.out, self.step)
-            return self.out / "encoder"
+            self._publish()  # again: the run may have been stopped between its last checkpoint and here
+            return self._finish()
         loader = make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size())
         self.model.train()
         self._announce()
@@ -222,7 +235,7 @@ class _Run:
                 save, code = self._agree(self.save_now or minutes >= recipe.train.checkpoint_minutes, self.stop_with or 0)
                 if (save or code) and self.saved[0] != self.step:
                     self._save()
-                if code:
+                if code and not last:
                     reason = f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}"
                     raise StoppedBySignal(reason, int(code))
         return self._finish()
@@ -269,9 +282,13 @@ class _Run:
         for line in damaged:
             log.warning("damaged checkpoint left out: %s", line)
         before, now = _flatten(Recipe.parse(found.state["recipe"]).model_dump(mode="json")), _flatten(self.recipe.model_dump(mode="json"))
-        changed = [k for k in now if before.get(k) != now[k] and k not in _MAY_CHANGE and k not in allow_change]
+        known, absent = before.keys() | now.keys(), object()
+        if useless := [k for k in allow_change if k not in known]:
+            raise UsageError(f"--allow-change {useless[0]}: no such key in the recipe.{did_you_mean(useless[0], known)}")
+        differing = (k for k in sorted(known) if before.get(k, absent) != now.get(k, absent))
+        changed = [k for k in differing if k not in _MAY_CHANGE and k not in allow_change]
         if changed:
-            lines = ", ".join(f"{k}: {before.get(k)!r} -> {now[k]!r}" for k in changed)
+            lines = ", ".join(f"{k}: {before.get(k, 'absent')!r} -> {now.get(k, 'absent')!r}" for k in changed)
             raise RecipeError(f"the recipe differs from the run in {self.out}: {lines}; undo, or allow each with --allow-change KEY")
         return found
 
@@ -308,12 +325,13 @@ class _Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C finish the step, save and stop (a second one stops at once); SIGUSR1 saves and goes on."""
+        """SIGTERM and Ctrl-C finish the step, save and stop (one more, seconds later, stops at once); SIGUSR1 saves and goes on."""
 
         def stop(number: int, frame: Any) -> None:
-            if self.stop_with is not None:
+            if self.stop_with is None:
+                self.stop_with, self.asked_at = 128 + number, time.monotonic()
+            elif time.monotonic() - self.asked_at > 3:  # a person; launchers and schedulers echo a signal at once
                 raise KeyboardInterrupt
-            self.stop_with = 128 + number
 
         def save(number: int, frame: Any) -> None:
             self.save_now = True
@@ -333,6 +351,9 @@ class _Run:
 
     def _announce(self) -> None:
         recipe = self.recipe
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.encoder.modules())
+        if collectives.world_size() > 1 and self.accelerator.device.type == "cpu" and normed:
+            log.warning("batch norm on CPU processes sees each process's share of the batch only; on GPUs it is synchronised")
         parameters = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         log.info(
             "%s: %s + projector, %.2f M parameters, %d images, %d classes; %d steps of %d images on %d x %s, %s; peak lr %.3g; target l0 %.3f, floor %.4g%s",
@@ -381,9 +402,9 @@ class _Run:
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Density in evaluation mode, and kNN on features and z where labels exist; every rank encodes its share of the rows."""
-        probe, rng = self.recipe.probe, torch.get_rng_state()
+        probe = self.recipe.probe
         if not isinstance(self.source.train, Images):
-            bank, held_out = self.source.eval, None
+            bank, held_out = self.source.eval and self._some(self.source.eval, probe.eval_images, "eval"), None
         else:
             bank, held_out = self._some(self.source.train, probe.bank, "bank"), self.source.eval
         if bank is None:
@@ -398,7 +419,6 @@ class _Run:
             for name, a, b in (("features", pairs[0][0], pairs[1][0]), ("z", pairs[0][1], pairs[1][1])):
                 labels = y if others is None else others[2]
                 found[f"knn_{name}"] = knn_accuracy(a, y, b, labels, probe.knn_k, probe.knn_temperature, leave_one_out=others is None)
-        torch.set_rng_state(rng)
         self.last_metrics |= found
         return found
 
@@ -424,7 +444,10 @@ class _Run:
                 log.warning("image left out: %s", reason) if len(self.bad) <= 5 else None
                 with open(self.out / "bad_images.jsonl", "a") as file:
                     file.write(json.dumps({"row": row, "reason": reason}) + "\n")
-        if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length:
+        epochs = (
+            -(-self.step // self.per_epoch) if self.recipe.data.streaming else 1
+        )  # a stream has no image that is the same in two epochs
+        if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length * epochs:
             allowed = f"train.max_bad_fraction = {self.recipe.train.max_bad_fraction:g}"
             raise DataError(
                 f"{len(self.bad)} of {self.source.length} images cannot be read, more than {allowed}; see {self.out / 'bad_images.jsonl'}"
@@ -488,7 +511,9 @@ class _Run:
 
     def _publish(self) -> None:
         if self.main:
-            self.encoder.save_pretrained(self.out / "encoder", recipe=self.recipe.dump(), info=self.info(), name=str(self.out / "encoder"))
+            self.encoder.save_pretrained(
+                self.out / "encoder", recipe=self.recipe.dump(), info=self.info(), name=f"local-dir:{self.out / 'encoder'}"
+            )
         collectives.barrier()
 
     def _finish(self) -> Path:

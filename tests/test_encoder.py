@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+import rlpjepa_zoo as rz
 from rlpjepa_zoo import create_encoder
 from rlpjepa_zoo.encoder import Preprocess, make_projector
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, UsageError
@@ -548,3 +549,19 @@ def test_tensor_and_files_of_the_same_images_give_the_same_codes(image_folder):
     files = sorted(image_folder.rglob("*.png"))[:6]
     x = torch.stack([enc.transform(Image.open(f)) for f in files])
     np.testing.assert_array_equal(enc.embed(x).to_dense(), enc.embed(files).to_dense())
+
+
+def test_an_error_among_workers_leaves_no_process_behind(image_folder):
+    import multiprocessing
+
+    (image_folder / "red" / "05.png").write_bytes(b"broken")
+    enc = rz.create_encoder("test_resnet", dim=8)
+    with pytest.raises(DataError) as caught:
+        enc.embed(image_folder, batch_size=4, num_workers=2)
+    assert multiprocessing.active_children() == [] and caught.value is not None
+
+
+def test_load_and_save_again_keeps_recipe_and_record(tmp_path):
+    first = rz.load_encoder("test_resnet.digits")
+    again = rz.load_encoder(first.save_pretrained(tmp_path / "again"))
+    assert again.config.recipe == first.config.recipe is not None and again.config.info == first.config.info

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
+from rlpjepa_zoo.errors import NonFiniteError
 from rlpjepa_zoo.objectives import (
     FAMILIES,
     RectifiedLpJEPALoss,
@@ -438,7 +439,7 @@ def test_eigen_directions_need_finite_features(kind: str) -> None:
         directions(kind, 20, 10, source())
     x = spectrum(20, 10)
     x[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NonFiniteError, match="NaN"):
         directions(kind, 20, 10, source(), features=x)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.encoder import load_encoder
-from rlpjepa_zoo.errors import DataError, NonFiniteError, RecipeError, StoppedBySignal, UsageError
+from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.recipe import Recipe
 from rlpjepa_zoo.training import train
 
@@ -292,3 +292,32 @@ def test_data_that_cannot_be_read_at_all_is_one_line(image_folder: Path, tmp_pat
     with pytest.raises(DataError) as caught:
         train(of_folder(image_folder, "train.batch_size=8", f"train.num_workers={workers}"), tmp_path / "run", progress=False)
     assert str(caught.value).startswith("50 images in a row cannot be read") and "\n" not in str(caught.value)
+
+
+def test_a_run_stopped_between_its_last_checkpoint_and_its_end_is_finished_by_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("rlpjepa_zoo.training._Run._publish", lambda self: (_ for _ in ()).throw(OutputError("disk full")))
+        with pytest.raises(OutputError):
+            train(tiny("train.epochs=2"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run/encoder").exists()
+    train(tiny("train.epochs=2"), tmp_path / "run", resume=True, progress=False)
+    assert (tmp_path / "run/summary.json").is_file() and load_encoder(tmp_path / "run/encoder").config.recipe is not None
+
+
+def test_a_key_that_went_away_is_a_change_and_an_unknown_allowance_is_refused(tmp_path: Path) -> None:
+    more = ["train.epochs=2", "encoder.args={drop_path_rate: 0.1}"]
+    train(tiny(*more), tmp_path / "run", progress=False)
+    with pytest.raises(RecipeError, match=r"encoder\.args\.drop_path_rate: 0\.1 -> 'absent'"):
+        train(tiny("train.epochs=2"), tmp_path / "run", resume=True, progress=False)
+    with pytest.raises(UsageError, match="optim.lrr"):
+        train(tiny(*more), tmp_path / "run", resume=True, allow_change=["optim.lrr"], progress=False)
+
+
+def test_synchronised_batch_norm_keeps_the_activations_of_timm() -> None:
+    """The converter that multi-GPU training uses leaves the function of a network with fused norms as it was."""
+    import rlpjepa_zoo.training as module
+    from rlpjepa_zoo.encoder import create_encoder
+
+    enc, x = create_encoder("test_efficientnet", dim=8).eval(), torch.randn(2, 3, 32, 32)
+    before = enc.features(x)
+    assert torch.equal(module.convert_sync_batchnorm(enc).eval().features(x), before)

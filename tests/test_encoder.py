@@ -1,7 +1,6 @@
 """SparseEncoder over tiny real timm models: shapes, projector, freezing, refusals, and embed() on every kind of source."""
 
 import io
-from contextlib import contextmanager
 
 import datasets
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
+from refusals import refused
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo import create_encoder
@@ -23,14 +23,6 @@ BACKBONES = [
 ]  # fmt: skip
 backbones = pytest.mark.parametrize(("name", "options", "size"), BACKBONES, ids=[b[0] for b in BACKBONES])
 SMALL = Preprocess((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", 0.9)
-
-
-@contextmanager
-def refused(*kinds, match=None):
-    with pytest.raises(kinds, match=match) as info:
-        yield info
-    assert type(info.value) in kinds
-    assert len(str(info.value).splitlines()) == 1
 
 
 def make(name="test_resnet", dim=24, **options):

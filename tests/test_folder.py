@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from refusals import refused
 
 import rlpjepa_zoo
 from rlpjepa_zoo import create_encoder, folder, load_encoder
@@ -39,14 +40,6 @@ PLAIN = {
     "test_convnext3": {"preprocess": Preprocess((64, 64))},
     "resnet10_small_narrow": {},
 }
-
-
-@contextmanager
-def refused(*kinds, match=None):
-    with pytest.raises(kinds, match=match) as info:
-        yield info
-    assert type(info.value) in kinds
-    assert len(str(info.value).splitlines()) == 1
 
 
 def make(name="test_resnet", **options):

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from refusals import refused
 from safetensors.numpy import save as pack
 
 from rlpjepa_zoo import sparse
@@ -22,14 +22,6 @@ from rlpjepa_zoo.sparse import SparseEmbeddings
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
 NAMES = ["é ü/ñ.jpg", "日本語 ☃.png", "", "a,b\t'\"\\.png", "עברית.png", "line\nbreak.png"]
-
-
-@contextmanager
-def refused(*kinds, match=None):
-    with pytest.raises(kinds, match=match) as info:
-        yield info
-    assert type(info.value) in kinds
-    assert len(str(info.value).splitlines()) == 1
 
 
 def random_dense(rng, n, dim, density=0.3):

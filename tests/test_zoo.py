@@ -8,12 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from refusals import refused
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo import hub, zoo
@@ -21,14 +21,6 @@ from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, 
 
 ROOT = Path(rz.__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@contextmanager
-def refused(*kinds, match=None):
-    with pytest.raises(kinds, match=match) as info:
-        yield info
-    assert type(info.value) in kinds
-    assert len(str(info.value).splitlines()) == 1
 
 
 @pytest.fixture

@@ -142,6 +142,8 @@ def embed(
     """Write sparse embeddings of images to one file."""
     if out.suffix not in (".safetensors", ".npz", ".parquet"):
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet")
+    if values not in ("float32", "float16"):
+        raise UsageError(f"--values: expected float32 or float16, got {values}")
     if out.exists() and not overwrite:
         raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
     if not out.parent.is_dir():

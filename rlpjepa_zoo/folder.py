@@ -84,6 +84,7 @@ def write_folder(folder: str | Path, files: dict[str, bytes], config: dict[str, 
 
     Raises:
         OutputError: no permission, disk full, or the path is a file.
+        UsageError: the folder holds files of our names (a README.md, say) that are not of an encoder.
     """
     folder = Path(folder)
     if folder.name in ("", ".."):
@@ -96,6 +97,9 @@ def write_folder(folder: str | Path, files: dict[str, bytes], config: dict[str, 
         raise UsageError(f"info: not JSON ({error}); expected text, finite numbers, lists and objects") from error
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
+        others = [name for name in NAMES if (folder / name).exists()]
+        if others and "config.json" not in others:
+            raise UsageError(f"{folder}: holds {others[0]}, which is not of an encoder; choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

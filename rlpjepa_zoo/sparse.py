@@ -241,7 +241,8 @@ class SparseEmbeddings:
         """`scipy.sparse.csr_array`, float32, which scikit-learn takes as it is."""
         from scipy.sparse import csr_array
 
-        return csr_array((self.values, self.indices, self.indptr), shape=self.shape)
+        rows = self.indptr.astype(np.int32) if self.nnz < 2**31 else self.indptr  # much of scikit-learn takes 32-bit indices only
+        return csr_array((self.values, self.indices, rows), shape=self.shape)
 
     def to_torch(self, layout: Literal["csr", "coo"] = "csr") -> Any:
         """A torch sparse tensor, float32. Prefer this class for slicing and joining: torch CSR can do neither.

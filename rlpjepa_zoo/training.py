@@ -395,9 +395,8 @@ class _Run:
             row["bad_images"] = len(self.bad)
         self.last_metrics["l0_train"] = row["l0"]
         self._log(row, bar)
-        bar.set_postfix(
-            loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", knn=f"{self.last_metrics.get('knn_features', math.nan):.3f}", refresh=False
-        )
+        shown = {"knn": f"{self.last_metrics['knn_features']:.3f}"} if "knn_features" in self.last_metrics else {}
+        bar.set_postfix(loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", refresh=False, **shown)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:

@@ -803,3 +803,10 @@ def test_the_card_of_an_untrained_encoder_says_so_and_claims_no_results(elsewher
     assert "not trained" in text
     assert "## Results" not in text
     assert "## Density" not in text
+
+
+def test_a_folder_with_somebody_elses_readme_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("my notes")
+    with refused(UsageError, match="README.md"):
+        create_encoder("test_resnet", dim=8).save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"] and (tmp_path / "README.md").read_text() == "my notes"

@@ -145,6 +145,14 @@ def test_rows_that_do_not_exist_are_an_index_error(dense, index):
         SparseEmbeddings.from_dense(dense)[index]
 
 
+def test_scikit_learn_takes_what_to_scipy_gives(dense):
+    from sklearn.cluster import KMeans
+
+    matrix = SparseEmbeddings.from_dense(dense).to_scipy()
+    assert matrix.indptr.dtype == matrix.indices.dtype == np.int32
+    assert len(KMeans(2, n_init=1, random_state=0).fit(matrix).labels_) == len(dense)
+
+
 def test_iteration_gives_every_row_once(dense):
     e = SparseEmbeddings.from_dense(dense)
     assert SparseEmbeddings.concat(list(e)) == e

@@ -112,7 +112,7 @@ def _densities(block: dict[str, Any], info: dict[str, Any]) -> str:
         return ""
     return f"""## Density (fraction of non-zero coordinates)
 
-| asked | theory of the target | measured, training batches | measured, evaluation images |
+| asked | theory of the target | measured, training batches | measured, evaluation mode |
 |---|---|---|---|
 | {_density(density.get("asked"))} | {_density(density.get("theory"))} | {_density(density.get("train"))} | {_density(density.get("eval"))} |
 
@@ -155,7 +155,7 @@ def _origin(block: dict[str, Any], info: dict[str, Any]) -> str:
 _LIMITS = """## Limits
 
 Embeddings describe images like those of the training data; nothing was filtered for fairness or safety. One training run, one seed,
-unless stated otherwise above. The backbone's dense features usually probe better than the sparse embedding.
+unless stated otherwise above. In the paper's tables the backbone's dense features probe better than the sparse embedding.
 
 ## Citation
 

@@ -41,7 +41,8 @@ def table() -> str:
     ]
     notes = []
     for name in zoo.list_encoders():
-        info = json.loads((ROOT / "hub" / name / "config.json").read_text())["rlpjepa_zoo"]["info"]
+        block = json.loads((ROOT / "hub" / name / "config.json").read_text())["rlpjepa_zoo"]
+        info, versions = block["info"], block["versions"]
         found, density, training = info["results"], info["density"], info["training"]
         asked = "-" if density["asked"] is None else f"{density['asked']:.3f}"
         head = f"| `{name}` | {info['data']} | {asked} / {density['theory']:.3f} / {density['eval']:.3f} "
@@ -51,7 +52,9 @@ def table() -> str:
                 lines.append(f"{head}| {label} | {scores} |")
                 head = "| | | "
         minutes = f"{training['minutes']:g} minutes on {training['hardware']}"
-        notes.append(f"`{name}`: {training['epochs']:g} epochs, {minutes}; {found['protocol']}.")
+        command = f"`rlpjepa train {info['recipe']}`, then `python tools/add_to_zoo.py RUN {name}`"
+        packages = f"torch {versions['torch']}, timm {versions['timm']}"
+        notes.append(f"`{name}`: {command}; {training['epochs']:g} epochs, seed {training['seed']}, {minutes}, {packages}; {found['protocol']}.")
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import OutputError, UsageError, ZooError
+from .errors import OutputError, UsageError, ZooError, first_line
 
 app = typer.Typer(
     name="rlpjepa", help="Sparse, non-negative image embeddings of a density you choose (Rectified LpJEPA on timm).",
@@ -106,9 +106,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
         try:
             encoder.eval()(torch.empty(2, 3, side, side))
         except Exception as error:
-            raise RecipeError(
-                f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {(str(error).splitlines() or ['?'])[0]}"
-            ) from error
+            raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
     return {
         "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
         "expected density": recipe.target.density_in_theory(),
@@ -193,12 +191,12 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """kNN, linear and 1-shot accuracy of the sparse embedding, the dense features and raw pixels."""
-    from .data import open_source
     from .encoder import load_encoder
     from .errors import DataError
     from .evaluation import accuracy_table
     from .evaluation import evaluate as run
     from .recipe import Data, Recipe
+    from .sources import open_source
 
     if Path(data).is_dir():
         parquet = any(Path(data).rglob("*.parquet"))

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from .data import open_source
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import load_encoder
 from .errors import UsageError
@@ -18,6 +17,7 @@ from .evaluation import accuracy_table, encode, evaluate, linear_accuracy, one_s
 from .images import Images
 from .pictures import overview
 from .recipe import Recipe
+from .sources import open_source
 from .sparse import SparseEmbeddings
 from .training import train
 

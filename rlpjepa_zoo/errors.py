@@ -66,6 +66,16 @@ class StoppedBySignal(ZooError):
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line; its type where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("no such file\\nwith a long story")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
 

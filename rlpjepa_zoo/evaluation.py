@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import streams
-from .encoder import Preprocessed, SparseEncoder, preprocessed
+from .encoder import SparseEncoder
 from .errors import DataError
 from .images import Images, running
 from .metrics import dead, l0, l1
+from .preprocess import Preprocessed, preprocessed
 
 log = logging.getLogger("rlpjepa_zoo")
 

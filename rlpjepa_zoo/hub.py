@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import zoo
-from .errors import HubError, ModelError, UsageError, did_you_mean
+from .errors import HubError, ModelError, UsageError, did_you_mean, first_line
 from .folder import NAMES
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -114,7 +114,7 @@ def _explain(error: Exception, repo: str, revision: str | None) -> HubError:
     if isinstance(error, hub.RepositoryNotFoundError):
         return HubError(f"{where}: not found, or private; check the name, or pass token= / run `hf auth login`")
     if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-        cause = (str(error.__cause__ or "offline").strip().splitlines() or ["offline"])[0]
+        cause = first_line(error.__cause__ or OSError("offline"))
         return HubError(f"{where}: not in the local cache and the Hub cannot be reached ({cause}); go online once, or give a folder")
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return HubError(f"{where}: the Hub or the network failed: {reason}")

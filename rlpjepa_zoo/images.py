@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import DataError
+from .errors import DataError, first_line
 
 __all__ = ["SUFFIXES", "Images", "decode", "from_dataset", "image_column", "label_column", "list_images", "open_images"]
 
@@ -48,9 +48,7 @@ def decode(source: str | Path | bytes | Image.Image, name: str = "image") -> Ima
     except DataError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
-        reason = (
-            "of no known format" if isinstance(error, UnidentifiedImageError) else (str(error).splitlines() or [type(error).__name__])[0]
-        )
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise DataError(f"{name}: cannot be read as an image ({reason})") from error
 
 
@@ -197,7 +195,7 @@ def _from_parquet(path: Path) -> Images:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as parquet ({(str(error).splitlines() or ['?'])[0]})") from error
+        raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
 
 
 def image_column(features: Any, asked: str | None = None) -> str:

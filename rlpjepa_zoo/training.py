@@ -31,16 +31,18 @@ from tqdm.auto import tqdm
 
 from . import checkpoint, collectives, streams, zoo
 from .checkpoint import Checkpoint
-from .data import Batch, Batches, Source, make_loader, open_source
+from .data import Batch, Batches, make_loader
 from .distributions import RectifiedGeneralizedGaussian
-from .encoder import Preprocess, SparseEncoder, create_encoder
+from .encoder import SparseEncoder, create_encoder
 from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
 from .evaluation import encode, knn_accuracy
 from .images import Images
 from .metrics import batch_metrics, dead, l0, l1
 from .objectives import RectifiedLpJEPALoss, Terms
 from .optim import make_optimizer, set_learning_rates
+from .preprocess import Preprocess
 from .recipe import Recipe
+from .sources import Source, open_source
 
 __all__ = ["build_encoder", "train"]
 

@@ -14,10 +14,11 @@ import torchvision
 from PIL import Image
 
 from rlpjepa_zoo import streams
-from rlpjepa_zoo.data import Batch, Batches, Source, make_loader, make_views, open_source
+from rlpjepa_zoo.data import Batch, Batches, make_loader, make_views
 from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.images import Images
 from rlpjepa_zoo.recipe import Data, Recipe, Views
+from rlpjepa_zoo.sources import Source, open_source
 
 SIZE = 12
 CLASSES = ["ant", "bee", "cat"]

@@ -104,10 +104,16 @@ def test_shipped_encoders_load_and_verify(name: str) -> None:
 
 
 def test_no_path_of_a_machine_and_no_registry_host() -> None:
-    texts = [p for p in ROOT.rglob("*") if p.suffix in (".py", ".md", ".yaml", ".toml", ".json", ".cff") and "hub/" not in str(p.relative_to(ROOT))]
+    texts = [
+        p
+        for p in ROOT.rglob("*")
+        if p.suffix in (".py", ".md", ".yaml", ".toml", ".json", ".cff") and "hub/" not in str(p.relative_to(ROOT))
+    ]
     texts += list((ROOT / "hub").rglob("*.json")) + list((ROOT / "hub").rglob("*.md")) + list((ROOT / "hub").rglob("*.yaml"))
     for path in texts:
-        if path == Path(__file__) or any(part.startswith((".venv", ".git", "venv", "runs", "rlpjepa-demo")) for part in path.relative_to(ROOT).parts):
+        if path == Path(__file__) or any(
+            part.startswith((".venv", ".git", "venv", "runs", "rlpjepa-demo")) for part in path.relative_to(ROOT).parts
+        ):
             continue
         found = re.search(r"/(root|home|work)/\w+|pypi\.org|/tmp/\w+", path.read_text())
         assert not found, f"{path}: {found[0]}"

@@ -60,9 +60,14 @@ def test_objective_is_a_function_of_seed_and_step() -> None:
     assert torch.equal(loss(z, 3).loss, loss(z, 3).loss) and not torch.equal(loss(z, 3).loss, loss(z, 4).loss)
 
 
-@pytest.mark.parametrize("more", [["train.precision=bf16"], ["train.precision=fp16"], ["train.compile=true"], ["train.precision=no", "train.channels_last=false"]])
+@pytest.mark.parametrize(
+    "more",
+    [["train.precision=bf16"], ["train.precision=fp16"], ["train.compile=true"], ["train.precision=no", "train.channels_last=false"]],
+)
 def test_training_learns(tmp_path: Path, more: list[str]) -> None:
-    folder = train(Recipe.load("digits", ["train.epochs=6", "optim.warmup_epochs=1", "train.log_every=1", *more]), tmp_path / "run", progress=False)
+    folder = train(
+        Recipe.load("digits", ["train.epochs=6", "optim.warmup_epochs=1", "train.log_every=1", *more]), tmp_path / "run", progress=False
+    )
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"]
     assert np.isfinite(losses).all() and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert load_encoder(folder, device="cuda").device.type == "cuda"

@@ -256,9 +256,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("z", "y", "c", "chunk", "message"), REFUSED)
-def test_inputs_that_do_not_fit_are_refused(
-    z: tuple[int, ...], y: tuple[int, ...], c: tuple[int, ...], chunk: int, message: str
-) -> None:
+def test_inputs_that_do_not_fit_are_refused(z: tuple[int, ...], y: tuple[int, ...], c: tuple[int, ...], chunk: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sliced_wasserstein(torch.zeros(z), torch.zeros(y), torch.zeros(c), chunk)
 

@@ -14,7 +14,19 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--wheel-dir",
+        str(out),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
@@ -22,7 +34,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_what_it_should(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for wanted in ("rlpjepa_zoo/py.typed", "rlpjepa_zoo/recipes/cifar10-resnet18.yaml", "rlpjepa_zoo/recipes/accelerate/gpu8.yaml", "rlpjepa_zoo/hub/manifest.json"):
+    for wanted in (
+        "rlpjepa_zoo/py.typed",
+        "rlpjepa_zoo/recipes/cifar10-resnet18.yaml",
+        "rlpjepa_zoo/recipes/accelerate/gpu8.yaml",
+        "rlpjepa_zoo/hub/manifest.json",
+    ):
         assert wanted in names
     assert not [n for n in names if n.startswith(("tests", "tools", "recipes", "hub")) or n.endswith((".pkl", ".bin", ".pt"))]
 
@@ -34,12 +51,23 @@ def test_wheel_runs_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "rlpjepa_zoo", *arguments], cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-m", "rlpjepa_zoo", *arguments],
+            cwd=tmp_path / "empty",
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert "cifar10" in run("list")
     assert "# expected density: 0.5" in run("check", "cifar10-resnet18")
-    where = subprocess.run([sys.executable, "-c", "import rlpjepa_zoo; print(rlpjepa_zoo.__file__)"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    where = subprocess.run(
+        [sys.executable, "-c", "import rlpjepa_zoo; print(rlpjepa_zoo.__file__)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert str(tmp_path / "site") in where.stdout

@@ -262,7 +262,7 @@ def test_to_arrow_holds_ids_columns_and_values(dense):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("ids", [NAMES, [5, -3, 2**62, 0, 1, 2], None], ids=["unicode", "integers", "numbered"])
 def test_file_round_trip_is_exact(tmp_path, dense, suffix, ids):
-    e = SparseEmbeddings.from_dense(dense[:6], ids, {"model": "abc", "note": "ü\n\"x\""})
+    e = SparseEmbeddings.from_dense(dense[:6], ids, {"model": "abc", "note": 'ü\n"x"'})
     back = SparseEmbeddings.load(e.save(tmp_path / f"e{suffix}"))
     assert back == e
     assert back.values.tobytes() == e.values.tobytes()

@@ -30,7 +30,9 @@ def tiny(*more: str) -> Recipe:
 
 
 def of_folder(path: Path, *more: str) -> Recipe:
-    return Recipe.load("folder-resnet18", [f"data.path={path}", "data.image_size=32", *[t for t in TINY if not t.startswith("data.")], *more])
+    return Recipe.load(
+        "folder-resnet18", [f"data.path={path}", "data.image_size=32", *[t for t in TINY if not t.startswith("data.")], *more]
+    )
 
 
 def rows(run: Path) -> list[dict]:
@@ -71,7 +73,21 @@ def test_a_run_leaves_what_it_promises(unbroken: Path) -> None:
     kinds = [row["kind"] for row in rows(unbroken)]
     assert kinds.count("train") == 12 and kinds.count("eval") == 2
     train_row, eval_row = rows(unbroken)[-2], rows(unbroken)[-1]
-    assert {"loss", "invariance", "matching", "floor", "excess", "lr", "grad_norm", "l0", "l1", "dead", "variance", "covariance", "probe_z"} <= set(train_row)
+    assert {
+        "loss",
+        "invariance",
+        "matching",
+        "floor",
+        "excess",
+        "lr",
+        "grad_norm",
+        "l0",
+        "l1",
+        "dead",
+        "variance",
+        "covariance",
+        "probe_z",
+    } <= set(train_row)
     assert {"l0_eval", "l1_eval", "dead_eval", "knn_features", "knn_z"} <= set(eval_row)
     info = load_encoder(unbroken / "encoder").config.info
     assert info["density"]["asked"] == 0.12 and info["training"]["steps"] == 12
@@ -142,7 +158,9 @@ def test_changed_recipe_is_listed_and_refused(unbroken: Path) -> None:
         train(tiny("optim.lr=0.5"), unbroken, resume=True, progress=False)
 
 
-def test_damaged_newest_checkpoint_falls_back(unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_newest_checkpoint_falls_back(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
@@ -242,7 +260,13 @@ def launch(arguments: list[str], processes: int = 1) -> subprocess.Popen[str]:
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     """A projector without batch norm on a frozen backbone: no batch statistics, so one and two processes must agree to rounding."""
-    more = ["encoder.projector_depth=1", "encoder.freeze_backbone=true", "train.epochs=2", "objective.num_directions=33", "probe.every_epochs=2"]
+    more = [
+        "encoder.projector_depth=1",
+        "encoder.freeze_backbone=true",
+        "train.epochs=2",
+        "objective.num_directions=33",
+        "probe.every_epochs=2",
+    ]
     process = launch(["train", "digits", *TINY, *more, "--out", str(tmp_path / "two"), "--quiet"], processes=2)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -294,7 +318,9 @@ def test_data_that_cannot_be_read_at_all_is_one_line(image_folder: Path, tmp_pat
     assert str(caught.value).startswith("50 images in a row cannot be read") and "\n" not in str(caught.value)
 
 
-def test_a_run_stopped_between_its_last_checkpoint_and_its_end_is_finished_by_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stopped_between_its_last_checkpoint_and_its_end_is_finished_by_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("rlpjepa_zoo.training._Run._publish", lambda self: (_ for _ in ()).throw(OutputError("disk full")))
         with pytest.raises(OutputError):

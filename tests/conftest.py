@@ -1,19 +1,38 @@
-"""What all tests share: one thread (tiny nets run 10 to 100 times slower with two), a private Hugging Face cache, no network."""
+"""What all tests share: one thread (tiny nets run 10 to 100 times slower with two), a private Hugging Face cache, no network.
+
+Tests that talk to the Hub ask for the fixture `hub_server`: a server on the loopback (tests/fakehub.py) at HF_ENDPOINT. The client is
+offline in all other tests.
+"""
 
 import os
 import tempfile
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rlpjepa-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else datasets sends a HEAD to s3.amazonaws.com for every load_dataset
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fakehub import FakeHub
 from PIL import Image
+
+if {"huggingface_hub", "datasets"} & sys.modules.keys():  # they read HF_ENDPOINT once
+    raise RuntimeError("huggingface_hub was imported before tests/conftest.py could give it the address of the server on the loopback")
+HUB = FakeHub()
+os.environ["HF_ENDPOINT"] = HUB.url
 
 torch.set_num_threads(1)
 
@@ -43,3 +62,60 @@ def cifar10() -> Path:
     if not os.environ.get("RLPJEPA_CIFAR10") or not path.is_dir():
         pytest.skip("RLPJEPA_CIFAR10 does not name the folder of CIFAR-10 parquet files")
     return path
+
+
+def _switch(patch: pytest.MonkeyPatch, *, offline: bool) -> None:
+    """Take the Hugging Face libraries of this process, and processes it starts, off or on line."""
+    patch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
+    for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE", "datasets.config.HF_DATASETS_OFFLINE"):
+        patch.setattr(name, offline)
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    """An empty Hub on the loopback (see tests/fakehub.py), a client that is on line, and an empty cache; no token is set."""
+    import datasets
+    from huggingface_hub import HfFileSystem
+    from huggingface_hub.utils import close_session
+
+    cache = tmp_path_factory.mktemp("hf-cache")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    _switch(monkeypatch, offline=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache / "hub"))
+    for name in ("constants.HF_HUB_CACHE", "constants.HUGGINGFACE_HUB_CACHE", "utils._cache_manager.HF_HUB_CACHE"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", str(cache / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", cache / "datasets" / "downloads")
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", cache / "datasets" / "downloads" / "extracted")
+    HfFileSystem.clear_instance_cache()  # its listings outlive the repositories
+    close_session()
+    HUB.reset()
+    yield HUB
+    close_session()
+    HfFileSystem.clear_instance_cache()
+    assert HUB.crashes == []
+
+
+@pytest.fixture
+def offline() -> Callable[[], AbstractContextManager[None]]:
+    """`with offline():` the Hugging Face libraries are off line, in a test that has `hub_server`."""
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            _switch(patch, offline=True)
+            yield
+
+    return switched
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits of the Hub's client between its attempts, in seconds: recorded, not waited for."""
+    waits: list[float] = []
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(**{**vars(time), "sleep": waits.append}))
+    return waits

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .distributions import sigma_gn as sigma_gn
     from .distributions import sigma_rgn as sigma_rgn
     from .encoder import SparseEncoder as SparseEncoder
-    from .encoder import create_encoder as create_encoder
-    from .encoder import load_encoder as load_encoder
     from .evaluation import evaluate as evaluate
+    from .loading import create_encoder as create_encoder
+    from .loading import load_encoder as load_encoder
     from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
     from .objectives import directions as directions
     from .objectives import sliced_wasserstein as sliced_wasserstein
@@ -33,8 +33,8 @@ _HOME = {
     "sigma_gn": "distributions",
     "sigma_rgn": "distributions",
     "SparseEncoder": "encoder",
-    "create_encoder": "encoder",
-    "load_encoder": "encoder",
+    "create_encoder": "loading",
+    "load_encoder": "loading",
     "evaluate": "evaluation",
     "RectifiedLpJEPALoss": "objectives",
     "directions": "objectives",

@@ -28,6 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is when not given.")]
 
 
@@ -132,7 +133,7 @@ def embed(
         bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them in OUT.failed.jsonl, and go on.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -146,8 +147,8 @@ def embed(
         raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
     if not out.parent.is_dir():
         raise OutputError(f"--out {out}: no folder {out.parent}")
-    from .encoder import load_encoder
     from .images import open_images
+    from .loading import load_encoder
 
     opened = open_images(images[0] if len(images) == 1 else images)
     encoder = load_encoder(source, revision=revision, device=_device(device))
@@ -184,17 +185,19 @@ def evaluate(
     pixels: Annotated[bool, typer.Option(help="Measure raw pixels too.")] = True,
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
+    curve: Annotated[bool, typer.Option("--curve", help="Measure also with only the 1, 2, 4, ... largest values of each image.")] = False,
+    on_card: Annotated[bool, typer.Option("--card", help="Write the results into the card of SOURCE, a folder.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """kNN, linear and 1-shot accuracy of the sparse embedding, the dense features and raw pixels."""
-    from .encoder import load_encoder
     from .errors import DataError
-    from .evaluation import accuracy_table
+    from .evaluation import accuracy_table, with_results
     from .evaluation import evaluate as run
+    from .loading import load_encoder
     from .recipe import Data, Recipe
     from .sources import open_source
 
@@ -212,8 +215,14 @@ def evaluate(
         raise DataError(
             f"--data {data}: no evaluation images; expected a folder val/ or test/ beside train/, or a recipe with data.eval_split"
         )
+    place = _own_folder(source, "--card") if on_card else None
     encoder = load_encoder(source, revision=revision, device=_device(device))
-    report = run(encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit)
+    report = run(
+        encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, curve=curve
+    )
+    if place is not None:
+        label = section.name or (Path(section.path).name if section.path else section.source)
+        encoder.save_pretrained(place, info=with_results(encoder.config.info, report, label), name=_name(place))
     if out is not None:
         _write(out, json.dumps({"source": source, "data": data, **report}, indent=1) + "\n")
     if as_json:
@@ -221,7 +230,6 @@ def evaluate(
         return
     print(accuracy_table(report))
     print(f"density of z {report['l0']:.4f} (effective, l1: {report['l1']:.4f}), dead dimensions {report['dead']:.4f}")
-    print(report["protocol"])
 
 
 @app.command(name="list")
@@ -261,7 +269,139 @@ def list_(
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table))
 
 
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run or of an encoder, or a zoo name.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository; an existing one must agree.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if missing.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Name for the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, sizes and the card; send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an encoder on the Hugging Face Hub: verified, one commit, only what changed. Log in with `hf auth login` or HF_TOKEN."""
+    from . import card, folder, hub
+    from .loading import load_encoder
+
+    path = hub.resolve(source)
+    contents = card.rewritten(path, repo)
+    load_encoder(path)  # what does not load is not published
+    if dry_run:
+        rows = {name: folder.size(content) for name, content in sorted(contents.items())}
+        if as_json:
+            _print({"repo": repo, "files": rows}, True)
+            return
+        print("\n".join(f"{size:>12,}  {name}" for name, size in rows.items()))
+        print(f"{sum(rows.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
+        print(bytes(contents["README.md"]).decode(), end="")
+        return
+    done = hub.push(contents, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, message=message)
+    _print({"repo": repo, "commit": done.commit, "changed": list(done.changed), "url": done.url}, as_json)
+
+
+@app.command()
+def card(
+    source: SourceName,
+    name: Annotated[str | None, typer.Option(help="What the examples load, such as owner/name; what it says now when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write README.md and its pictures into this folder instead of printing.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the card of a folder anew in its place.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Print the model card of a run or encoder, generated from its record."""
+    from . import card as cards
+    from . import folder, hub
+
+    if write and out is not None:
+        raise UsageError("--write and --out: give one of them")
+    path = hub.resolve(source, revision)
+    contents = cards.rewritten(path, name or _name(path))
+    if write:
+        print(folder.write_folder(_own_folder(source, "--write"), contents) / "README.md")
+    elif out is not None:
+        shown = {n: content for n, content in contents.items() if n == "README.md" or n.endswith(".png")}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for n, content in shown.items():
+                (out / n).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        except OSError as error:
+            raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+        print(out / "README.md")
+    else:
+        print(bytes(contents["README.md"]).decode(), end="")
+
+
+@app.command()
+def export(
+    source: SourceName,
+    out: Annotated[Path, typer.Option(help="File to write: .onnx or .pt2 (torch.export).")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the whole sparse encoder as one ONNX or torch.export file, and check that it gives the same codes."""
+    from .export import export as run
+    from .loading import load_encoder
+
+    path = run(load_encoder(source, revision=revision), out, overwrite=overwrite)
+    _print({"file": str(path), "bytes": path.stat().st_size}, as_json)
+
+
+zoo_app = typer.Typer(help="The zoo's own list.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.command()
+def verify(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*",
+    root: Annotated[Path | None, typer.Option("--folder", help="Check FOLDER/NAME instead of what ships.")] = None,
+    online: Annotated[bool, typer.Option("--hub", help="Check the repository and commit that the list pins.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check encoders of the zoo: listed figures, sha256 of every file, golden codes."""
+    from . import zoo
+    from .loading import verify_entry
+
+    names = zoo.list_encoders(pattern)
+    if not names:
+        raise UsageError(f"'{pattern}': no encoder of the zoo matches; see rlpjepa list")
+    if online and root is not None:
+        raise UsageError("--hub and --folder: give one of them")
+    found: dict[str, str] = {}
+    worst: ZooError | None = None
+    for name in names:
+        try:
+            verify_entry(name, root, online)
+            found[name] = "ok"
+        except ZooError as error:
+            found[name], worst = str(error), worst or error
+        if not as_json:
+            print(f"{name}: {found[name]}", flush=True)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    if worst is not None:
+        wrong = sum(text != "ok" for text in found.values())
+        raise type(worst)(f"{wrong} of {len(names)} encoders do not verify; the first: {worst}")
+
+
 # --- around the commands --------------------------------------------------------------------------------------------------------------
+
+
+def _own_folder(source: str, option: str) -> Path:
+    from . import folder
+
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if not path.is_dir():
+        raise UsageError(f"{option}: '{source}' is not a folder on this machine, so its card cannot be written")
+    return folder.find(path)
+
+
+def _name(path: Path) -> str:
+    """What the card of a folder says it is called."""
+    from . import folder
+
+    return str(folder.read_config(path)[folder.BLOCK].get("name", "owner/repo"))
 
 
 def _device(asked: str | None) -> str:
@@ -338,6 +478,9 @@ def run(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of `rlpjepa`."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are reported by ours, in one line each
+    if "--quiet" in sys.argv or "--json" in sys.argv or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("rlpjepa_zoo")

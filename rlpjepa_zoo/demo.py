@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 import torch
 
 from .distributions import RectifiedGeneralizedGaussian
-from .encoder import load_encoder
 from .errors import UsageError
-from .evaluation import accuracy_table, encode, evaluate, linear_accuracy, one_shot_accuracy
+from .evaluation import accuracy_table, evaluate, with_results
 from .images import Images
+from .loading import load_encoder
 from .pictures import overview
 from .recipe import Recipe
 from .sources import open_source
 from .sparse import SparseEmbeddings
 from .training import train
-
-BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def run(out: Path, density: float = 0.12, epochs: float = 50, progress: bool = True) -> dict[str, Any]:
@@ -40,40 +37,27 @@ def run(out: Path, density: float = 0.12, epochs: float = 50, progress: bool = T
     encoder = load_encoder(folder)
     source = open_source(recipe.data)
     test = source.eval or Images(lambda i: None, [])  # the digits always have a test split
-    report = evaluate(encoder, source.train, test)
+    report = evaluate(encoder, source.train, test, curve=True)
+    encoder.save_pretrained(folder, info=with_results(encoder.config.info, report, "digits"), name=f"local-dir:{folder}")
     embeddings = encoder.embed(test)
     file = embeddings.save(out / "test-embeddings.safetensors")
     again = SparseEmbeddings.load(file)
 
-    curve = budget_curve(encoder, source.train, test)
     mu, sigma = recipe.target.law()
     law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    scores = {name: {"linear": report[f"linear_{name}"], "1-shot": report[f"one_shot_{name}"]} for name in ("features", "pixels")}
     picture = overview(
-        out / "overview.png", rows, law, torch.from_numpy(embeddings.to_dense()), test, curve, scores,
+        out / "overview.png", encoder.config.info["history"], law, torch.from_numpy(embeddings.to_dense()), test, report,
         f"Rectified LpJEPA on 1437 digits without labels: {embeddings.dim} dimensions, {embeddings.l0:.1%} active",
     )  # fmt: skip
 
     n, dim = embeddings.shape
     found = {
         "asked": density, "theory": recipe.target.density_in_theory(), "measured": embeddings.l0,
-        **{k: v for k, v in report.items() if k != "protocol"}, "encoder": str(folder), "embeddings": str(file), "picture": str(picture),
+        **{k: v for k, v in report.items() if k not in ("protocol", "curve")}, "encoder": str(folder), "embeddings": str(file), "picture": str(picture),
         "bytes_sparse": file.stat().st_size, "bytes_dense": 4 * n * dim, "reloaded_equal": again == embeddings, "seconds": time.monotonic() - started,
     }  # fmt: skip
     found["text"] = _text(found, report, embeddings)
     return found
-
-
-def budget_curve(encoder: Any, train_images: Images, test_images: Images) -> dict[int, tuple[float, float]]:
-    """Linear and 1-shot accuracy when only the k largest values of each image are kept."""
-    _, z, y = encode(encoder, train_images)
-    _, test_z, test_y = encode(encoder, test_images)
-    curve = {}
-    for k in BUDGETS:
-        a, b = (torch.from_numpy(SparseEmbeddings.from_dense(x).top_k(k).to_dense()) for x in (z, test_z))
-        curve[k] = (linear_accuracy(a, y, b, test_y), one_shot_accuracy(a, y, b, test_y)[0])
-    return curve
 
 
 def _make_room(out: Path) -> None:
@@ -93,7 +77,6 @@ def _text(found: dict[str, Any], report: dict[str, Any], embeddings: SparseEmbed
 density of z      asked {found["asked"]:.3f}   theory of the target {found["theory"]:.3f}   measured on test images {found["measured"]:.3f}
 
 {accuracy_table(report)}
-{report["protocol"]}
 
 encoder           {found["encoder"]}   (timm's format: config.json, model.safetensors, head.safetensors, ...)
 embeddings        {found["embeddings"]}   {size} bytes; dense float32: {found["bytes_dense"]:,} ({ratio:.1f} x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import inspect
 import tempfile
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,16 +17,15 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import card, folder, hub, images, resnet, streams, zoo
-from .errors import DataError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean, first_line
+from . import card, folder, golden, hub, images, resnet, zoo
+from .errors import DataError, NonFiniteError, OutputError, UsageError
 from .preprocess import Preprocess, preprocessed
 from .sparse import SparseEmbeddings
 
-__all__ = ["EncoderConfig", "Output", "Preprocess", "SparseEncoder", "create_encoder", "load_encoder"]
+__all__ = ["EncoderConfig", "Output", "SparseEncoder", "make_projector"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def make_projector(features: int, hidden_dim: int, dim: int, depth: int) -> nn.S
 
 
 class SparseEncoder(nn.Module):
-    """Images to sparse, non-negative embeddings. Made by `create_encoder` and `load_encoder`.
+    """Images to sparse, non-negative embeddings. Made by `create_encoder` and `load_encoder` of `rlpjepa_zoo.loading`.
 
     Attributes:
         backbone: timm model with num_classes = 0.
@@ -83,7 +81,8 @@ class SparseEncoder(nn.Module):
         config: `EncoderConfig`.
 
     Example:
-        >>> enc = create_encoder("test_resnet", dim=16, hidden_dim=32).eval()
+        >>> import rlpjepa_zoo
+        >>> enc = rlpjepa_zoo.create_encoder("test_resnet", dim=16, hidden_dim=32).eval()
         >>> z = enc(torch.zeros(2, 3, 64, 64))
         >>> tuple(z.shape), bool((z >= 0).all()), tuple(enc.features(torch.zeros(2, 3, 64, 64)).shape)
         ((2, 16), True, (2, 96))
@@ -183,7 +182,9 @@ class SparseEncoder(nn.Module):
             NonFiniteError: the encoder gave NaN or infinity.
 
         Example:
-            >>> enc = create_encoder("test_resnet", dim=16)
+            >>> import rlpjepa_zoo
+            >>> from PIL import Image
+            >>> enc = rlpjepa_zoo.create_encoder("test_resnet", dim=16)
             >>> enc.embed([Image.new("RGB", (80, 60)), Image.new("L", (40, 40))], max_active=4).shape
             (2, 16)
         """
@@ -248,6 +249,46 @@ class SparseEncoder(nn.Module):
             OutputError: the folder cannot be written.
             NonFiniteError: a weight is NaN or infinite.
         """
+        return folder.write_folder(path, self.contents(recipe, info, name))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        recipe: str | None = None,
+        info: Mapping[str, Any] | None = None,
+        *,
+        tag: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Publish on the Hugging Face Hub in one commit that holds only what changed; returns the address of the commit or pull request.
+
+        Args:
+            repo_id: ``"owner/name"``; made if missing.
+            private: of a new repository; an existing one must agree.
+            revision: branch to commit to; made if missing.
+            token: Hub token with write permission; the stored login when None.
+            recipe, info: those of `save_pretrained`.
+            tag: name for the commit.
+            create_pr: open a pull request instead.
+            commit_message: of the commit.
+
+        Raises:
+            UsageError: a malformed name or contradictory options.
+            HubError: one line with the mend.
+        """
+        contents = self.contents(recipe, info, repo_id)
+        return hub.push(
+            contents, repo_id, private=private, revision=revision, tag=tag, create_pr=create_pr, message=commit_message, token=token
+        ).url
+
+    def contents(
+        self, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo"
+    ) -> dict[str, folder.Content]:
+        """The files of the published folder; arguments as of `save_pretrained`."""
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
         if bad:
@@ -258,7 +299,7 @@ class SparseEncoder(nn.Module):
         config = self._timm_config()
         config.get("model_args", {}).pop("num_classes", None)  # transformers' AutoModel passes it itself
         config[folder.BLOCK] = {
-            "format": folder.FORMAT,
+            "name": name,
             "projector": {"dim": self.config.dim, "hidden_dim": self.config.hidden_dim, "depth": self.config.projector_depth},
             "preprocess": dataclasses.asdict(self.config.preprocess),
             "needs_package": self.config.architecture in resnet.SMALL_RESNETS,
@@ -266,16 +307,16 @@ class SparseEncoder(nn.Module):
             "info": dict(self.config.info if info is None else info),
             "versions": zoo.versions(),
         }
-        files = {
+        files: dict[str, folder.Content] = {
             "model.safetensors": _pack({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}),
             "head.safetensors": _pack({k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")}),
-            "golden.safetensors": _pack(_golden(self)),
-            "README.md": card.render(config, name).encode(),
+            "golden.safetensors": _pack(golden.make(self)),
+            **card.files(config, name),
         }
         recipe = self.config.recipe if recipe is None else recipe
         if recipe is not None:
             files["recipe.yaml"] = recipe.encode()
-        return folder.write_folder(path, files, config)
+        return folder.seal(files, config)
 
     def _timm_config(self) -> dict[str, Any]:
         """config.json as timm writes it."""
@@ -292,224 +333,6 @@ class SparseEncoder(nn.Module):
         except ValueError as error:  # an argument such as act_layer=nn.GELU
             raise UsageError(f"the backbone cannot be described in config.json: {error}") from error
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        recipe: str | None = None,
-        info: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Save and upload to the Hugging Face Hub in one commit; returns the commit's address.
-
-        Args:
-            repo_id: ``"owner/name"``; made if missing.
-            private: of a new repository.
-            revision: branch to commit to; made if missing.
-            token: Hub token with write permission; the stored login when None.
-            recipe, info: those of `save_pretrained`.
-
-        Raises:
-            HubError: one line with the mend.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            published = self.save_pretrained(Path(scratch) / "encoder", name=repo_id, recipe=recipe, info=info)
-            return hub.push(published, repo_id, private=private, revision=revision, token=token)
-
 
 def _pack(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"format": "pt"})
-
-
-# --- golden codes --------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _golden(encoder: SparseEncoder) -> dict[str, Tensor]:
-    """Two images (one smooth, one noise) larger than the input and not square, and what the encoder makes of them in float32."""
-    encoder = copy.deepcopy(encoder).float().cpu()  # on a GPU, TF32 convolutions differ by more than loading allows
-    height, width = (s + s // 4 for s in encoder.config.preprocess.size)
-    rows, columns = np.mgrid[0:height, 0 : width + 8] / max(height, width)
-    smooth = np.stack([rows, columns, (np.sin(9 * rows) * np.cos(7 * columns) + 1) / 2], -1) * 200
-    noise = torch.rand(height, width + 8, 3, generator=streams.generator(0, "golden")).numpy() * 255
-    pixels = torch.from_numpy(np.stack([smooth, noise]).round().clip(0, 255).astype(np.uint8))
-    inputs = torch.stack([encoder.transform(Image.fromarray(p.numpy())) for p in pixels])
-    features, z = _evaluate(encoder, inputs)
-    return {"images": pixels, "inputs": inputs, "features": features, "codes": z}
-
-
-def _evaluate(encoder: SparseEncoder, inputs: Tensor) -> Output:
-    with encoder.evaluating(), torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
-        out = encoder.both(inputs.to(encoder.device))
-    return Output(out.features.float().cpu(), out.z.float().cpu())
-
-
-def _check_golden(encoder: SparseEncoder, golden: dict[str, Tensor], where: Path) -> None:
-    """Refuse an encoder that does not reproduce its codes, and say which station differs."""
-    missing = {"images", "inputs", "features", "codes"} - set(golden)
-    if missing:
-        raise ModelError(f"{where}: no tensor '{min(missing)}'")
-    pixels, size = golden["images"], encoder.config.preprocess.size
-    if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[-1] != 3 or not len(pixels):
-        raise ModelError(f"{where}: images: expected uint8 (n, H, W, 3) with n >= 1, got {pixels.dtype} of shape {tuple(pixels.shape)}")
-    inputs = torch.stack([encoder.transform(Image.fromarray(p.numpy())) for p in pixels])
-    if golden["inputs"].shape != (len(pixels), 3, *size) or not golden["inputs"].is_floating_point():
-        raise ModelError(f"{where}: inputs: expected floats of shape {(len(pixels), 3, *size)}, got {tuple(golden['inputs'].shape)}")
-    features, z = _evaluate(encoder, golden["inputs"])
-    for station, got, expected, tolerance in (
-        ("preprocessing", inputs, golden["inputs"], 0.05),  # two grey levels of 255: decoders and resizers differ by that
-        ("backbone features", features, golden["features"], 1e-3),
-        ("codes", z, golden["codes"], 1e-3),
-    ):
-        if got.shape != expected.shape:
-            raise ModelError(f"{where}: {station} have shape {tuple(got.shape)}, the saved ones {tuple(expected.shape)}")
-        error = float((got - expected).abs().max()) / max(1.0, float(expected.abs().max()))
-        if not error <= tolerance:
-            raise ModelError(
-                f"{where}: {station} differ from the saved ones by {error:.2g} (allowed {tolerance:g}); other versions of torch, timm or Pillow?"
-            )
-
-
-# --- making and loading --------------------------------------------------------------------------------------------------------------
-
-
-def create_encoder(
-    name: str,
-    dim: int = 512,
-    hidden_dim: int = 512,
-    pretrained: bool = False,
-    *,
-    projector_depth: int = 3,
-    freeze_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    **timm_kwargs: Any,
-) -> SparseEncoder:
-    """A timm backbone with a fresh rectified projector, in training mode.
-
-    Args:
-        name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
-            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``.
-        dim: D, width of the embedding, >= 1.
-        hidden_dim: H, width of the projector's hidden layers, >= 1.
-        pretrained: load timm's weights for the name.
-        projector_depth: linear layers of the projector, >= 1.
-        freeze_backbone: no gradient, and evaluation mode, for the backbone.
-        preprocess: evaluation preprocessing; what timm says of the backbone when None.
-        timm_kwargs: arguments of `timm.create_model`, such as ``img_size=32, patch_size=4``.
-
-    Raises:
-        ModelError: unknown name (with the nearest), or arguments that the backbone does not take.
-        UsageError: dim, hidden_dim or projector_depth below 1.
-
-    Example:
-        >>> create_encoder("resnet10_small_narrow", dim=64, hidden_dim=64).config.features
-        256
-    """
-    for argument, value in (("dim", dim), ("hidden_dim", hidden_dim), ("projector_depth", projector_depth)):
-        if value < 1:
-            raise UsageError(f"{argument}: expected >= 1, got {value}")
-    backbone = _create_backbone(name, pretrained, timm_kwargs)
-    features = int(backbone.head_hidden_size)
-    config = EncoderConfig(
-        architecture=backbone.pretrained_cfg.get("architecture", name),
-        features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth,
-        preprocess=preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size")), model_args=dict(timm_kwargs),
-    )  # fmt: skip
-    return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
-
-
-def _create_backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
-    if timm_kwargs.get("in_chans", 3) != 3:
-        raise ModelError(f"in_chans: images are RGB, so it must be 3, got {timm_kwargs['in_chans']!r}")
-    if timm_kwargs.get("global_pool", "avg") in ("", None, False):
-        raise ModelError("global_pool: the projector needs pooled features, so it must not be empty")
-    if timm_kwargs.get("features_only"):
-        raise ModelError("features_only gives feature maps; the projector needs pooled features, so leave it out")
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
-        raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
-    try:
-        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **timm_kwargs)
-    except Exception as error:
-        reason = first_line(error)
-        arguments = ", ".join(f"{k}={v!r}" for k, v in {"pretrained": pretrained, **timm_kwargs}.items())
-        raise ModelError(f"backbone '{name}' with {arguments}: {reason}") from error
-    return backbone
-
-
-def load_encoder(
-    source: str | Path,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    device: str | torch.device = "cpu",
-) -> SparseEncoder:
-    """An encoder from the zoo, the Hub or a folder, verified, in evaluation mode.
-
-    Every file is compared with its sha256 in config.json, and the golden images must give their golden codes.
-
-    Args:
-        source: zoo name (see `list_encoders`), ``"hf-hub:owner/repo[@revision]"``, ``"owner/repo"``, ``"local-dir:path"`` or a folder.
-        revision: branch, tag or commit on the Hub.
-        token: Hub token for private repositories.
-        cache_dir: where downloads are kept.
-        device: where the encoder goes.
-
-    Raises:
-        UsageError: a name that is none of these.
-        ModelError: damaged, foreign or newer files; the message names the file.
-        HubError: the Hub refused or cannot be reached.
-    """
-    path = hub.resolve(source, revision, token, cache_dir)
-    config = folder.read_config(path)
-    folder.verify(path, config)
-    block = config[folder.BLOCK]
-    try:
-        saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()}
-        preprocess = Preprocess(**saved)
-        head = {
-            "dim": block["projector"]["dim"],
-            "hidden_dim": block["projector"]["hidden_dim"],
-            "projector_depth": block["projector"]["depth"],
-        }
-        for key, top in (("dim", 2**20), ("hidden_dim", 2**20), ("projector_depth", 64)):
-            if type(head[key]) is not int or not 1 <= head[key] <= top:
-                raise ValueError(f"{key}: expected an integer in 1 .. {top}, got {head[key]!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path}/config.json: {folder.BLOCK}.preprocess or .projector is not what this version expects ({error})"
-        ) from error
-    if ":" in config["architecture"]:
-        raise ModelError(f"{path}/config.json: architecture '{config['architecture']}' points to another model; expected a plain timm name")
-    model_args = config.get("model_args", {})
-    reserved = {*inspect.signature(create_encoder).parameters, "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-    if reserved & set(model_args):
-        raise ModelError(f"{path}/config.json: model_args: '{min(reserved & set(model_args))}' is not an argument of a backbone")
-    encoder = create_encoder(config["architecture"], preprocess=preprocess, **head, **model_args)
-    text = (path / "recipe.yaml").read_text("utf-8", "replace") if "recipe.yaml" in block["files"] else None
-    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text)
-    _load_weights(encoder.backbone, path / "model.safetensors")
-    _load_weights(encoder.projector, path / "head.safetensors")
-    encoder.eval()
-    _check_golden(encoder, _read(path / "golden.safetensors"), path / "golden.safetensors")
-    return encoder.to(device)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    found, expected = _read(path), module.state_dict()
-    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            raise ModelError(f"{path}: {what} tensors: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise ModelError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"{path}: {name} holds NaN or infinity")
-    module.load_state_dict(found)

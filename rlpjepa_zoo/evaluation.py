@@ -18,10 +18,11 @@ from .errors import DataError
 from .images import Images, running
 from .metrics import dead, l0, l1
 from .preprocess import Preprocessed, preprocessed
+from .sparse import SparseEmbeddings
 
 log = logging.getLogger("rlpjepa_zoo")
 
-__all__ = ["accuracy_table", "encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy"]
+__all__ = ["accuracy_table", "budget_curve", "encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy", "with_results"]
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def one_shot_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, draw
 
 def evaluate(
     encoder: SparseEncoder, train: Images, test: Images, batch_size: int = 256, num_workers: int = 0, k: int = 20, temperature: float = 0.07,
-    progress: bool = False, with_pixels: bool = True, limit: int | None = None,
+    progress: bool = False, with_pixels: bool = True, limit: int | None = None, curve: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """kNN, linear and one-shot accuracy of z, of features and of raw pixels, and the density of z.
 
@@ -144,9 +145,11 @@ def evaluate(
         encoder: frozen; used in evaluation mode.
         train, test: labelled images; the first fits and votes, the second is scored.
         limit: use at most this many training images, drawn at random.
+        curve: measure z also with only its 1, 2, 4, ... largest values kept.
 
     Returns:
-        JSON-able: n, protocol, l0, l1, dead, and for each of z, features, pixels the keys knn_*, linear_*, one_shot_*, one_shot_std_*.
+        JSON-able: n_train, n_test, protocol, l0, l1, dead, for each of z, features, pixels the keys knn_*, linear_*, one_shot_*, one_shot_std_*,
+        and curve: lists active, knn, linear, one_shot.
 
     Raises:
         DataError: no labels.
@@ -165,20 +168,49 @@ def evaluate(
     k = min(k, len(y))
     report: dict[str, Any] = {
         "n_train": len(y), "n_test": len(test_y), "l0": float(l0(test_z)), "l1": float(l1(test_z)), "dead": float(dead(test_z)),
-        "protocol": f"{len(y)} training and {len(test_y)} test images; kNN: k = {k}, cosine, T = {temperature:g}; linear: logistic "
-        "regression, C = 1; 1-shot: nearest by cosine of one image per class, mean of 100 draws; encoder frozen, one seed",
+        "protocol": f"kNN: k = {k}, cosine, T = {temperature:g}; linear: logistic regression, C = 1; 1-shot: nearest by cosine of one image "
+        "per class, mean of 100 draws (± their standard deviation); encoder frozen, one seed",
     }  # fmt: skip
     for name, (a, b) in spaces.items():
         report[f"knn_{name}"] = knn_accuracy(a, y, b, test_y, k, temperature)
         report[f"linear_{name}"] = linear_accuracy(a, y, b, test_y)
         report[f"one_shot_{name}"], report[f"one_shot_std_{name}"] = one_shot_accuracy(a, y, b, test_y)
+    if curve:
+        report["curve"] = budget_curve(z, y, test_z, test_y, k, temperature)
     return report
 
 
+def budget_curve(z: Tensor, y: Tensor, test_z: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07) -> dict[str, list[Any]]:
+    """Accuracy when only the largest values of each embedding are kept: 1, 2, 4, ... up to 64 or D.
+
+    Returns:
+        Lists of equal length: active, knn, linear, one_shot.
+    """
+    found: dict[str, list[Any]] = {"active": [2**i for i in range(7) if 2**i <= z.shape[1]], "knn": [], "linear": [], "one_shot": []}
+    for active in found["active"]:
+        a, b = (torch.from_numpy(SparseEmbeddings.from_dense(x).top_k(active).to_dense()) for x in (z, test_z))
+        found["knn"].append(knn_accuracy(a, y, b, test_y, k, temperature))
+        found["linear"].append(linear_accuracy(a, y, b, test_y))
+        found["one_shot"].append(one_shot_accuracy(a, y, b, test_y)[0])
+    return found
+
+
+def with_results(info: dict[str, Any], report: dict[str, Any], data: str) -> dict[str, Any]:
+    """An encoder's `config.info` with what `evaluate` found on `data`, for its card; figures are rounded to four digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: rounded(v) for k, v in value.items()}
+        return [rounded(v) for v in value] if isinstance(value, list) else round(value, 4) if isinstance(value, float) else value
+
+    density = {**info.get("density", {}), "eval": round(report["l0"], 4), "eval_images": f"test images of {data}"}
+    return {**info, "results": rounded({**report, "data": data}), "density": density}
+
+
 def accuracy_table(report: dict[str, Any]) -> str:
-    """kNN, linear and 1-shot accuracy of each representation, as text."""
+    """kNN, linear and 1-shot accuracy of each representation and how they were measured, as text."""
     lines = [f"{'':<16}{'kNN':>9}{'linear':>9}{'1-shot':>9}"]
     for name, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
         if f"knn_{name}" in report:
             lines.append(f"{label:<16}" + "".join(f"{report[f'{kind}_{name}']:>9.3f}" for kind in ("knn", "linear", "one_shot")))
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{report['n_train']} training and {report['n_test']} test images; {report['protocol']}"])

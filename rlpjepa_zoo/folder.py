@@ -5,10 +5,10 @@
     head.safetensors      the projector
     golden.safetensors    two images, their preprocessed inputs, features and codes
     recipe.yaml           how it was trained (absent when it was not trained from a recipe)
-    README.md             the card, generated
+    README.md             the card, generated; *.png, its pictures (absent when nothing was measured)
 
-Nothing here is pickled. config.json is written last and holds the sha256 of every other file, so a folder that is half old and half
-new does not verify.
+Nothing here is pickled. config.json is written last and holds the sha256 of every other file and its own, so one flipped byte anywhere
+is found, and a folder that is half old and half new does not verify.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ import hashlib
 import json
 import os
 import shutil
+import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError, OutputError, UsageError
+from .errors import ModelError, OutputError, UsageError, first_line
 
-FORMAT = 1
+FORMAT = 2  # 1 had no sha256 of config.json itself
 BLOCK = "rlpjepa_zoo"
 REQUIRED = ("model.safetensors", "head.safetensors", "golden.safetensors", "README.md")
-OPTIONAL = ("recipe.yaml",)
+OPTIONAL = ("recipe.yaml", "training.png", "accuracy.png")
 NAMES = ("config.json", *REQUIRED, *OPTIONAL)
 MAX_JSON = 1 << 20
+MAX_HEADER = 1 << 22
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
+_BLANK = "0" * 64
+
+Content = bytes | Path
+"""What is in a file: the bytes, or a file that holds them."""
 
 
 def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
@@ -54,10 +62,34 @@ def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
         raise ModelError(f"{name}: not valid JSON ({error})") from error
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
+def sha256(content: Content) -> str:
+    """Hex digest of bytes, or of a file."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with open(content, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size(content: Content) -> int:
+    """Bytes in it."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def seal(files: Mapping[str, Content], config: Mapping[str, Any]) -> dict[str, Content]:
+    """`files` and a config.json that holds their sizes and sha256, and the sha256 of itself with that value blank.
+
+    Raises:
+        UsageError: `config` is not JSON.
+    """
+    listed = {name: {"sha256": sha256(content), "size": size(content)} for name, content in sorted(files.items())}
+    config = {**config, BLOCK: {**config[BLOCK], "format": FORMAT, "files": listed, "sha256": _BLANK}}
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"info: not JSON ({error}); expected text, finite numbers, lists and objects") from error
+    if text.count(_BLANK) != 1:
+        raise UsageError("info: holds 64 zeros in a row, which stand for the sha256 of config.json; leave them out")
+    return {**files, "config.json": text.replace(_BLANK, sha256(text.encode())).encode()}
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -77,8 +109,8 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(folder: str | Path, files: dict[str, bytes], config: dict[str, Any]) -> Path:
-    """Publish `files` and `config` as a folder; a new one appears by one rename, an existing one is updated file by file, config.json last.
+def write_folder(folder: str | Path, contents: Mapping[str, Content]) -> Path:
+    """Write what `seal` gave; a new folder appears by one rename, an existing one is updated file by file, config.json last.
 
     Files in the folder that are not ours are left alone.
 
@@ -89,12 +121,6 @@ def write_folder(folder: str | Path, files: dict[str, bytes], config: dict[str, 
     folder = Path(folder)
     if folder.name in ("", ".."):
         folder = folder.resolve()
-    listed = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in sorted(files.items())}
-    config = {**config, BLOCK: {**config[BLOCK], "files": listed}}
-    try:
-        contents = {**files, "config.json": (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()}
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"info: not JSON ({error}); expected text, finite numbers, lists and objects") from error
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         others = [name for name in NAMES if (folder / name).exists()]
@@ -103,8 +129,8 @@ def write_folder(folder: str | Path, files: dict[str, bytes], config: dict[str, 
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for name, data in contents.items():
-            write_durably(partial / name, data)
+        for name, content in contents.items():
+            write_durably(partial / name, content if isinstance(content, bytes) else content.read_bytes())
         sync_folder(partial)
         if not folder.exists():
             os.rename(partial, folder)
@@ -134,15 +160,20 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ModelError(f"{folder}: no such folder")
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json; expected a folder written by save_pretrained with {', '.join(NAMES)}")
-    config = parse_json(path.read_bytes(), str(path))
+    text = path.read_bytes()
+    config = parse_json(text, str(path))
     block = config.get(BLOCK) if isinstance(config, dict) else None
     if not isinstance(block, dict):
         raise ModelError(
             f"{path}: no '{BLOCK}' block, so this is not a sparse encoder; for a plain timm model use "
             f"create_encoder('local-dir:{folder}', pretrained=True) and train a projector"
         )
-    if not isinstance(block.get("format"), int) or not 1 <= block["format"] <= FORMAT:
+    if type(block.get("format")) is not int or not 1 <= block["format"] <= FORMAT:
         raise ModelError(f"{path}: format {block.get('format')!r}, this version reads 1 to {FORMAT}; update rlpjepa_zoo")
+    if block["format"] >= 2 or "sha256" in block:
+        own = str(block.get("sha256"))
+        if text.count(own.encode()) != 1 or sha256(text.replace(own.encode(), _BLANK.encode())) != own:
+            raise ModelError(f"{path}: differs from its own sha256 (damaged or edited); download or save the encoder again")
     shapes: dict[str, type] = {"info": dict, "projector": dict, "preprocess": dict, "files": dict}
     for key, kind in shapes.items():
         if not isinstance(block.get(key, {} if key == "info" else None), kind):
@@ -152,22 +183,64 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def verify(folder: str | Path, config: dict[str, Any]) -> None:
-    """Compare every listed file with its sha256.
+def matches(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file has the listed size and sha256."""
+    return path.is_file() and path.stat().st_size == entry.get("size") and sha256(path) == entry.get("sha256")
+
+
+def listed_files(config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """The files that config.json lists, with size and sha256.
+
+    Raises:
+        ModelError: a name that is not one of ours, or a file without its sha256.
+    """
+    files = config[BLOCK]["files"]
+    for name in sorted({*REQUIRED, *files}):
+        if name not in NAMES or name == "config.json":
+            raise ModelError(f"{where}/config.json: lists an unexpected file {name!r}; expected {', '.join(NAMES[1:])}")
+        entry = files.get(name)
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or not isinstance(entry.get("sha256"), str):
+            raise ModelError(f"{where}/config.json: {name} is not listed with its size and sha256")
+    return dict(files)
+
+
+def verify(folder: str | Path, config: Mapping[str, Any], only: Iterable[str] | None = None) -> None:
+    """Compare every listed file (or only some) with its sha256.
 
     Raises:
         ModelError: naming the file that is missing or differs.
     """
-    folder, files = Path(folder), config[BLOCK]["files"]
-    for name in sorted({*REQUIRED, *files}):
-        if name not in NAMES or name == "config.json":
-            raise ModelError(f"{folder}/config.json: lists an unexpected file {name!r}; expected {', '.join(NAMES[1:])}")
-        entry, path = files.get(name), folder / name
-        if not isinstance(entry, dict):
-            raise ModelError(f"{folder}/config.json: {name} is not listed with its sha256")
+    folder = Path(folder)
+    listed = listed_files(config, str(folder))
+    for name in listed if only is None else only:
+        path = folder / name
         if not path.is_file():
             raise ModelError(f"{path}: missing; download or save the encoder again")
-        if path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):
-            raise ModelError(
-                f"{path}: differs from the sha256 in config.json (damaged or from another version); download or save the encoder again"
-            )
+        if not matches(path, listed[name]):
+            mend = f"write it anew with `rlpjepa card {folder} --write`" if name == "README.md" else "download or save the encoder again"
+            raise ModelError(f"{path}: differs from the sha256 in config.json (damaged, edited or from another version); {mend}")
+
+
+def find(path: str | Path) -> Path:
+    """A published folder: itself, or `encoder` inside the folder of a run."""
+    path = Path(path)
+    inside = path / "encoder"
+    return inside if not (path / "config.json").is_file() and (inside / "config.json").is_file() else path
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes in a safetensors file, from its header alone.
+
+    Raises:
+        ModelError: not a safetensors file, or a header of more than 4 MiB.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= MAX_HEADER:
+                raise ModelError(f"{path}: not a safetensors file (header of {length} bytes, at most {MAX_HEADER} are read)")
+            header = parse_json(file.read(length), str(path), MAX_HEADER)
+        return {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error

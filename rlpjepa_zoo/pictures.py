@@ -1,58 +1,98 @@
-"""Pictures of a run, drawn with matplotlib without a display."""
+"""Pictures of a run, drawn with matplotlib (imported when the first is drawn) without a display."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from .distributions import RectifiedGeneralizedGaussian
 from .images import Images
 
 INK, ACCENT, SECOND, SOFT = "#1b2a41", "#c8553d", "#2a7f9e", "#b8c4d0"
+_MEASURES = {"linear": ("linear", ACCENT), "knn": ("kNN", INK), "one_shot": ("1-shot", SECOND)}
 
 
 def overview(
-    path: str | Path, rows: list[dict[str, Any]], law: RectifiedGeneralizedGaussian, z: Tensor, images: Images, curve: dict[int, tuple[float, float]],
-    scores: dict[str, dict[str, float]], title: str,
+    path: str | Path, history: list[dict[str, Any]], law: RectifiedGeneralizedGaussian, z: Tensor, images: Images, results: dict[str, Any], title: str
 ) -> Path:  # fmt: skip
     """One page about a run: density over time, the law of z against its target, accuracy against active dimensions, what units see.
 
     Args:
         path: .png or .svg.
-        rows: lines of metrics.jsonl.
+        history: what `training` takes.
         law: the target.
         z: (n, D) embeddings of `images`, evaluation mode.
-        curve: active dimensions -> (linear, 1-shot) accuracy.
-        scores: representation -> {"linear": ..., "1-shot": ...} drawn as reference lines in the curve.
+        results: what `accuracy` takes.
         title: printed on top.
     """
-    figure = Figure(figsize=(13, 7.8), dpi=130, facecolor="white")
+    figure = _figure(13, 7.8)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.92), hspace=0.4, wspace=0.36, left=0.05, right=0.985, top=0.885, bottom=0.02)
     figure.suptitle(title, x=0.05, ha="left", fontsize=14, color=INK, fontweight="bold")
-    _training(figure.add_subplot(grid[0, 0]), rows, law)
+    _training(figure.add_subplot(grid[0, 0]), history, float(law.l0))
     _law(figure.add_subplot(grid[0, 1]), law, z)
-    _curve(figure.add_subplot(grid[0, 2]), curve, scores)
+    _curve(figure.add_subplot(grid[0, 2]), results)
     _units(figure, grid[1, :], z, images)
-    for axes in figure.axes:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+    _tidy(figure)
     figure.savefig(path)
     return Path(path)
 
 
-def _training(axes: Any, rows: list[dict[str, Any]], law: RectifiedGeneralizedGaussian) -> None:
-    steps = [r["step"] for r in rows if r["kind"] == "train"]
-    axes.plot(steps, [r["l0"] for r in rows if r["kind"] == "train"], color=ACCENT, lw=1.8, label="density of z, training")
-    tested = [r for r in rows if r["kind"] == "eval"]
-    axes.plot([r["step"] for r in tested], [r["l0_eval"] for r in tested], "o", color=INK, ms=5, label="density of z, test images")
-    axes.axhline(float(law.l0), color=SECOND, ls="--", lw=1.4, label=f"theory of the target: {float(law.l0):.3f}")
+def training(history: list[dict[str, Any]], theory: float) -> bytes:
+    """PNG: density of z and distance to the target over the steps of a run.
+
+    Args:
+        history: rows with step and, where measured, l0 (training batches), excess (distance above its floor) and l0_eval.
+        theory: density of the target law, drawn as a line.
+    """
+    figure = _figure(7.2, 3.8)
+    _training(figure.add_subplot(), history, theory)
+    return _png(figure)
+
+
+def accuracy(results: dict[str, Any]) -> bytes:
+    """PNG: accuracy of z against the number of largest values kept, with the full representations as lines.
+
+    Args:
+        results: report of `rlpjepa_zoo.evaluation.evaluate` with its `curve`.
+    """
+    figure = _figure(7.2, 3.8)
+    _curve(figure.add_subplot(), results)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, facecolor="white")
+
+
+def _tidy(figure: Any) -> None:
+    for axes in figure.axes:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+
+
+def _png(figure: Any) -> bytes:
+    _tidy(figure)
+    figure.tight_layout()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})  # the same picture, the same bytes
+    return file.getvalue()
+
+
+def _training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
+    rows = [r for r in history if "l0" in r]
+    axes.plot([r["step"] for r in rows], [r["l0"] for r in rows], color=ACCENT, lw=1.8, label="density of z, training")
+    tested = [r for r in history if "l0_eval" in r]
+    axes.plot([r["step"] for r in tested], [r["l0_eval"] for r in tested], "o", color=INK, ms=5, label="density of z, evaluation mode")
+    axes.axhline(theory, color=SECOND, ls="--", lw=1.4, label=f"theory of the target: {theory:.3f}")
     other = axes.twinx()
-    other.plot(steps, [r["excess"] for r in rows if r["kind"] == "train"], color=SOFT, lw=1.4)
+    other.plot([r["step"] for r in rows], [max(r["excess"], 1e-9) for r in rows], color=SOFT, lw=1.4)
     other.set_yscale("log")
     other.set_ylabel("distance to the target above its floor (log)", color="#7b8794", fontsize=8)
     other.tick_params(labelright=False, right=False, which="both")
@@ -86,20 +126,23 @@ def _law(axes: Any, law: RectifiedGeneralizedGaussian, z: Tensor) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _curve(axes: Any, curve: dict[int, tuple[float, float]], scores: dict[str, dict[str, float]]) -> None:
-    active = list(curve)
-    for i, (kind, color) in enumerate((("linear", ACCENT), ("1-shot", SECOND))):
-        axes.plot(active, [curve[k][i] for k in active], "o-", color=color, ms=4, lw=1.8, label=f"sparse z, {kind}")
-        for name, style in (("features", ":"), ("pixels", "--")):
-            axes.axhline(scores[name][kind], color=color, ls=style, lw=1, alpha=0.7, label=f"{name}, {kind}")
+def _curve(axes: Any, results: dict[str, Any]) -> None:
+    curve = results["curve"]
+    for kind, (label, color) in _MEASURES.items():
+        if kind not in curve:
+            continue
+        axes.plot(curve["active"], curve[kind], "o-", color=color, ms=4, lw=1.8, label=f"sparse z, {label}")
+        for space, style in (("features", ":"), ("pixels", "--")):
+            if f"{kind}_{space}" in results:
+                axes.axhline(results[f"{kind}_{space}"], color=color, ls=style, lw=1, alpha=0.7, label=f"{space}, {label}")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(active, [str(k) for k in active])
+    axes.set_xticks(curve["active"], [str(k) for k in curve["active"]])
     axes.minorticks_off()
     axes.set(xlabel="largest values kept per image", ylabel="accuracy", title="Accuracy against active dimensions")
-    axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower right")
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower right")
 
 
-def _units(figure: Figure, place: Any, z: Tensor, images: Images) -> None:
+def _units(figure: Any, place: Any, z: Tensor, images: Images) -> None:
     """The images that excite twelve units most; units are chosen by how pure they are, or by how strongly they fire without labels."""
     show, deep = 12, 8
     strength, which = z.topk(deep, dim=0)

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from . import zoo
 from .errors import RecipeError, UsageError, did_you_mean
 
-__all__ = ["Data", "Encoder", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "find_recipe", "list_recipes"]
+__all__ = ["Data", "Encoder", "Hub", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "find_recipe", "list_recipes"]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -170,6 +170,22 @@ class Views(Section):
                 )
         return self
 
+    def describe(self) -> str:
+        """In one line, for cards."""
+        parts = [
+            f"{self.count} views",
+            "whole image" if self.crop_scale is None else "crop of {:g} to {:g} of the area".format(*self.crop_scale),
+        ]
+        if self.rotate or self.translate or self.zoom != (1.0, 1.0):
+            parts.append("affine (rotate {:g} degrees, translate {:g}, zoom {:g} to {:g})".format(self.rotate, self.translate, *self.zoom))
+        if self.jitter:
+            strengths = f"brightness {self.brightness:g}, contrast {self.contrast:g}, saturation {self.saturation:g}, hue {self.hue:g}"
+            parts.append(f"colour jitter p = {self.jitter:g} ({strengths})")
+        parts += [
+            f"{name} p = {value:g}" for name in ("grayscale", "blur", "solarize", "equalize", "flip") if (value := getattr(self, name))
+        ]
+        return ", ".join(parts + ([f"noise {self.noise:g}"] if self.noise else []))
+
 
 class Encoder(Section):
     """timm backbone and projector."""
@@ -316,6 +332,27 @@ class Train(Section):
     """Accelerate trackers (tensorboard, wandb, trackio, ...) beside metrics.jsonl, which is always written."""
 
 
+class Hub(Section):
+    """Publishing while training: after every evaluation, in the background. A Hub that is down costs a line in the log and nothing else."""
+
+    repo: str | None = None
+    """owner/name; nothing is sent when null."""
+    private: bool = True
+    """Of a repository that does not exist yet."""
+    revision: str | None = None
+    """Branch; main when null."""
+    license: str | None = None
+    """SPDX identifier on the card, such as apache-2.0; the card says "not stated" when null."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.repo is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", self.repo):
+            raise ValueError(f"hub.repo: expected owner/name, got '{self.repo}'")
+        if self.repo is None and (self.revision is not None or not self.private):
+            raise ValueError("hub.repo: needed with hub.revision and hub.private; set it, or remove them")
+        return self
+
+
 class Recipe(Section):
     """A complete run.
 
@@ -335,6 +372,7 @@ class Recipe(Section):
     optim: Optim
     probe: Probe = Probe()
     train: Train
+    hub: Hub = Hub()
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -369,6 +407,12 @@ class Recipe(Section):
     def dump(self) -> str:
         """Canonical YAML, every field written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def shareable(self) -> str:
+        """`dump` without what is of this machine: of data.path the last part is kept, or nothing where the data have a name."""
+        data = self.data
+        path = None if data.path is None or data.name is not None else Path(data.path).name
+        return self.model_copy(update={"data": data.model_copy(update={"path": path})}).dump()
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

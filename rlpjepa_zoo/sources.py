@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import images, streams
-from .errors import DataError, first_line
+from . import hub, images, streams
+from .errors import DataError, HubError, first_line
 from .images import Images
 from .recipe import Data
 
@@ -150,7 +150,10 @@ def _open_hf(data: Data, seed: int) -> tuple[Images | Any, Images | None, int]:
         raise
     except Exception as error:
         where = data.path or data.name
-        raise DataError(f"data: '{where}': {first_line(error)}") from error
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):  # says nothing of its cause
+            mend = "check data.name, or run `hf auth login` with an account that may see it"
+            raise HubError(f"data: {where}: not found, private or gated; {mend}") from error
+        raise hub.trouble(error, f"data: {where}") or DataError(f"data: '{where}': {first_line(error)}") from error
     finally:
         datasets.logging.set_verbosity(level)
     held_out = None if evaluation is None else images.from_dataset(evaluation, data.image_column, data.label_column)

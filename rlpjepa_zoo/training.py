@@ -16,7 +16,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,14 +29,15 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint, collectives, streams, zoo
+from . import checkpoint, collectives, folder, hub, streams, zoo
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, make_loader
 from .distributions import RectifiedGeneralizedGaussian
-from .encoder import SparseEncoder, create_encoder
+from .encoder import SparseEncoder
 from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
 from .evaluation import encode, knn_accuracy
 from .images import Images
+from .loading import create_encoder
 from .metrics import batch_metrics, dead, l0, l1
 from .objectives import RectifiedLpJEPALoss, Terms
 from .optim import make_optimizer, set_learning_rates
@@ -57,7 +58,13 @@ _MAY_CHANGE = (
     "train.trackers",
     "data.path",
     "data.download",
+    "hub.repo",
+    "hub.private",
+    "hub.revision",
+    "hub.license",
 )
+_LAST_PUSH = 120.0
+"""Seconds that the end of a run waits for the last push."""
 
 
 def build_encoder(recipe: Recipe) -> SparseEncoder:
@@ -192,6 +199,7 @@ class _Run:
         self.asked_at = 0.0
         self.save_now = False
         self.saved = self.logged = (0, 0.0)
+        self.pusher = hub.Background(self._push) if recipe.hub.repo is not None and self.main else None
         if found is not None:
             self._restore(found)
         self._open_logs(found is not None)
@@ -495,14 +503,27 @@ class _Run:
         """What the card tells of the run."""
         recipe, (mu, sigma) = self.recipe, self.recipe.target.law()
         found = self.last_metrics
-        vote = (
-            f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}, at most {recipe.probe.bank} training images vote"
-        )
-        protocol = f"{vote}; measured in training, one seed"
+        test = self.source.eval if isinstance(self.source.train, Images) else None
+        results: dict[str, Any] = {k: v for k, v in found.items() if k.startswith("knn")}
+        if results:
+            bank = self.source.train if isinstance(self.source.train, Images) else self.source.eval
+            results["n_train"] = min(recipe.probe.bank, len(bank or ()))
+            results |= {"n_test": min(recipe.probe.eval_images, len(test))} if test is not None else {}
+            results["protocol"] = (
+                f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}, measured in training, one seed"
+            )
+            results["protocol"] += "" if test is not None else "; every image was scored by the votes of the others"
+        cfg: Any = self.encoder.backbone.pretrained_cfg
         return {
-            "recipe": recipe.name, "data": recipe.data.label(), "target": {"p": recipe.target.p, "mu": mu, "sigma": sigma},
-            "density": {"asked": recipe.target.density, "theory": recipe.target.density_in_theory(), "train": found.get("l0_train"), "eval": found.get("l0_eval")},
-            "results": {k: v for k, v in found.items() if k.startswith("knn")} | ({"protocol": protocol} if "knn_z" in found else {}),
+            "recipe": recipe.name, "data": recipe.data.label(), "dataset": recipe.data.name if recipe.data.source == "hf" else None,
+            "license": recipe.hub.license, "base_model": cfg.get("hf_hub_id") if recipe.encoder.pretrained else None, "augmentations": recipe.views.describe(),
+            "target": {"p": recipe.target.p, "mu": mu, "sigma": sigma},
+            "density": {
+                "asked": recipe.target.density, "theory": recipe.target.density_in_theory(), "train": found.get("l0_train"),
+                "eval": found.get("l0_eval"), "eval_images": "held-out images" if test is not None else "training images",
+            },
+            "results": results,
+            "history": self._history(),
             "training": {
                 "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step, "batch": recipe.train.batch_size,
                 "minutes": round(self.seconds / 60, 2), "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
@@ -510,12 +531,31 @@ class _Run:
             },
         }  # fmt: skip
 
+    def _history(self) -> list[dict[str, float]]:
+        """Density and distance over the run for the card: at most a hundred rows of either kind of metrics.jsonl."""
+        try:
+            rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError):
+            return []
+        thin = []
+        for kind, keys in (("train", ("l0", "excess")), ("eval", ("l0_eval", "knn_z", "knn_features"))):
+            of_kind = [row for row in rows if row["kind"] == kind]
+            every = max(1, -(-len(of_kind) // 100))
+            thin += [{"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if k in row} for row in of_kind[::-every][::-1]]
+        return thin
+
     def _publish(self) -> None:
         if self.main:
-            self.encoder.save_pretrained(
-                self.out / "encoder", recipe=self.recipe.dump(), info=self.info(), name=f"local-dir:{self.out / 'encoder'}"
-            )
+            name = self.recipe.hub.repo or f"local-dir:{self.out / 'encoder'}"
+            contents = self.encoder.contents(self.recipe.shareable(), self.info(), name)
+            folder.write_folder(self.out / "encoder", contents)
+            if self.pusher is not None:
+                self.pusher.submit(contents, f"Step {self.step} of {self.total}")
         collectives.barrier()
+
+    def _push(self, contents: Mapping[str, folder.Content], message: str) -> hub.Pushed:
+        options = self.recipe.hub
+        return hub.push(contents, str(options.repo), private=options.private, revision=options.revision, message=message)
 
     def _finish(self) -> Path:
         if self.main:
@@ -527,6 +567,8 @@ class _Run:
                 "versions": zoo.versions(),
             }
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            if self.pusher is not None and not self.pusher.finish(_LAST_PUSH):
+                log.warning("the last encoder is not on the Hub; send it with: rlpjepa push %s %s", self.out, self.recipe.hub.repo)
         if self.recipe.train.trackers:
             self.accelerator.end_training()
         collectives.barrier()

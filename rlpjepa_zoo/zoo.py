@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError, did_you_mean
+from .folder import read_config
 
 __all__ = ["describe", "entry", "list_encoders", "local_folder", "resource", "versions", "write_manifest"]
 
@@ -59,7 +60,7 @@ def local_folder(name: str) -> Path | None:
 def describe(folder: Path) -> dict[str, Any]:
     """The manifest's record of a published folder."""
     config = (folder / "config.json").read_bytes()
-    parsed = json.loads(config)
+    parsed = read_config(folder)
     block = parsed["rlpjepa_zoo"]
     info, results = block["info"], block["info"].get("results", {})
     return {

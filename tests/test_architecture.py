@@ -12,11 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
     {"errors", "streams", "collectives"},
-    {"distributions", "folder", "zoo", "metrics"},
-    {"sparse", "images", "resnet", "card", "hub", "objectives"},
-    {"recipe", "preprocess"},
-    {"encoder", "sources"},
-    {"data", "optim", "checkpoint", "evaluation", "pictures"},
+    {"distributions", "folder", "metrics", "golden"},
+    {"sparse", "images", "resnet", "zoo", "objectives"},
+    {"recipe", "preprocess", "pictures", "hub"},
+    {"sources", "card"},
+    {"encoder"},
+    {"loading", "export"},
+    {"data", "optim", "checkpoint", "evaluation"},
     {"training"},
     {"demo"},
     {"cli"},
@@ -30,7 +32,7 @@ OWNERS = {
     "typer": {"cli"},
     "matplotlib": {"pictures"},
 }
-EMBEDDING = {"encoder", "sparse", "images"}
+EMBEDDING = {"encoder", "loading", "sparse", "images"}
 TRAINING = {"training", "objectives", "optim", "data", "sources"}
 LONG = {"go"}
 

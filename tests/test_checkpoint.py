@@ -448,7 +448,7 @@ def test_a_checkpoint_of_a_run_holds_no_pickle_and_no_random_state(tmp_path: Pat
     ]  # fmt: skip
     train(Recipe.load("digits", small), tmp_path / "run", progress=False)
     names = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.is_file())
-    assert not [n for n in names if Path(n).suffix not in (".safetensors", ".json", ".jsonl", ".yaml", ".md", "")], names
+    assert not [n for n in names if Path(n).suffix not in (".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", "")], names
     found = contents(tmp_path / "run/checkpoints/step-00000002")
     assert sorted(found) == sorted(FILES)
     words = [word for part in found.values() for word in part] + [key.partition(".")[2] for key in found["optimizer.safetensors"]]

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from rlpjepa_zoo.data import Batches, make_loader
-from rlpjepa_zoo.encoder import load_encoder
 from rlpjepa_zoo.evaluation import encode, knn_accuracy, pixels
+from rlpjepa_zoo.loading import load_encoder
 from rlpjepa_zoo.recipe import Recipe
 from rlpjepa_zoo.sources import open_source
 from rlpjepa_zoo.training import train

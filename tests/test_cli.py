@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from rlpjepa_zoo import SparseEmbeddings, cli
-from rlpjepa_zoo.encoder import create_encoder
+from rlpjepa_zoo.loading import create_encoder
 
 TINY = [
     "data.limit=128", "encoder.dim=16", "objective.num_directions=32", "train.batch_size=64", "train.epochs=2", "train.num_workers=0",

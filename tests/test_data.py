@@ -15,7 +15,7 @@ from PIL import Image
 
 from rlpjepa_zoo import streams
 from rlpjepa_zoo.data import Batch, Batches, make_loader, make_views
-from rlpjepa_zoo.errors import DataError
+from rlpjepa_zoo.errors import DataError, HubError, ZooError
 from rlpjepa_zoo.images import Images
 from rlpjepa_zoo.recipe import Data, Recipe, Views
 from rlpjepa_zoo.sources import Source, open_source
@@ -25,11 +25,11 @@ CLASSES = ["ant", "bee", "cat"]
 
 
 @contextmanager
-def refused(*fragments: str) -> Iterator[None]:
-    with pytest.raises(DataError) as caught:
+def refused(*fragments: str, kind: type[ZooError] = DataError) -> Iterator[None]:
+    with pytest.raises(kind) as caught:
         yield
     message = str(caught.value)
-    assert type(caught.value) is DataError and len(message.splitlines()) == 1, message
+    assert type(caught.value) is kind and len(message.splitlines()) == 1, message
     for fragment in fragments:
         assert fragment in message
 
@@ -289,7 +289,7 @@ def test_a_data_set_saved_without_splits_is_not_both_training_and_evaluation(tmp
 
 
 def test_an_unknown_hub_name_without_network_is_refused() -> None:
-    with refused("'nobody/nothing-here'"):
+    with refused("nobody/nothing-here", "HF_HUB_OFFLINE is set", kind=HubError):
         open_source(Data(source="hf", name="nobody/nothing-here"))
 
 

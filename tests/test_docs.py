@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakehub import FakeHub, User
 from PIL import Image
 
 from rlpjepa_zoo import cli, zoo
@@ -42,17 +43,25 @@ def test_python_blocks_of_the_readme_run(photos: Path, number: int) -> None:
     exec(compile(blocks("python")[number], f"README block {number}", "exec"), {})
 
 
-def test_commands_of_the_readme_run_or_would(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_readme_run_or_would(
+    photos: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rlpjepa_zoo as rz
+
+    rz.create_encoder("test_vit", dim=16, hidden_dim=16, img_size=32, patch_size=8).save_pretrained("runs/mine/encoder")
+    hub_server.users["hf_you"] = User("you")
+    monkeypatch.setenv("HF_TOKEN", "hf_you")
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("rlpjepa ", "accelerate ", "torchrun "))]
     assert len(lines) >= 8
     for line in lines:
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         words = words[words.index("rlpjepa_zoo") + 1 :] if "rlpjepa_zoo" in words else words[1:]
         if words[0] == "train":  # the recipe and its overrides are valid; the run itself is for test_train
             options = words[2 : words.index("--out")]
             Recipe.load(words[1], options)
         else:
             assert cli.run([*words, *(["--quiet"] if words[0] in ("embed", "eval") else [])]) == 0, (line, capsys.readouterr().err)
+    assert [entry.title for entry in hub_server.log("you/photos-sparse")] == ["Upload sparse encoder", "initial commit"]
 
 
 def test_the_two_commands_of_the_start_are_there() -> None:

@@ -12,8 +12,9 @@ from refusals import refused
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo import create_encoder
-from rlpjepa_zoo.encoder import Preprocess, make_projector
+from rlpjepa_zoo.encoder import make_projector
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, UsageError
+from rlpjepa_zoo.preprocess import Preprocess
 from rlpjepa_zoo.sparse import SparseEmbeddings
 
 VIT = {"img_size": 32, "patch_size": 4}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
-from rlpjepa_zoo.encoder import create_encoder, load_encoder
+from rlpjepa_zoo.loading import create_encoder, load_encoder
 from rlpjepa_zoo.objectives import FAMILIES, RectifiedLpJEPALoss, directions, sliced_wasserstein
 from rlpjepa_zoo.recipe import Recipe
 from rlpjepa_zoo.training import train

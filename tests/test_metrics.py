@@ -12,10 +12,11 @@ from torch import Tensor
 
 from rlpjepa_zoo import evaluation
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
-from rlpjepa_zoo.encoder import SparseEncoder, create_encoder
+from rlpjepa_zoo.encoder import SparseEncoder
 from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.evaluation import encode, evaluate, knn_accuracy, linear_accuracy, one_shot_accuracy
 from rlpjepa_zoo.images import Images
+from rlpjepa_zoo.loading import create_encoder
 from rlpjepa_zoo.metrics import batch_metrics, covariance, dead, l0, l1, variance
 from rlpjepa_zoo.sources import labelled_folder
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from rlpjepa_zoo.encoder import create_encoder
+from rlpjepa_zoo.loading import create_encoder
 from rlpjepa_zoo.optim import learning_rate, make_optimizer, set_learning_rates
 from rlpjepa_zoo.recipe import Recipe
 

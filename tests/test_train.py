@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from rlpjepa_zoo.checkpoint import latest
-from rlpjepa_zoo.encoder import load_encoder
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
+from rlpjepa_zoo.loading import load_encoder
 from rlpjepa_zoo.recipe import Recipe
 from rlpjepa_zoo.training import train
 
@@ -342,7 +342,7 @@ def test_a_key_that_went_away_is_a_change_and_an_unknown_allowance_is_refused(tm
 def test_synchronised_batch_norm_keeps_the_activations_of_timm() -> None:
     """The converter that multi-GPU training uses leaves the function of a network with fused norms as it was."""
     import rlpjepa_zoo.training as module
-    from rlpjepa_zoo.encoder import create_encoder
+    from rlpjepa_zoo.loading import create_encoder
 
     enc, x = create_encoder("test_efficientnet", dim=8).eval(), torch.randn(2, 3, 32, 32)
     before = enc.features(x)

@@ -62,11 +62,11 @@ def downloads(monkeypatch):
     """What would have been downloaded: (repo, revision)."""
     asked = []
 
-    def record(repo, revision=None, **_):
+    def record(repo, revision, token, cache_dir):
         asked.append((repo, revision))
-        raise hub_errors.OfflineModeIsEnabled("offline")
+        raise HubError(f"{repo}: not now")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", record)
+    monkeypatch.setattr(hub, "_encoder", record)
     return asked
 
 
@@ -151,24 +151,15 @@ def test_names_and_addresses_lead_to_repository_and_revision(small_zoo, download
     assert downloads == [expected]
 
 
-def test_token_and_cache_reach_the_hub_client_and_only_our_files_are_asked_for(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **options: asked.update(options, repo=repo) or str(tmp_path))
-    assert hub.resolve("owner/repo", token="secret", cache_dir=tmp_path / "cache") == tmp_path
-    patterns = asked.pop("allow_patterns")
-    assert set(patterns) == {"config.json", "model.safetensors", "head.safetensors", "golden.safetensors", "recipe.yaml", "README.md"}
-    assert asked == {"repo": "owner/repo", "revision": None, "token": "secret", "cache_dir": tmp_path / "cache"}
-
-
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "", "-a/b", "a b/c", "http://host/a"])
-def test_push_refuses_what_is_no_repository_before_anything_is_sent(tmp_path, no_network, repo):
+def test_push_refuses_what_is_no_repository_before_anything_is_sent(no_network, repo):
     with refused(UsageError, match="owner/name"):
-        hub.push(tmp_path, repo)
+        hub.push({}, repo)
 
 
-def test_push_without_network_is_one_line(tmp_path):
+def test_push_offline_is_one_line():
     with refused(HubError, match="owner/repo"):
-        hub.push(tmp_path, "owner/repo", token="hf_x")
+        hub.push({"README.md": b"x"}, "owner/repo", token="hf_x")
 
 
 # --- Hub errors ----------------------------------------------------------------------------------------------------------------------
@@ -189,24 +180,31 @@ def answer(kind, status, text="first line\n\nRequest ID: abc"):
         (lambda: answer(hub_errors.RevisionNotFoundError, 404), "no such branch, tag or commit"),
         (lambda: answer(hub_errors.RemoteEntryNotFoundError, 404), "first line"),
         (lambda: answer(hub_errors.BadRequestError, 400), "first line"),
-        (lambda: answer(hub_errors.HfHubHTTPError, 429), "first line"),
-        (lambda: answer(hub_errors.HfHubHTTPError, 503), "first line"),
+        (lambda: answer(hub_errors.HfHubHTTPError, 429), "answered 429.*60 s"),
+        (lambda: answer(hub_errors.HfHubHTTPError, 503), "answered 503.*60 s"),
+        (lambda: answer(hub_errors.HfHubHTTPError, 401), "token is not valid.*hf auth login"),
+        (lambda: answer(hub_errors.HfHubHTTPError, 403), "no access.*first line"),
+        (lambda: answer(hub_errors.HfHubHTTPError, 412), "somebody else pushed"),
         (lambda: hub_errors.LocalEntryNotFoundError("line\nline"), "cache.*cannot be reached"),
-        (lambda: hub_errors.OfflineModeIsEnabled("line\nline"), "cache.*cannot be reached"),
+        (lambda: hub_errors.OfflineModeIsEnabled("line\nline"), "HF_HUB_OFFLINE is set"),
         (lambda: hub_errors.HFValidationError("line\nline"), "line"),
         (lambda: ConnectionError("reset"), "reset"),
         (lambda: TimeoutError(), "TimeoutError"),
-        (lambda: OSError(28, "No space left on device"), "No space left"),
         (lambda: ValueError("\n  padded\nlines"), "padded"),
     ],
 )
 def test_every_hub_error_becomes_one_line_that_names_the_repository(make, part):
-    for revision, where in ((None, "owner/repo: "), ("v9", "owner/repo@v9: ")):
-        error = hub._explain(make(), "owner/repo", revision)
+    for where in ("owner/repo", "owner/repo@v9"):
+        error = hub._explain(make(), where)
         assert type(error) is HubError
         assert error.exit_code == 5
-        with refused(HubError, match=f"^{where}.*{part}"):
+        with refused(HubError, match=f"^{where}: .*{part}"):
             raise error
+
+
+def test_a_full_disk_is_an_output_error():
+    with refused(OutputError, match="No space left"):
+        raise hub._explain(OSError(28, "No space left on device"), "owner/repo")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

@@ -1,0 +1,272 @@
+"""Making and loading encoders. What a stranger wrote is checked before it costs anything: names, values, shapes, then memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import folder, golden, hub, streams, zoo
+from . import resnet as resnet  # registers the small-image ResNets
+from .encoder import EncoderConfig, SparseEncoder, make_projector
+from .errors import HubError, ModelError, UsageError, ZooError, did_you_mean, first_line
+from .preprocess import Preprocess
+
+__all__ = ["create_encoder", "load_encoder", "verify_entry"]
+
+
+def create_encoder(
+    name: str,
+    dim: int = 512,
+    hidden_dim: int = 512,
+    pretrained: bool = False,
+    *,
+    projector_depth: int = 3,
+    freeze_backbone: bool = False,
+    preprocess: Preprocess | None = None,
+    **timm_kwargs: Any,
+) -> SparseEncoder:
+    """A timm backbone with a fresh rectified projector, in training mode.
+
+    Args:
+        name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
+            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``.
+        dim: D, width of the embedding, >= 1.
+        hidden_dim: H, width of the projector's hidden layers, >= 1.
+        pretrained: load timm's weights for the name.
+        projector_depth: linear layers of the projector, >= 1.
+        freeze_backbone: no gradient, and evaluation mode, for the backbone.
+        preprocess: evaluation preprocessing; what timm says of the backbone when None.
+        timm_kwargs: arguments of `timm.create_model`, such as ``img_size=32, patch_size=4``.
+
+    Raises:
+        ModelError: unknown name (with the nearest), or arguments that the backbone does not take.
+        UsageError: dim, hidden_dim or projector_depth below 1.
+
+    Example:
+        >>> create_encoder("resnet10_small_narrow", dim=64, hidden_dim=64).config.features
+        256
+    """
+    for argument, value in (("dim", dim), ("hidden_dim", hidden_dim), ("projector_depth", projector_depth)):
+        if value < 1:
+            raise UsageError(f"{argument}: expected >= 1, got {value}")
+    backbone = _backbone(name, pretrained, timm_kwargs)
+    features = int(backbone.head_hidden_size)
+    config = EncoderConfig(
+        architecture=backbone.pretrained_cfg.get("architecture", name),
+        features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth,
+        preprocess=preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size")), model_args=dict(timm_kwargs),
+    )  # fmt: skip
+    return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
+
+
+def _backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
+    if timm_kwargs.get("in_chans", 3) != 3:
+        raise ModelError(f"in_chans: images are RGB, so it must be 3, got {timm_kwargs['in_chans']!r}")
+    if timm_kwargs.get("global_pool", "avg") in ("", None, False):
+        raise ModelError("global_pool: the projector needs pooled features, so it must not be empty")
+    if timm_kwargs.get("features_only"):
+        raise ModelError("features_only gives feature maps; the projector needs pooled features, so leave it out")
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
+    try:
+        where, overlay = _weights(name, pretrained)
+        return timm.create_model(where, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **timm_kwargs)
+    except ZooError:
+        raise
+    except Exception as error:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in {"pretrained": pretrained, **timm_kwargs}.items())
+        raise ModelError(f"backbone '{name}' with {arguments}: {first_line(error)}") from error
+
+
+def _weights(name: str, pretrained: bool) -> tuple[str, dict[str, Any] | None]:
+    """timm's name to build, and where its weights are: safetensors on this machine, never a pickle."""
+    files = ["config.json", "model.safetensors"] if pretrained else ["config.json"]
+    if name.startswith("hf-hub:"):
+        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+        name = f"local-dir:{hub.fetch(repo, files, revision or None)}"
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")).expanduser()
+        for file in files:
+            if not (path / file).is_file():
+                raise ModelError(f"{path}: no {file}" + ("; pickles are not read" if file.endswith(".safetensors") else ""))
+        config = folder.parse_json((path / "config.json").read_bytes(), f"{path}/config.json")
+        _check_arguments(config.get("model_args") or {}, f"{path}/config.json")
+        return f"local-dir:{path}", None
+    if not pretrained:
+        return name, None
+    found = timm.models.get_pretrained_cfg(name)
+    if found is None or not found.has_weights:
+        raise ModelError(f"backbone '{name}' has no pretrained weights in timm; use pretrained=False")
+    if not found.hf_hub_id:
+        raise ModelError(f"backbone '{name}': its weights are published as a pickle only ({found.url}), which is refused; use another tag")
+    file = found.hf_hub_filename or "pytorch_model.bin"
+    known = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+    file = known.get(file) or re.sub(r"\.bin$", ".safetensors", file)
+    repo, _, revision = found.hf_hub_id.partition("@")
+    return name, {"file": str(hub.fetch(repo, [file], revision or None) / file), "custom_load": False}
+
+
+def load_encoder(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> SparseEncoder:
+    """An encoder from the zoo, the Hub or a folder, verified, in evaluation mode.
+
+    Every file is compared with its sha256 in config.json, and the golden images must give their golden codes.
+
+    Args:
+        source: zoo name (see `list_encoders`), ``"hf-hub:owner/repo[@revision]"``, ``"owner/repo"``, ``"local-dir:path"`` or a folder.
+        revision: branch, tag or commit on the Hub.
+        token: Hub token for private repositories.
+        cache_dir: where downloads are kept.
+        device: where the encoder goes.
+
+    Raises:
+        UsageError: a name that is none of these.
+        ModelError: damaged, foreign or newer files; the message names the file.
+        HubError: the Hub refused or cannot be reached.
+    """
+    path = hub.resolve(source, revision, token, cache_dir)
+    config = folder.read_config(path)
+    folder.verify(path, config)
+    options = _options(config, f"{path}/config.json")
+    with torch.device("meta"):  # no memory yet: a config that asks for more than the files hold ends here
+        skeleton = create_encoder(config["architecture"], **options)
+    _compare(skeleton.backbone, path / "model.safetensors")
+    _compare(skeleton.projector, path / "head.safetensors")
+    with streams.seeded(0, "load"):  # the caller's random numbers are not touched
+        encoder = create_encoder(config["architecture"], **options)
+    block = config[folder.BLOCK]
+    text = (path / "recipe.yaml").read_text("utf-8", "replace") if "recipe.yaml" in block["files"] else None
+    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text)
+    _load_weights(encoder.backbone, path / "model.safetensors")
+    _load_weights(encoder.projector, path / "head.safetensors")
+    encoder.eval()
+    golden.check(encoder, _read(path / "golden.safetensors"), path / "golden.safetensors")
+    return encoder.to(device)
+
+
+def verify_entry(name: str, root: str | Path | None = None, online: bool = False) -> Path:
+    """Check one encoder of the zoo: the manifest's figures, the sha256 of every file, and the golden codes; returns the checked folder.
+
+    Args:
+        name: of the zoo.
+        root: look at ROOT/NAME instead of the copy that ships (or, where none ships, the Hub).
+        online: look at the repository and commit that the manifest pins.
+
+    Raises:
+        UsageError: no such encoder.
+        ModelError: what differs.
+        HubError: the Hub refused or could not be reached, or the encoder is not published there.
+    """
+    entry = zoo.entry(name)
+    if online and not (entry.get("repo") and entry.get("commit")):
+        raise HubError(f"{name}: the manifest names no repository and commit; publish it with `rlpjepa push`, then pin it")
+    source = f"hf-hub:{entry['repo']}@{entry['commit']}" if online else name if root is None else str(Path(root) / name)
+    path = hub.resolve(source)
+    found = zoo.describe(path)
+    differing = [key for key, value in found.items() if key not in ("repo", "commit") and entry.get(key) != value]
+    if differing:
+        key = differing[0]
+        raise ModelError(f"{name}: the manifest says {key} = {entry.get(key)}, {path} says {found[key]}")
+    load_encoder(path)
+    return path
+
+
+# --- what is checked before it costs anything ----------------------------------------------------------------------------------------
+
+
+def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of `create_encoder` in a config.json that anybody may have written."""
+    block = config[folder.BLOCK]
+    try:
+        saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()}
+        head = block["projector"]
+        options: dict[str, Any] = {
+            "preprocess": Preprocess(**saved),
+            "dim": head["dim"],
+            "hidden_dim": head["hidden_dim"],
+            "projector_depth": head["depth"],
+        }
+        for key, top in (("dim", 2**20), ("hidden_dim", 2**20), ("projector_depth", 64)):
+            if type(options[key]) is not int or not 1 <= options[key] <= top:
+                raise ValueError(f"{key}: expected an integer in 1 .. {top}, got {options[key]!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{where}: {folder.BLOCK}.preprocess or .projector is not what this version expects ({error})") from error
+    if ":" in config["architecture"]:
+        raise ModelError(f"{where}: architecture '{config['architecture']}' points to another model; expected a plain timm name")
+    arguments = config.get("model_args", {})
+    reserved = {"num_classes", "features_only", "out_indices", "feature_cls"}.union(
+        *(inspect.signature(f).parameters for f in (create_encoder, timm.create_model, timm.models.build_model_with_cfg))
+    )
+    if taken := reserved & set(arguments):
+        raise ModelError(f"{where}: model_args: '{min(taken)}' is not an argument of a backbone")
+    _check_arguments(arguments, where)
+    return {**options, **arguments}
+
+
+def _check_arguments(arguments: Any, where: str) -> None:
+    """Values that a real backbone may have: short texts and lists, numbers of a sane size."""
+    if not isinstance(arguments, dict):
+        raise ModelError(f"{where}: model_args: expected an object, got {type(arguments).__name__}")
+    for key, value in _leaves(arguments, "model_args"):
+        deep = re.search("depth|layers|blocks", key)
+        top = 256 if deep else 65536
+        if isinstance(value, str) and not re.fullmatch(r"[\w.+-]{0,64}", value):
+            raise ModelError(f"{where}: {key}: expected a short plain name, got {value[:40]!r}")
+        if isinstance(value, int | float) and not (math.isfinite(value) and -1 <= value <= top):
+            raise ModelError(f"{where}: {key}: expected a number in -1 .. {top}, got {str(value)[:40]}")
+
+
+def _leaves(value: Any, where: str, depth: int = 0) -> Iterable[tuple[str, Any]]:
+    if depth > 4 or (isinstance(value, dict | list) and len(value) > 128):
+        raise ModelError(f"{where}: nested more than 4 deep, or longer than 128")
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, f"{where}.{key}", depth + 1)
+    else:
+        yield where, value
+
+
+_DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+def _compare(module: nn.Module, path: Path) -> None:
+    """Names, dtypes and shapes in a file's header against those of a module."""
+    found, expected = folder.tensor_shapes(path), module.state_dict()
+    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            raise ModelError(f"{path}: {what} tensors: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
+    for name, (dtype, shape) in found.items():
+        wanted = _DTYPES.get(expected[name].dtype, "F32")
+        if shape != tuple(expected[name].shape) or dtype != wanted:
+            raise ModelError(f"{path}: {name} is {dtype} of shape {shape}, expected {wanted} of shape {tuple(expected[name].shape)}")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    tensors = _read(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"{path}: {name} holds NaN or infinity")
+    module.load_state_dict(tensors)

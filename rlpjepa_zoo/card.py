@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import folder, pictures
+from .errors import ModelError, UsageError
 from .folder import Content
 
-__all__ = ["files", "render", "rewritten"]
+__all__ = ["checked", "files", "render", "rewritten", "set_license"]
 
 _SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
 _MEASURES = {"knn": "kNN", "linear": "linear probe", "one_shot": "1-shot"}
@@ -25,24 +28,123 @@ def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
     """
     info = config["rlpjepa_zoo"].get("info", {})
     drawn = {}
-    if info.get("history"):
-        drawn["training.png"] = pictures.training(info["history"], info["density"]["theory"])
-    if info.get("results", {}).get("curve"):
+    theory = (info.get("density") or {}).get("theory")
+    if info.get("history") and theory is not None:
+        drawn["training.png"] = pictures.training(info["history"], theory)
+    if (info.get("results") or {}).get("curve"):
         drawn["accuracy.png"] = pictures.accuracy(info["results"])
     return {"README.md": render(config, name, tuple(drawn)).encode(), **drawn}
 
 
-def rewritten(path: Path, name: str) -> dict[str, Content]:
-    """The files of a published folder with the card written anew for `name`; weights, golden codes and recipe stay as they are.
+def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None) -> dict[str, Content]:
+    """The files of a published folder with the card written anew; weights, golden codes and recipe stay as they are.
+
+    Args:
+        path: the folder.
+        name: what the examples load.
+        license: SPDX identifier; as it was when None.
+        notes: Markdown of your own that the card shows; as it was when None.
 
     Raises:
         ModelError: a file other than the card does not verify.
     """
-    config = folder.read_config(path)
-    listed = {n: entry for n, entry in folder.listed_files(config, str(path)).items() if n != "README.md" and not n.endswith(".png")}
-    folder.verify(path, config, only=listed)
-    config[folder.BLOCK]["name"] = name
-    return folder.seal({**{n: path / n for n in listed}, **files(config, name)}, config)
+    config, contents = folder.snapshot(path)
+    block = config[folder.BLOCK]
+    try:
+        block["info"] = checked({**block.get("info", {}), **{k: v for k, v in (("license", license), ("notes", notes)) if v is not None}})
+    except UsageError as error:
+        raise (UsageError if license is not None or notes is not None else ModelError)(f"{path}/config.json: {error}") from error
+    block["name"] = name
+    set_license(config, block["info"].get("license"))
+    kept = {n: data for n, data in contents.items() if n != "README.md" and not n.endswith(".png")}
+    return folder.seal({**kept, **files(config, name)}, config)
+
+
+def set_license(config: dict[str, Any], license: str | None) -> None:
+    """Say the same licence where timm says it."""
+    config["pretrained_cfg"].pop("license", None)
+    if license is not None:
+        config["pretrained_cfg"]["license"] = license
+
+
+Number = int | float
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Target(_Open):
+    p: Number
+    mu: Number
+    sigma: Number
+
+
+class _Density(_Open):
+    asked: Number | None = None
+    theory: Number | None = None
+    train: Number | None = None
+    eval: Number | None = None
+    eval_images: str | None = None
+
+
+class _Row(_Open):
+    step: Number
+    l0: Number | None = None
+    excess: Number | None = None
+    l0_eval: Number | None = None
+
+
+class _Curve(_Open):
+    active: list[int]
+    knn: list[float] | None = None
+    linear: list[float] | None = None
+    one_shot: list[float] | None = None
+
+
+class _Results(_Open):
+    n_train: int | None = None
+    n_test: int | None = None
+    protocol: str | None = None
+    data: str | None = None
+    curve: _Curve | None = None
+
+
+class _Info(_Open):
+    """What the card reads of `EncoderConfig.info`; other keys are kept."""
+
+    target: _Target | None = None
+    density: _Density | None = None
+    results: _Results | None = None
+    history: list[_Row] | None = None
+    training: dict[str, str | int | float | None] | None = None
+    data: str | None = None
+    dataset: str | None = None
+    recipe: str | None = None
+    base_model: str | None = None
+    augmentations: str | None = None
+    license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.+-]*$")
+    notes: str | None = Field(None, max_length=100_000)
+
+
+def checked(info: Mapping[str, Any]) -> dict[str, Any]:
+    """An encoder's record as plain JSON values, if the card can show it.
+
+    Raises:
+        UsageError: a part that is not of the expected type, by name.
+    """
+    try:
+        found = _Info.model_validate(dict(info)).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"info.{where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}") from error
+    scores = {k: v for k, v in (found.get("results") or {}).items() if k.startswith(("knn_", "linear_", "one_shot_"))}
+    for key, value in scores.items():
+        if value is not None and not isinstance(value, int | float):
+            raise UsageError(f"info.results.{key}: expected a number, got {str(value)[:60]!r}")
+        found["results"][key] = None if value is None else float(value)
+    return found
 
 
 def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, ...] = ()) -> str:
@@ -50,8 +152,9 @@ def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, .
     block = config["rlpjepa_zoo"]
     info = block.get("info", {})
     sections = [
-        _front(config, block, info),
+        _front(config, block, info, name),
         _head(config, block, info),
+        str(info.get("notes") or ""),
         _use(config, block, name),
         _elsewhere(config, block, name),
         _densities(info),
@@ -64,65 +167,85 @@ def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, .
     return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
-def _front(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any]) -> str:
+def _front(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any], name: str) -> str:
     """YAML metadata as the Hub reads it."""
-    results = info.get("results", {})
+    results = info.get("results") or {}
     metrics = [
-        {"type": "accuracy", "name": f"{measure}, {_SPACES[space]}", "value": results[f"{kind}_{space}"]}
+        {"type": "accuracy", "name": f"{measure}, {_SPACES[space]}", "value": round(results[f"{kind}_{space}"], 4)}
         for space in ("z", "features")
         for kind, measure in _MEASURES.items()
         if isinstance(results.get(f"{kind}_{space}"), float)
     ]
-    data: dict[str, Any] = {"library_name": "timm", "pipeline_tag": "image-feature-extraction"}
-    if info.get("license"):
-        data["license"] = info["license"]
+    plain = not block.get("needs_package")
+    data: dict[str, Any] = {"library_name": "timm" if plain else "rlpjepa_zoo", "pipeline_tag": "image-feature-extraction"}
+    for key in ("license", "base_model"):
+        if info.get(key):
+            data[key] = info[key]
     if info.get("dataset"):
         data["datasets"] = [info["dataset"]]
-    if info.get("base_model"):
-        data["base_model"] = info["base_model"]
-    data["tags"] = ["timm", "rlpjepa_zoo", "sparse", "self-supervised", "image-feature-extraction"]
+    data["tags"] = [*(["timm"] if plain else []), "rlpjepa_zoo", "sparse", "self-supervised", "image-feature-extraction"]
     if info.get("target"):
         data["tags"].append("arxiv:2602.01456")
     if metrics:
-        label = str(results.get("data", info.get("data", "images")))
+        label = str(results.get("data") or info.get("data") or "images")
+        same = label in (info.get("data"), info.get("dataset"))
+        dataset = {"type": info["dataset"] if info.get("dataset") and same else label, "name": label}
         entry = {
-            "task": {"type": "image-classification", "name": "frozen evaluation"},
-            "dataset": {
-                "type": info["dataset"] if info.get("dataset") and "data" not in results else label,
-                "name": label,
-                "split": "test",
-            },
+            "task": {"type": "image-classification", "name": "kNN and linear probes on frozen embeddings"},
+            "dataset": dataset | ({"split": "test"} if "n_test" in results else {}),
             "metrics": metrics,
         }
-        data["model-index"] = [{"name": f"{config['architecture']}, {block['projector']['dim']} dimensions", "results": [entry]}]
+        data["model-index"] = [
+            {"name": name.removeprefix("hf-hub:") if "local-dir:" not in name else config["architecture"], "results": [entry]}
+        ]
     return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
 
 
 def _head(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any]) -> str:
-    dim, target = block["projector"]["dim"], info.get("target")
+    dim, (height, width) = block["projector"]["dim"], block["preprocess"]["size"]
     title = f"# Sparse image encoder: {config['architecture']}, {dim} dimensions\n\n"
-    if target is None:
+    if not info.get("target"):
         return title + (
             "Backbone and rectified projector, **not trained** by Rectified LpJEPA: the codes are non-negative and sparse but mean nothing yet."
         )
-    density = info.get("density", {}).get("eval")
-    active = f", of which {density:.1%} are active on average and the others exactly zero" if density else ", many of them exactly zero"
-    return title + (
-        f"Images to {dim} non-negative numbers{active}. Trained without labels by Rectified LpJEPA (arXiv 2602.01456): "
-        f"two views of an image must agree, and the embeddings are matched to the rectified generalized Gaussian with p = {target['p']:g}, "
-        f"mu = {target['mu']:.4g}, sigma = {target['sigma']:.4g}."
+    density = info.get("density") or {}
+    share = (
+        f"of which {density['eval']:.0%} are active on average and the others exactly zero"
+        if density.get("eval")
+        else "many of them exactly zero"
     )
+    images = f" ({info['training']['images']:,} images)" if isinstance((info.get("training") or {}).get("images"), int) else ""
+    text = (
+        f"This model turns a {height} x {width} image into {dim} non-negative numbers, {share}. It was trained without labels on "
+        f"{info.get('data', 'images')}{images} by Rectified LpJEPA ([arXiv 2602.01456](https://arxiv.org/abs/2602.01456)). Use the embeddings "
+        "for similarity search, clustering, or as features for a small classifier, on images like those."
+    )
+    asked, found = density.get("asked"), density.get("eval")
+    if asked and found and not 0.67 < found / asked < 1.5:
+        text += f"\n\nThe density asked for, {asked:.3g}, was **missed**: {found:.3g} was measured. Longer training or another learning rate may reach it."
+    pixels, best = _best(info, "pixels"), max(_best(info, "z"), _best(info, "features"))
+    if pixels > best > 0:
+        text += "\n\nRaw pixels do better than this encoder in the table below."
+    return title + text
+
+
+def _best(info: dict[str, Any], space: str) -> float:
+    results = info.get("results") or {}
+    return max([results.get(f"{kind}_{space}") or 0.0 for kind in _MEASURES])
 
 
 def _use(config: dict[str, Any], block: dict[str, Any], name: str) -> str:
     height, width = block["preprocess"]["size"]
     return f"""## Use
 
+With the Python package rlpjepa_zoo:
+
 ```python
 import rlpjepa_zoo as rz
 
 enc = rz.load_encoder("{name}")
 e = enc.embed(["a.jpg", "b.jpg"])  # SparseEmbeddings: CSR rows with ids, values > 0
+similarity = e.to_scipy() @ e.to_scipy().T
 ```
 
 Images are resized, cropped to {height} x {width} and normalised as in training; `enc.embed(..., max_active=k)` keeps the k largest values
@@ -133,25 +256,33 @@ def _elsewhere(config: dict[str, Any], block: dict[str, Any], name: str) -> str:
     if "/" not in name and ":" not in name:  # a name of the zoo, which only this package resolves
         return ""
     timm_name = name if name.startswith("local-dir:") else f"hf-hub:{name}"
-    if block.get("needs_package"):
-        return f"""## Without this package
+    ours = block.get("needs_package")
+    note = (
+        f" (`{config['architecture']}` has a small-image stem that plain timm does not know, so this package must be installed)"
+        if ours
+        else ""
+    )
+    first = "import rlpjepa_zoo.resnet  # registers the architecture\n" if ours else ""
+    return f"""## With timm or transformers
 
-`{config["architecture"]}` has a small-image stem that plain timm does not know: `import rlpjepa_zoo.resnet` first, then timm and
-transformers open the backbone (`{timm_name}`). `model.safetensors` is the backbone and `head.safetensors` the projector, as plain tensors."""
-    return f"""## Without this package
-
-The dense backbone opens in plain timm and in transformers:
+The dense backbone alone{note}:
 
 ```python
-import timm
+{first}import timm
+from PIL import Image
 
 backbone = timm.create_model("{timm_name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
+features = backbone(transform(Image.open("a.jpg").convert("RGB")).unsqueeze(0))
 ```
 
 ```python
+{first}from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-processor, model = AutoImageProcessor.from_pretrained("{name.removeprefix("local-dir:")}"), AutoModel.from_pretrained("{name.removeprefix("local-dir:")}")
+processor = AutoImageProcessor.from_pretrained("{name.removeprefix("local-dir:")}")
+model = AutoModel.from_pretrained("{name.removeprefix("local-dir:")}").eval()
+features = model(**processor(Image.open("a.jpg").convert("RGB"), return_tensors="pt")).pooler_output
 ```
 
 `model.safetensors` is the backbone and `head.safetensors` the projector, as plain tensors."""
@@ -175,7 +306,7 @@ asked one without being equal to it. `max_active` bounds it at use."""
 
 
 def _results(info: dict[str, Any], shown: tuple[str, ...]) -> str:
-    results = info.get("results", {})
+    results = info.get("results") or {}
     kinds = [kind for kind in _MEASURES if any(f"{kind}_{space}" in results for space in _SPACES)]
     if not kinds:
         return ""
@@ -190,7 +321,7 @@ def _results(info: dict[str, Any], shown: tuple[str, ...]) -> str:
     lines += ["", note] if note else []
     curve = results.get("curve")
     if curve:
-        measured = [kind for kind in _MEASURES if kind in curve]
+        measured = [kind for kind in _MEASURES if curve.get(kind)]
         lines += ["", "Accuracy of z when only the largest values of each image are kept:", ""]
         lines += ["| active dimensions | " + " | ".join(map(str, curve["active"])) + " |", "|---" * (len(curve["active"]) + 1) + "|"]
         lines += [f"| {_MEASURES[kind]} | " + " | ".join(f"{100 * v:.1f} %" for v in curve[kind]) + " |" for kind in measured]
@@ -208,24 +339,33 @@ def _score(results: dict[str, Any], kind: str, space: str) -> str:
 
 def _training(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any], shown: tuple[str, ...]) -> str:
     lines = ["## Training", ""]
-    if "data" in info:
+    if target := info.get("target"):
+        law = f"p = {target['p']:g}, mu = {target['mu']:.4g}, sigma = {target['sigma']:.4g}"
+        lines.append(
+            f"- method: two views of an image must agree, and embeddings are matched to the rectified generalized Gaussian with {law}"
+        )
+    if info.get("data"):
         lines.append(
             f"- data: {info['data']}"
             + (f" ([{info['dataset']}](https://huggingface.co/datasets/{info['dataset']}))" if info.get("dataset") else "")
         )
     if info.get("augmentations"):
         lines.append(f"- augmentations: {info['augmentations']}")
-    lines += [f"- {key}: {value}" for key, value in info.get("training", {}).items()]
+    lines += [f"- {key}: {value}" for key, value in (info.get("training") or {}).items()]
     if info.get("recipe"):
         lines.append(f"- recipe: [`recipe.yaml`](recipe.yaml) (`{info['recipe']}`); `rlpjepa train recipe.yaml` runs it again")
     lines.append("- versions: " + ", ".join(f"{k} {v}" for k, v in block.get("versions", {}).items()))
     if "training.png" in shown:
-        lines += ["", "![Density and distance to the target while training](training.png)"]
+        lines += ["", "![Density while training](training.png)"]
     return "\n".join(lines)
 
 
 def _licence(info: dict[str, Any]) -> str:
-    return f"## Licence\n\n{info['license']}" if info.get("license") else "## Licence\n\nNot stated by who trained it."
+    return (
+        f"## Licence\n\n{info['license']}"
+        if info.get("license")
+        else "## Licence\n\nNot stated by who trained it; ask before you reuse it."
+    )
 
 
 _LIMITS = """## Limits

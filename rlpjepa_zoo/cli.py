@@ -9,8 +9,11 @@ import json
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 
+T = TypeVar("T")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (rlpjepa list --recipes) or YAML file.")]
 SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, owner/repo[@revision] on the Hub, or a folder.")]
@@ -269,25 +273,42 @@ def list_(
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table))
 
 
+License = Annotated[str | None, typer.Option("--license", help="Licence of the weights, such as apache-2.0, for the card.")]
+Notes = Annotated[Path | None, typer.Option(help="Markdown file of your own words for the card.")]
+
+
 @app.command()
 def push(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run or of an encoder, or a zoo name.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository; an existing one must agree.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="A new repository is private unless --public; an existing one must agree.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if missing.")] = None,
     tag: Annotated[str | None, typer.Option(help="Name for the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    license: License = None,
+    notes: Notes = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the repository that is not a sparse encoder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, sizes and the card; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an encoder on the Hugging Face Hub: verified, one commit, only what changed. Log in with `hf auth login` or HF_TOKEN."""
-    from . import card, folder, hub
+    """Publish an encoder on the Hugging Face Hub.
+
+    It is verified, then sent as one commit with what changed. Log in with `hf auth login`, or set HF_TOKEN.
+    """
+    import tempfile
+
+    from . import card, folder, hub, publish, zoo
     from .loading import load_encoder
 
-    path = hub.resolve(source)
-    contents = card.rewritten(path, repo)
-    load_encoder(path)  # what does not load is not published
+    if not zoo.is_repository(repo):
+        raise UsageError(f"OWNER/NAME: expected a repository such as you/encoder, got '{repo}'")
+    path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
+    contents = card.rewritten(path, repo, license, _text(notes))
+    with tempfile.TemporaryDirectory() as scratch:
+        load_encoder(folder.write_folder(Path(scratch) / "encoder", contents))  # what does not load is not published
     if dry_run:
         rows = {name: folder.size(content) for name, content in sorted(contents.items())}
         if as_json:
@@ -297,8 +318,17 @@ def push(
         print(f"{sum(rows.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
         print(bytes(contents["README.md"]).decode(), end="")
         return
-    done = hub.push(contents, repo, private=private, revision=revision, tag=tag, create_pr=create_pr, message=message)
-    _print({"repo": repo, "commit": done.commit, "changed": list(done.changed), "url": done.url}, as_json)
+
+    def send() -> publish.Pushed:
+        return publish.push(
+            contents, repo, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
+            overwrite=overwrite,
+        )  # fmt: skip
+
+    done = _interruptible(send)
+    found = {"repo": repo, "commit": done.commit, "changed": list(done.changed), "url": done.url}
+    changed = ", ".join(done.changed) or "nothing, so nothing was sent"
+    _print(found if as_json else {**found, "changed": changed}, as_json)
 
 
 @app.command()
@@ -307,16 +337,21 @@ def card(
     name: Annotated[str | None, typer.Option(help="What the examples load, such as owner/name; what it says now when not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write README.md and its pictures into this folder instead of printing.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write the card of a folder anew in its place.")] = False,
+    license: License = None,
+    notes: Notes = None,
     revision: Revision = None,
 ) -> None:
-    """Print the model card of a run or encoder, generated from its record."""
+    """Print a model card, or write it anew.
+
+    It is generated from the record of the run and from what `rlpjepa eval --card` measured.
+    """
     from . import card as cards
     from . import folder, hub
 
     if write and out is not None:
         raise UsageError("--write and --out: give one of them")
     path = hub.resolve(source, revision)
-    contents = cards.rewritten(path, name or _name(path))
+    contents = cards.rewritten(path, name or _name(path), license, _text(notes))
     if write:
         print(folder.write_folder(_own_folder(source, "--write"), contents) / "README.md")
     elif out is not None:
@@ -340,12 +375,29 @@ def export(
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the whole sparse encoder as one ONNX or torch.export file, and check that it gives the same codes."""
+    """Write the sparse encoder as one ONNX or torch.export file.
+
+    The file holds backbone, projector and ReLU, and is checked to give the same codes before it takes its name.
+    """
     from .export import export as run
     from .loading import load_encoder
 
-    path = run(load_encoder(source, revision=revision), out, overwrite=overwrite)
-    _print({"file": str(path), "bytes": path.stat().st_size}, as_json)
+    encoder = load_encoder(source, revision=revision)
+    path = run(encoder, out, overwrite=overwrite)
+    config = encoder.config
+    size, mean, std = (
+        "x".join(map(str, config.preprocess.size)),
+        *(tuple(map(float, v)) for v in (config.preprocess.mean, config.preprocess.std)),
+    )
+    _print(
+        {
+            "file": str(path), "bytes": path.stat().st_size,
+            "input images": f"float32 (batch, 3, {size.replace('x', ', ')}), RGB in 0..1, resized by {config.preprocess.interpolation} and cropped to "
+            f"{size} with crop_pct {config.preprocess.crop_pct:g}, then (x - mean) / std with mean {mean}, std {std}",
+            "outputs": f"z (batch, {config.dim}), features (batch, {config.features})",
+        },
+        as_json,
+    )  # fmt: skip
 
 
 zoo_app = typer.Typer(help="The zoo's own list.", no_args_is_help=True, rich_markup_mode=None)
@@ -388,13 +440,38 @@ def verify(
 # --- around the commands --------------------------------------------------------------------------------------------------------------
 
 
+def _plain(source: str) -> str:
+    return source.removeprefix("local-dir:")
+
+
 def _own_folder(source: str, option: str) -> Path:
     from . import folder
 
-    path = Path(source.removeprefix("local-dir:")).expanduser()
-    if not path.is_dir():
-        raise UsageError(f"{option}: '{source}' is not a folder on this machine, so its card cannot be written")
+    path = Path(_plain(source)).expanduser()
+    if not path.is_dir() or path.parent.name == "snapshots":
+        raise UsageError(f"{option}: '{source}' is not a folder of your own, so its card cannot be written")
     return folder.find(path)
+
+
+def _text(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--notes {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
+
+
+def _interruptible(work: Callable[[], T]) -> T:
+    """Do it in a thread, so that Ctrl-C is answered while the Hub client waits for its own threads."""
+    with_result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            with_result.set_result(work())
+        except BaseException as error:
+            with_result.set_exception(error)
+
+    threading.Thread(target=run, name="hub-push", daemon=True).start()
+    return with_result.result()
 
 
 def _name(path: Path) -> str:
@@ -487,4 +564,11 @@ def main() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     log.propagate = False
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if any(
+        thread.name == "hub-push" for thread in threading.enumerate()
+    ):  # the Hub does not answer, and Python would wait for its client's threads
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -84,4 +84,5 @@ picture           {found["picture"]}
 {found["seconds"]:.0f} seconds in all. Next:
 
     rlpjepa embed {found["encoder"]} YOUR_IMAGES --out embeddings.parquet
+    rlpjepa push {found["encoder"]} YOU/NAME --dry-run
     rlpjepa list --recipes"""

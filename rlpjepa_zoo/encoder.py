@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import card, folder, golden, hub, images, resnet, zoo
+from . import card, folder, golden, images, publish, resnet, zoo
 from .errors import DataError, NonFiniteError, OutputError, UsageError
 from .preprocess import Preprocess, preprocessed
 from .sparse import SparseEmbeddings
@@ -268,7 +268,7 @@ class SparseEncoder(nn.Module):
 
         Args:
             repo_id: ``"owner/name"``; made if missing.
-            private: of a new repository; an existing one must agree.
+            private: visibility, which an existing repository must have; when None, any, and a new one is made as the Hub does by default.
             revision: branch to commit to; made if missing.
             token: Hub token with write permission; the stored login when None.
             recipe, info: those of `save_pretrained`.
@@ -281,7 +281,7 @@ class SparseEncoder(nn.Module):
             HubError: one line with the mend.
         """
         contents = self.contents(recipe, info, repo_id)
-        return hub.push(
+        return publish.push(
             contents, repo_id, private=private, revision=revision, tag=tag, create_pr=create_pr, message=commit_message, token=token
         ).url
 
@@ -298,14 +298,16 @@ class SparseEncoder(nn.Module):
             raise UsageError(f"{other[0]} is {state[other[0]].dtype}; encoders are published in float32, so call .float() first")
         config = self._timm_config()
         config.get("model_args", {}).pop("num_classes", None)  # transformers' AutoModel passes it itself
+        info = card.checked(self.config.info if info is None else info)
+        card.set_license(config, info.get("license"))
         config[folder.BLOCK] = {
             "name": name,
             "projector": {"dim": self.config.dim, "hidden_dim": self.config.hidden_dim, "depth": self.config.projector_depth},
             "preprocess": dataclasses.asdict(self.config.preprocess),
             "needs_package": self.config.architecture in resnet.SMALL_RESNETS,
             "fingerprint": self.fingerprint(),
-            "info": dict(self.config.info if info is None else info),
-            "versions": zoo.versions(),
+            "info": info,
+            "versions": info.get("versions") or zoo.versions(),
         }
         files: dict[str, folder.Content] = {
             "model.safetensors": _pack({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}),
@@ -325,7 +327,7 @@ class SparseEncoder(nn.Module):
                 twin = copy.deepcopy(self.backbone).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
                 timm.models.save_for_hf(
                     twin, scratch, safe_serialization=True, data_config=self.config.preprocess.data_config(),
-                    model_config={"pretrained_cfg": {"tag": "rlpjepa", "license": "apache-2.0"}},
+                    model_config={"pretrained_cfg": {"tag": "rlpjepa"}},
                 )  # fmt: skip
                 return folder.parse_json((Path(scratch) / "config.json").read_bytes(), "config.json")
         except OSError as error:

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,12 @@ def seal(files: Mapping[str, Content], config: Mapping[str, Any]) -> dict[str, C
         raise UsageError(f"info: not JSON ({error}); expected text, finite numbers, lists and objects") from error
     if text.count(_BLANK) != 1:
         raise UsageError("info: holds 64 zeros in a row, which stand for the sha256 of config.json; leave them out")
-    return {**files, "config.json": text.replace(_BLANK, sha256(text.encode())).encode()}
+    sealed = text.replace(_BLANK, sha256(text.encode())).encode()
+    try:
+        parse_json(sealed, "config.json")
+    except ModelError as error:
+        raise UsageError(f"info: {error}") from error
+    return {**files, "config.json": sealed}
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -159,8 +165,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
     if not path.is_file():
-        raise ModelError(f"{folder}: no config.json; expected a folder written by save_pretrained with {', '.join(NAMES)}")
-    text = path.read_bytes()
+        inside = next((p.parent.parent for p in sorted(folder.glob("*/encoder/config.json"))), None)
+        hint = f"; did you mean {inside}?" if inside else ", such as save_pretrained and the runs of `rlpjepa train` write"
+        raise ModelError(f"{folder}: no config.json, so not the folder of an encoder{hint}")
+    with open(path, "rb") as file:
+        text = file.read(MAX_JSON + 1)
     config = parse_json(text, str(path))
     block = config.get(BLOCK) if isinstance(config, dict) else None
     if not isinstance(block, dict):
@@ -171,7 +180,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if type(block.get("format")) is not int or not 1 <= block["format"] <= FORMAT:
         raise ModelError(f"{path}: format {block.get('format')!r}, this version reads 1 to {FORMAT}; update rlpjepa_zoo")
     if block["format"] >= 2 or "sha256" in block:
-        own = str(block.get("sha256"))
+        own = ascii(block.get("sha256")).strip("'")
         if text.count(own.encode()) != 1 or sha256(text.replace(own.encode(), _BLANK.encode())) != own:
             raise ModelError(f"{path}: differs from its own sha256 (damaged or edited); download or save the encoder again")
     shapes: dict[str, type] = {"info": dict, "projector": dict, "preprocess": dict, "files": dict}
@@ -217,8 +226,46 @@ def verify(folder: str | Path, config: Mapping[str, Any], only: Iterable[str] | 
         if not path.is_file():
             raise ModelError(f"{path}: missing; download or save the encoder again")
         if not matches(path, listed[name]):
-            mend = f"write it anew with `rlpjepa card {folder} --write`" if name == "README.md" else "download or save the encoder again"
-            raise ModelError(f"{path}: differs from the sha256 in config.json (damaged, edited or from another version); {mend}")
+            raise ModelError(
+                f"{path}: differs from the sha256 in config.json (damaged, edited or from another version); {_mend(folder, name)}"
+            )
+
+
+def _mend(folder: Path, name: str) -> str:
+    if name != "README.md" and not name.endswith(".png"):
+        return "download or save the encoder again"
+    if folder.parent.name == "snapshots":  # of the Hub's cache
+        return "the card was edited on the Hub: its owner must push again, with own words given by --notes"
+    return f"`rlpjepa card {folder} --write` writes the card anew, with your own words if you give them by --notes"
+
+
+def snapshot(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """config.json and the contents of the files it lists, read once and verified, even while a run replaces them.
+
+    Cards and pictures may be edited or missing.
+
+    Raises:
+        ModelError: naming the file that is missing or differs.
+    """
+    folder = Path(folder)
+    for attempt in range(5):
+        if attempt:
+            time.sleep(0.2)
+        config = read_config(folder)
+        listed = listed_files(config, str(folder))
+        wrong = ""
+        contents = {}
+        for name, entry in listed.items():
+            data = (folder / name).read_bytes() if (folder / name).is_file() else b""
+            shown = name == "README.md" or name.endswith(".png")
+            if not shown and (len(data) != entry["size"] or sha256(data) != entry["sha256"]):
+                wrong = name
+                break
+            contents[name] = data
+        if not wrong:
+            return config, contents
+    verify(folder, config, [wrong])
+    raise ModelError(f"{folder}: is being rewritten; try again when that is over")
 
 
 def find(path: str | Path) -> Path:

@@ -1,36 +1,31 @@
-"""From the name of an encoder to a folder on this machine, and back; the only module that imports huggingface_hub.
+"""From the name of an encoder to a folder on this machine; with `publish`, the only module that imports huggingface_hub.
 
-A busy Hub (429, 5xx, a broken connection) is asked again for `PATIENCE` seconds in all, then the error is one line with its cause and mend.
+A busy Hub (429, 5xx, a broken connection) is asked again for about `PATIENCE` seconds, then the error is one line with its cause and mend.
 With HF_HUB_OFFLINE=1, and for a commit that is cached whole, nothing is requested at all.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import logging
 import re
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from . import folder, zoo
 from .errors import HubError, ModelError, OutputError, UsageError, ZooError, did_you_mean, first_line
-from .folder import Content
 
-__all__ = ["PATIENCE", "Background", "Pushed", "fetch", "push", "resolve", "trouble"]
+__all__ = ["PATIENCE", "Patience", "access", "explain", "fetch", "resolve", "trouble"]
 
 PATIENCE = 60.0
 """Seconds for which a busy Hub is asked again, in all, in one load or push."""
+SILENCE = 60.0
+"""Seconds without a byte after which a request has failed."""
+BUSY = (408, 429, 500, 502, 503, 504)
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-_BUSY = (408, 429, 500, 502, 503, 504)
 
 log = logging.getLogger("rlpjepa_zoo")
 T = TypeVar("T")
@@ -45,7 +40,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     Args:
         source: a name of the zoo, ``"hf-hub:owner/repo[@revision]"``, ``"owner/repo"``, ``"local-dir:path"`` or an existing folder
             (published, or of a run).
-        revision: branch, tag or commit; overrides an ``@revision`` and a commit pinned by the zoo.
+        revision: branch, tag or commit; overrides a commit pinned by the zoo.
         token: Hub access token; the stored login when None.
         cache_dir: where downloads are kept; the Hub client's cache when None.
 
@@ -63,14 +58,28 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     if text.startswith("local-dir:") or isinstance(source, Path):
         raise ModelError(f"{text.removeprefix('local-dir:')}: no such folder")
     repo, _, at = text.removeprefix("hf-hub:").partition("@")
+    if at and revision is not None and at != revision:
+        raise UsageError(f"'{text}' and revision '{revision}': the revision is given twice; give one")
     if text in zoo.list_encoders():
         return _of_zoo(text, revision, token, cache_dir)
-    if not _REPO.fullmatch(repo):
+    if not zoo.is_repository(repo):
         known = zoo.list_encoders()
         raise UsageError(
             f"'{text}' is neither a folder, nor a name of the zoo ({', '.join(known) or 'empty'}), nor 'owner/repo'.{did_you_mean(text, known)}"
         )
     return _encoder(repo, revision or at or None, token, cache_dir)
+
+
+def access(token: str | None) -> str | None:
+    """A token as it is sent; None stands for the stored login.
+
+    Raises:
+        UsageError: not one word of printable characters. The message does not repeat it.
+    """
+    token = None if token is None else token.strip()
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise UsageError("token: expected one word of printable characters, such as hf_...")
+    return token
 
 
 def _folder(text: str) -> Path | None:
@@ -116,7 +125,7 @@ def _encoder(repo: str, revision: str | None, token: str | None, cache_dir: str 
     for name, listed in folder.listed_files(config, get.where).items():
         if not folder.matches(get(name), listed):
             get(name, force=True)
-    return path
+    return get.done(path)
 
 
 def _no_encoder(names: Sequence[str], where: str) -> NoReturn:
@@ -169,15 +178,15 @@ class _Download:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub import errors as hub
 
-        self.repo, self.revision, self.token, self.cache_dir, self.first = repo, revision, token, cache_dir, first
+        self.repo, self.revision, self.token, self.cache_dir, self.first = repo, revision, access(token), cache_dir, first
         self.where = repo + (f"@{revision}" if revision else "")
         self.commit, self.trouble = "", "HF_HUB_OFFLINE is set"
-        self.patience = _Patience(self.where)
+        self.patience = Patience(self.where)
         if constants.is_offline_mode():
             return
         url = hf_hub_url(repo, first, revision=revision)
         try:
-            found = self.patience(lambda: get_hf_file_metadata(url, token=token))
+            found = self.patience(lambda: get_hf_file_metadata(url, token=self.token))
             self.commit = found.commit_hash or ""
             if not _COMMIT.fullmatch(self.commit):
                 raise HubError(f"{self.where}: the server does not speak the Hub's protocol (no commit in its answer); check HF_ENDPOINT")
@@ -185,29 +194,43 @@ class _Download:
             self.commit = error.response.headers.get("X-Repo-Commit", "") or revision or "main"
         except Exception as error:
             if not _away(error):
-                raise _explain(error, self.where) from error
+                raise explain(error, self.where) from error
             self.trouble = f"the Hub cannot be reached ({_cause(error)})"
             log.warning("%s: %s; looking in the local cache", self.where, self.trouble)
 
-    def __call__(self, name: str, explain: Callable[[Sequence[str], str], None] | None = None, force: bool = False) -> Path:
-        """Path of a file; `explain` is asked about the repository's names when it does not hold the file."""
+    def __call__(
+        self, name: str, why: Callable[[Sequence[str], str], None] | None = None, force: bool = False, revision: str | None = None
+    ) -> Path:
+        """Path of a file; `why` is asked about the repository's names when it does not hold the file."""
         from huggingface_hub import errors as hub
         from huggingface_hub import hf_hub_download
 
-        # The first file goes by the branch, so that the cache learns where the branch points; the others follow its commit.
-        at = self.revision if name == self.first and not force else self.commit
+        def download() -> str:
+            started = time.monotonic()
+            try:
+                return hf_hub_download(
+                    self.repo, name, revision=revision or self.commit, token=self.token, cache_dir=self.cache_dir, force_download=force
+                )
+            except Exception as error:
+                if network_error(error) is not None and time.monotonic() - started > 5:
+                    raise GaveUp from error
+                raise
+
         try:
-            path = self.patience(
-                lambda: hf_hub_download(self.repo, name, revision=at, token=self.token, cache_dir=self.cache_dir, force_download=force)
-            )
+            path = self.patience(download)
         except hub.RemoteEntryNotFoundError as error:
-            if explain is not None:
-                explain(self.names(), self.where)
+            if why is not None:
+                why(self.names(), self.where)
             raise ModelError(f"{self.where}: config.json lists {name}, which the repository does not hold; push it again") from error
         except Exception as error:
-            raise _explain(error, self.where) from error
-        self.commit = Path(path).parent.name
+            raise explain(error, self.where) from error
         return Path(path)
+
+    def done(self, path: Path) -> Path:
+        """Let the cache know, now that all is there, where the branch points; `path` again."""
+        if self.revision is None or not _COMMIT.fullmatch(self.revision):
+            self(self.first, revision=self.revision or "main")
+        return path
 
     def absent(self, lacking: Sequence[str]) -> HubError:
         """Why neither the cache nor the Hub can help."""
@@ -219,7 +242,7 @@ class _Download:
         try:
             return self.patience(lambda: HfApi(token=self.token).list_repo_files(self.repo, revision=self.revision))
         except Exception as error:
-            raise _explain(error, self.where) from error
+            raise explain(error, self.where) from error
 
 
 def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
@@ -242,7 +265,7 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
         blob = path.resolve().name  # the cache calls a large file by the sha256 that the Hub gave
         if _SHA256.fullmatch(blob) and folder.sha256(path) != blob and folder.sha256(get(path.name, force=True)) != blob:
             raise ModelError(f"{path}: differs from the sha256 that the Hub lists for it; try again later")
-    return paths[0].parent
+    return get.done(paths[0].parent)
 
 
 def _no_file(name: str, found: Sequence[str], where: str) -> NoReturn:
@@ -252,211 +275,31 @@ def _no_file(name: str, found: Sequence[str], where: str) -> NoReturn:
     raise ModelError(f"{where}: holds no {name}")
 
 
-# --- publishing ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """What a push did.
-
-    Attributes:
-        repo: ``owner/name``.
-        commit: 40 hex digits; the one that was there already when nothing had changed.
-        changed: files that were added, replaced or deleted.
-        url: page of the commit or pull request.
-    """
-
-    repo: str
-    commit: str
-    changed: tuple[str, ...]
-    url: str
-
-
-def push(
-    contents: Mapping[str, Content],
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    tag: str | None = None,
-    create_pr: bool = False,
-    message: str | None = None,
-    token: str | None = None,
-) -> Pushed:
-    """Bring a repository to what `folder.seal` gave, in one commit that holds only the files that differ.
-
-    An interrupted push leaves the repository as it was; the same call again completes it. A lost answer is recognised: the commit is not
-    made twice.
-
-    Args:
-        contents: file name -> bytes or file.
-        repo: ``owner/name``; made if missing.
-        private: of a new repository; an existing one must agree.
-        revision: branch to commit to, made from main if missing; main when None.
-        tag: name for the commit.
-        create_pr: open a pull request instead of committing; needs no write permission.
-        message: of the commit.
-        token: with write permission; the stored login when None.
-
-    Raises:
-        UsageError: a malformed name, contradictory options, or an access token inside a file.
-        HubError: one line with the mend.
-    """
-    from huggingface_hub import HfApi
-
-    if not _REPO.fullmatch(repo):
-        raise UsageError(f"repository: expected 'owner/name', got '{repo}'")
-    if create_pr and (tag is not None or revision not in (None, "main")):
-        raise UsageError("a pull request goes to main and has no commit to tag yet; leave out the tag and the revision")
-    if message is not None and not message.strip():
-        raise UsageError("commit message: expected some text, got none")
-    for name, content in contents.items():
-        if name not in folder.NAMES:
-            raise UsageError(f"{name}: not a file of the published format, so it is not pushed")
-        text = not name.endswith((".safetensors", ".png"))
-        if text and _TOKEN.search(content if isinstance(content, bytes) else content.read_bytes()):
-            raise UsageError(f"{name}: holds an access token (hf_...); remove it from the recipe before publishing")
-    api, where = HfApi(token=token), repo + (f"@{revision}" if revision else "")
-    patience = _Patience(where, again=lambda error: not create_pr or _status(error) is not None)
-    try:
-        info = patience(lambda: _ready(api, repo, private, revision))
-        if private is not None and info.private != private:
-            raise UsageError(
-                f"{repo}: is {'private' if info.private else 'public'} already; change that on its settings page, or leave the option out"
-            )
-        pushed = patience(lambda: _commit(api, contents, repo, revision, create_pr, message))
-        if tag is not None:
-            patience(lambda: _tag(api, repo, tag, pushed.commit))
-    except ZooError:
-        raise
-    except Exception as error:
-        raise _explain(error, where, pushing=True) from error
-    return pushed
-
-
-def _ready(api: Any, repo: str, private: bool | None, revision: str | None) -> Any:
-    """The repository's record, after making repository and branch if they are missing."""
-    from huggingface_hub import errors as hub
-
-    try:
-        return api.model_info(repo, revision=revision)
-    except hub.RevisionNotFoundError:
-        api.create_branch(repo, branch=revision, exist_ok=True)
-    except hub.GatedRepoError:
-        raise
-    except hub.RepositoryNotFoundError:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if revision not in (None, "main"):
-            api.create_branch(repo, branch=revision, exist_ok=True)
-    return api.model_info(repo, revision=revision)
-
-
-def _commit(api: Any, contents: Mapping[str, Content], repo: str, revision: str | None, create_pr: bool, message: str | None) -> Pushed:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    info = api.model_info(repo, revision=revision, files_metadata=True)
-    there = {file.rfilename: file for file in info.siblings}
-    changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
-    stale = [name for name in folder.OPTIONAL if name in there and name not in contents]
-    if not changed and not stale:
-        return Pushed(repo, info.sha, (), f"{api.endpoint}/{repo}/tree/{info.sha}")
-    operations = [CommitOperationAdd(name, content if isinstance(content := contents[name], bytes) else str(content)) for name in changed]
-    try:
-        api.preupload_lfs_files(repo, operations, revision=revision, create_pr=create_pr, free_memory=False)
-    except Exception as error:
-        if _status(error) in _BUSY or _network(error) is not None:
-            raise _GaveUp from error
-        raise
-    done = api.create_commit(
-        repo,
-        [*operations, *(CommitOperationDelete(name) for name in stale)],
-        commit_message=message or ("Update sparse encoder" if "config.json" in there else "Upload sparse encoder"),
-        revision=revision,
-        parent_commit=info.sha,
-        create_pr=create_pr,
-    )
-    return Pushed(repo, done.oid, (*changed, *stale), done.pr_url or done.commit_url)
-
-
-def _same(content: Content, there: Any) -> bool:
-    """Whether the Hub holds these bytes: by sha256 in large file storage, by git's blob id elsewhere."""
-    if there.size != folder.size(content):
-        return False
-    if there.lfs is not None:
-        return bool(there.lfs.sha256 == folder.sha256(content))
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
-
-
-def _tag(api: Any, repo: str, tag: str, commit: str) -> None:
-    known = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
-    if known.get(tag, commit) != commit:
-        raise HubError(f"{repo}: pushed, but tag '{tag}' exists already on commit {known[tag][:8]}; choose another tag")
-    if tag not in known:
-        api.create_tag(repo, tag=tag, revision=commit)
-
-
-class Background:
-    """Pushes in a thread, the newest only, and never raises: a Hub that is down costs a line in the log and nothing else."""
-
-    def __init__(self, send: Callable[[Mapping[str, Content], str], Pushed]) -> None:
-        self.send = send
-        self.error: Exception | None = None
-        self._next: tuple[Mapping[str, Content], str] | None = None
-        self._change = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, contents: Mapping[str, Content], message: str) -> None:
-        """Push `contents` soon; what is still waiting is replaced."""
-        with self._change:
-            self._next = contents, message
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
-                self._thread.start()
-
-    def finish(self, seconds: float) -> bool:
-        """Wait for what was submitted; whether the last of it is on the Hub."""
-        with self._change:
-            self._change.wait_for(lambda: self._thread is None, seconds)
-            return self._thread is None and self.error is None
-
-    def _work(self) -> None:
-        while True:
-            with self._change:
-                task, self._next = self._next, None
-                if task is None:
-                    self._thread = None
-                    self._change.notify_all()
-                    return
-            try:
-                pushed = self.send(*task)
-                self.error = None
-                log.info("pushed to %s", pushed.url)
-            except Exception as error:
-                self.error = error
-                log.warning("not pushed: %s", first_line(error))
-
-
 # --- trouble -------------------------------------------------------------------------------------------------------------------------
 
 
-class _GaveUp(Exception):
-    """The Hub client itself has asked six times, so we do not ask again; the cause says why."""
+class GaveUp(Exception):
+    """The Hub client itself has asked several times, so we do not ask again; the cause says why."""
 
 
-class _Patience:
+class Patience:
     """Calls that are repeated while the Hub is busy, until `PATIENCE` seconds are spent on failed calls and pauses."""
 
     def __init__(self, where: str, again: Callable[[BaseException], bool] = lambda error: True) -> None:
         self.where, self.again, self.left, self.wait = where, again, PATIENCE, 1.0
 
     def __call__(self, call: Callable[[], T]) -> T:
+        from huggingface_hub import get_session
+
         while True:
+            session = get_session()
+            if session.timeout.read is None:  # the client would wait for ever
+                session.timeout = type(session.timeout)(SILENCE, connect=10.0)
             started = time.monotonic()
             try:
                 return call()
             except Exception as error:
-                self.left -= min(time.monotonic() - started, 10.0)  # a long transfer that broke off was not waiting
+                self.left -= min(time.monotonic() - started, SILENCE)  # a long transfer that broke off was not waiting
                 pause = _pause(error, self.wait)
                 if pause is None or not self.again(error) or pause > self.left:
                     raise
@@ -476,7 +319,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """HTTP status that the Hub answered, if it did."""
     for part in _chain(error):
         status = getattr(getattr(part, "response", None), "status_code", None)
@@ -485,9 +328,9 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _network(error: BaseException) -> BaseException | None:
+def network_error(error: BaseException) -> BaseException | None:
     """The error of the HTTP library below the Hub client: no connection, a timeout, a broken answer."""
-    if _status(error) is not None:
+    if status_of(error) is not None:
         return None
     return next((part for part in _chain(error) if type(part).__module__.split(".")[0].startswith("httpx")), None)
 
@@ -496,14 +339,14 @@ def _pause(error: BaseException, wait: float) -> float | None:
     """Seconds until it is worth asking again; None when it is not."""
     from huggingface_hub import errors as hub
 
-    if isinstance(error, _GaveUp | hub.LocalEntryNotFoundError):
+    if isinstance(error, GaveUp | hub.LocalEntryNotFoundError):
         return None
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         asked = next((part.response.headers.get("Retry-After", "") for part in _chain(error) if hasattr(part, "response")), "")
-        return (float(asked) if asked.isdigit() else wait) if status in _BUSY else None
-    broken = _network(error)
-    if broken is None:
+        return (float(asked) if asked.isdigit() else wait) if status in BUSY else None
+    broken = network_error(error)
+    if broken is None or type(broken).__name__ in ("LocalProtocolError", "UnsupportedProtocol", "InvalidURL"):
         return None
     unreachable = type(broken).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError")
     return None if unreachable and wait > 1 else wait  # nobody there: once more, and that is it
@@ -511,41 +354,44 @@ def _pause(error: BaseException, wait: float) -> float | None:
 
 def _away(error: BaseException) -> bool:
     """Whether a cached copy may stand in: the Hub is down or unreachable, and has not said no."""
-    status = _status(error)
-    return status in _BUSY if status is not None else _network(error) is not None
+    status = status_of(error)
+    return status in BUSY if status is not None else network_error(error) is not None
 
 
 def _cause(error: BaseException) -> str:
     """What the Hub or the network said, in a few words."""
-    status = _status(error)
+    status = status_of(error)
     if status is None:
-        return first_line(_network(error) or error)
+        return _unsecret(first_line(network_error(error) or error))
     asked = next((part.response.headers.get("Retry-After", "") for part in _chain(error) if hasattr(part, "response")), "")
     return f"the Hub answered {status}" + (f" and asks to wait {asked} s" if asked.isdigit() else "")
 
 
-def _explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
+def explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
     """One line with the mend for each class of Hub error."""
     from huggingface_hub import errors as hub
 
-    status, login = _status(error), "run `hf auth login`, or set HF_TOKEN"
+    status, login = status_of(error), "run `hf auth login`, or set HF_TOKEN"
     unchanged = "; the repository was not changed, push again later" if pushing else "; try again later"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-        return OutputError(f"{error.filename or 'the cache'}: cannot be written: {error.strerror}; give another cache_dir, or set HF_HOME")
+    if isinstance(error, OSError) and isinstance(error.errno, int) and status is None and network_error(error) is None:
+        place = error.filename or "the folder of the Hub's cache"
+        return OutputError(f"{place}: cannot be used: {error.strerror}; give another cache_dir, or set HF_HOME")
     if isinstance(error, hub.GatedRepoError):
         return HubError(f"{where}: access is gated; accept the terms on its Hub page and {login}")
     if isinstance(error, hub.RevisionNotFoundError):
-        return HubError(f"{where}: no such branch, tag or commit; see the repository's list of versions")
+        return HubError(f"{where}: no such {'branch' if pushing else 'branch, tag or commit'}; see the repository's list of versions")
     if isinstance(error, hub.OfflineModeIsEnabled):
         return HubError(
             f"{where}: HF_HUB_OFFLINE is set{'' if pushing else ' and it is not in the local cache'}; unset it to reach the Hub"
         )
-    if status in _BUSY:
-        return HubError(f"{where}: {_cause(error)}, and was asked again for up to {PATIENCE:.0f} s{unchanged}")
+    if status in BUSY:
+        return HubError(f"{where}: {_cause(error)}, also when asked again{unchanged}")
     if isinstance(error, hub.RepositoryNotFoundError):
-        return HubError(f"{where}: not found, or private; check the name, or {login} with an account that may see it")
+        return HubError(
+            f"{where}: not found, or private (and there is no such folder here); check the name, or {login} with an account that may see it"
+        )
     if status == 401:
-        return HubError(f"{where}: the access token is not valid; {login}")
+        return HubError(f"{where}: not logged in, or the access token is not valid; {login}")
     if status == 403:
         what = f"no permission to write to '{where.split('/')[0]}'" if pushing else "no access"
         return HubError(
@@ -553,7 +399,7 @@ def _explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
         )
     if status == 412:
         return HubError(f"{where}: somebody else pushed meanwhile; look at what is there, and push again")
-    if _network(error) is not None:
+    if network_error(error) is not None:
         mend = "; push again, it completes what is missing" if pushing else "; check the network, or give a folder"
         return HubError(f"{where}: the Hub cannot be reached ({_cause(error)}){mend}")
     if isinstance(error, hub.LocalEntryNotFoundError):
@@ -568,12 +414,12 @@ def trouble(error: BaseException, where: str) -> ZooError | None:
     from huggingface_hub import errors as hub
 
     if isinstance(error, ConnectionError) and "OfflineModeIsEnabled" in str(error):  # as datasets says it, without the cause
-        return _explain(hub.OfflineModeIsEnabled(), where)
+        return explain(hub.OfflineModeIsEnabled(), where)
     kinds = (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)
     at: BaseException | None = error
     while at is not None:
-        if isinstance(at, kinds) or _network(at) is not None:
-            return _explain(at, where)  # type: ignore[arg-type]
+        if isinstance(at, kinds) or network_error(at) is not None:
+            return explain(at, where)  # type: ignore[arg-type]
         at = at.__cause__ or at.__context__
     return None
 
@@ -581,4 +427,8 @@ def trouble(error: BaseException, where: str) -> ZooError | None:
 def _said(error: Exception) -> str:
     """The server's own words, or all lines of the error in one."""
     words = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    return " ".join(str(words).split())[:300]
+    return _unsecret(" ".join(str(words).split()))[:300]
+
+
+def _unsecret(text: str) -> str:
+    return re.sub(r"hf_\w+|(?<=Bearer )\S+", "(token)", text)

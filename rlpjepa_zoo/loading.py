@@ -6,7 +6,9 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import timm
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from . import folder, golden, hub, streams, zoo
 from . import resnet as resnet  # registers the small-image ResNets
@@ -62,10 +65,13 @@ def create_encoder(
             raise UsageError(f"{argument}: expected >= 1, got {value}")
     backbone = _backbone(name, pretrained, timm_kwargs)
     features = int(backbone.head_hidden_size)
+    try:
+        preprocess = preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size"))
+    except (KeyError, TypeError, ValueError) as error:  # of a stranger's config.json
+        raise ModelError(f"backbone '{name}': its preprocessing cannot be used: {first_line(error)}") from error
     config = EncoderConfig(
         architecture=backbone.pretrained_cfg.get("architecture", name),
-        features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth,
-        preprocess=preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size")), model_args=dict(timm_kwargs),
+        features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth, preprocess=preprocess, model_args=dict(timm_kwargs),
     )  # fmt: skip
     return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
 
@@ -80,16 +86,16 @@ def _backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
     try:
-        where, overlay = _weights(name, pretrained)
+        where, overlay = _weights(name, pretrained, timm_kwargs)
         return timm.create_model(where, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **timm_kwargs)
     except ZooError:
         raise
     except Exception as error:
         arguments = ", ".join(f"{k}={v!r}" for k, v in {"pretrained": pretrained, **timm_kwargs}.items())
-        raise ModelError(f"backbone '{name}' with {arguments}: {first_line(error)}") from error
+        raise ModelError(f"backbone '{name}' with {arguments[:200]}: {first_line(error)}") from error
 
 
-def _weights(name: str, pretrained: bool) -> tuple[str, dict[str, Any] | None]:
+def _weights(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     """timm's name to build, and where its weights are: safetensors on this machine, never a pickle."""
     files = ["config.json", "model.safetensors"] if pretrained else ["config.json"]
     if name.startswith("hf-hub:"):
@@ -100,8 +106,7 @@ def _weights(name: str, pretrained: bool) -> tuple[str, dict[str, Any] | None]:
         for file in files:
             if not (path / file).is_file():
                 raise ModelError(f"{path}: no {file}" + ("; pickles are not read" if file.endswith(".safetensors") else ""))
-        config = folder.parse_json((path / "config.json").read_bytes(), f"{path}/config.json")
-        _check_arguments(config.get("model_args") or {}, f"{path}/config.json")
+        _check_stranger(path, pretrained, timm_kwargs)
         return f"local-dir:{path}", None
     if not pretrained:
         return name, None
@@ -115,6 +120,29 @@ def _weights(name: str, pretrained: bool) -> tuple[str, dict[str, Any] | None]:
     file = known.get(file) or re.sub(r"\.bin$", ".safetensors", file)
     repo, _, revision = found.hf_hub_id.partition("@")
     return name, {"file": str(hub.fetch(repo, [file], revision or None) / file), "custom_load": False}
+
+
+def _check_stranger(path: Path, pretrained: bool, timm_kwargs: dict[str, Any]) -> None:
+    """Refuse what a timm model's config.json should not ask for, and what its weights cannot hold."""
+    where = f"{path}/config.json"
+    with open(path / "config.json", "rb") as file:
+        config = folder.parse_json(file.read(folder.MAX_JSON + 1), where)
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(architecture, str) or ":" in architecture or not timm.is_model(architecture.split(".")[0]):
+        raise ModelError(f"{where}: architecture {architecture!r} is not a timm model")
+    arguments = config.get("model_args") or {}
+    _check_arguments(arguments, where, allowed={"num_classes"})
+    if {**arguments, **timm_kwargs}.get("global_pool", "avg") in ("", None, False):
+        raise ModelError(f"{where}: global_pool is empty; the projector needs pooled features, so give one, such as global_pool='avg'")
+    if pretrained:
+        tensors = folder.tensor_shapes(path / "model.safetensors")
+        options = {k: v for k, v in {**arguments, **timm_kwargs}.items() if k != "num_classes"}
+        with _bounded(len(tensors), where), torch.device("meta"):
+            skeleton = timm.create_model(architecture, num_classes=0, **options)
+        held = sum(math.prod(shape) for _, shape in tensors.values())
+        asked = sum(p.numel() for p in skeleton.parameters())
+        if asked > 4 * held:
+            raise ModelError(f"{where}: asks for {asked:,} parameters, model.safetensors holds {held:,}")
 
 
 def load_encoder(
@@ -143,12 +171,16 @@ def load_encoder(
     path = hub.resolve(source, revision, token, cache_dir)
     config = folder.read_config(path)
     folder.verify(path, config)
-    options = _options(config, f"{path}/config.json")
-    with torch.device("meta"):  # no memory yet: a config that asks for more than the files hold ends here
+    where = f"{path}/config.json"
+    options = _options(config, where)
+    headers = {name: folder.tensor_shapes(path / name) for name in ("model.safetensors", "head.safetensors", "golden.safetensors")}
+    # No memory yet: a config that asks for more than the files hold ends here.
+    with _bounded(sum(map(len, headers.values())), where), torch.device("meta"):
         skeleton = create_encoder(config["architecture"], **options)
-    _compare(skeleton.backbone, path / "model.safetensors")
-    _compare(skeleton.projector, path / "head.safetensors")
-    with streams.seeded(0, "load"):  # the caller's random numbers are not touched
+    _compare(skeleton.backbone, headers["model.safetensors"], path / "model.safetensors")
+    _compare(skeleton.projector, headers["head.safetensors"], path / "head.safetensors")
+    golden.check_header(headers["golden.safetensors"], skeleton.config, path / "golden.safetensors")
+    with _BUILDING, streams.seeded(0, "load"), _float32():  # the caller's random numbers and default type are not touched
         encoder = create_encoder(config["architecture"], **options)
     block = config[folder.BLOCK]
     text = (path / "recipe.yaml").read_text("utf-8", "replace") if "recipe.yaml" in block["files"] else None
@@ -176,7 +208,7 @@ def verify_entry(name: str, root: str | Path | None = None, online: bool = False
     entry = zoo.entry(name)
     if online and not (entry.get("repo") and entry.get("commit")):
         raise HubError(f"{name}: the manifest names no repository and commit; publish it with `rlpjepa push`, then pin it")
-    source = f"hf-hub:{entry['repo']}@{entry['commit']}" if online else name if root is None else str(Path(root) / name)
+    source = f"hf-hub:{entry['repo']}@{entry['commit']}" if online else name if root is None else f"local-dir:{Path(root) / name}"
     path = hub.resolve(source)
     found = zoo.describe(path)
     differing = [key for key, value in found.items() if key not in ("repo", "commit") and entry.get(key) != value]
@@ -210,26 +242,65 @@ def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
     if ":" in config["architecture"]:
         raise ModelError(f"{where}: architecture '{config['architecture']}' points to another model; expected a plain timm name")
     arguments = config.get("model_args", {})
-    reserved = {"num_classes", "features_only", "out_indices", "feature_cls"}.union(
-        *(inspect.signature(f).parameters for f in (create_encoder, timm.create_model, timm.models.build_model_with_cfg))
-    )
-    if taken := reserved & set(arguments):
-        raise ModelError(f"{where}: model_args: '{min(taken)}' is not an argument of a backbone")
     _check_arguments(arguments, where)
     return {**options, **arguments}
 
 
-def _check_arguments(arguments: Any, where: str) -> None:
-    """Values that a real backbone may have: short texts and lists, numbers of a sane size."""
+def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) -> None:
+    """Arguments and values that a real backbone may have: short texts and lists, numbers of a sane size."""
     if not isinstance(arguments, dict):
         raise ModelError(f"{where}: model_args: expected an object, got {type(arguments).__name__}")
+    reserved = {"num_classes", "features_only", "out_indices", "feature_cls"}.union(
+        *(inspect.signature(f).parameters for f in (create_encoder, timm.create_model, timm.models.build_model_with_cfg))
+    )
+    if taken := (reserved - set(allowed)) & set(arguments):
+        raise ModelError(f"{where}: model_args: '{min(taken)}' is not an argument of a backbone")
     for key, value in _leaves(arguments, "model_args"):
-        deep = re.search("depth|layers|blocks", key)
-        top = 256 if deep else 65536
+        top = next((top for word, top in _TOPS.items() if re.search(word, key)), 16384)
         if isinstance(value, str) and not re.fullmatch(r"[\w.+-]{0,64}", value):
             raise ModelError(f"{where}: {key}: expected a short plain name, got {value[:40]!r}")
-        if isinstance(value, int | float) and not (math.isfinite(value) and -1 <= value <= top):
+        if isinstance(value, int | float) and not -1 <= value <= top:
             raise ModelError(f"{where}: {key}: expected a number in -1 .. {top}, got {str(value)[:40]}")
+
+
+_TOPS = {"depth|layers|blocks": 256, "window": 64}
+"""Words in the names of arguments that mean loops, and the most that a real backbone asks for."""
+_BUILDING = threading.Lock()
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _bounded(tensors: int, where: str) -> Iterator[None]:
+    """Stop building a network as soon as it has more parameters than there are tensors for, or very many modules."""
+    me, left = threading.get_ident(), {"parameters": tensors + 1, "modules": 50 * tensors + 1000}
+
+    def count(what: str) -> Callable[..., None]:
+        def seen(*_: Any) -> None:
+            if threading.get_ident() == me:
+                left[what] -= 1
+                if left[what] < 0:
+                    raise ModelError(f"{where}: model_args ask for more {what} than the files hold tensors ({tensors}) for")
+
+        return seen
+
+    hooks = [
+        register_module_parameter_registration_hook(count("parameters")),
+        register_module_module_registration_hook(count("modules")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _leaves(value: Any, where: str, depth: int = 0) -> Iterable[tuple[str, Any]]:
@@ -245,9 +316,9 @@ def _leaves(value: Any, where: str, depth: int = 0) -> Iterable[tuple[str, Any]]
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def _compare(module: nn.Module, path: Path) -> None:
+def _compare(module: nn.Module, found: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
     """Names, dtypes and shapes in a file's header against those of a module."""
-    found, expected = folder.tensor_shapes(path), module.state_dict()
+    expected = module.state_dict()
     for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
             raise ModelError(f"{path}: {what} tensors: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")

@@ -31,7 +31,7 @@ def overview(
         title: printed on top.
     """
     figure = _figure(13, 7.8)
-    grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.92), hspace=0.4, wspace=0.36, left=0.05, right=0.985, top=0.885, bottom=0.02)
+    grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.92), hspace=0.4, wspace=0.42, left=0.05, right=0.985, top=0.885, bottom=0.02)
     figure.suptitle(title, x=0.05, ha="left", fontsize=14, color=INK, fontweight="bold")
     _training(figure.add_subplot(grid[0, 0]), history, float(law.l0))
     _law(figure.add_subplot(grid[0, 1]), law, z)
@@ -73,8 +73,8 @@ def _figure(width: float, height: float) -> Any:
 
 def _tidy(figure: Any) -> None:
     for axes in figure.axes:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines["top"].set_visible(False)
+        axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
 
 
 def _png(figure: Any) -> bytes:
@@ -86,19 +86,23 @@ def _png(figure: Any) -> bytes:
 
 
 def _training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
-    rows = [r for r in history if "l0" in r]
+    rows = [r for r in history if r.get("l0") is not None]
     axes.plot([r["step"] for r in rows], [r["l0"] for r in rows], color=ACCENT, lw=1.8, label="density of z, training")
-    tested = [r for r in history if "l0_eval" in r]
+    tested = [r for r in history if r.get("l0_eval") is not None]
     axes.plot([r["step"] for r in tested], [r["l0_eval"] for r in tested], "o", color=INK, ms=5, label="density of z, evaluation mode")
     axes.axhline(theory, color=SECOND, ls="--", lw=1.4, label=f"theory of the target: {theory:.3f}")
-    other = axes.twinx()
-    other.plot([r["step"] for r in rows], [max(r["excess"], 1e-9) for r in rows], color=SOFT, lw=1.4)
-    other.set_yscale("log")
-    other.set_ylabel("distance to the target above its floor (log)", color="#7b8794", fontsize=8)
-    other.tick_params(labelright=False, right=False, which="both")
     axes.set(xlabel="step", ylim=(0, None), title="Density while training")
-    axes.set_zorder(other.get_zorder() + 1)
-    axes.patch.set_visible(False)
+    far = [r for r in rows if r.get("excess") is not None]
+    if far:
+        other = axes.twinx()
+        other.plot([r["step"] for r in far], [max(r["excess"], 1e-9) for r in far], color=SOFT, lw=1.4)
+        other.set_yscale("log")
+        other.yaxis.set_label_position("right")
+        other.tick_params(axis="y", which="both", colors="#7b8794", labelsize=7)
+        other.spines["right"].set_color(SOFT)
+        axes.plot([], [], color=SOFT, lw=1.4, label="distance above its floor (right)")
+        axes.set_zorder(other.get_zorder() + 1)
+        axes.patch.set_visible(False)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -129,17 +133,17 @@ def _law(axes: Any, law: RectifiedGeneralizedGaussian, z: Tensor) -> None:
 def _curve(axes: Any, results: dict[str, Any]) -> None:
     curve = results["curve"]
     for kind, (label, color) in _MEASURES.items():
-        if kind not in curve:
+        if not curve.get(kind):
             continue
         axes.plot(curve["active"], curve[kind], "o-", color=color, ms=4, lw=1.8, label=f"sparse z, {label}")
         for space, style in (("features", ":"), ("pixels", "--")):
-            if f"{kind}_{space}" in results:
+            if results.get(f"{kind}_{space}") is not None:
                 axes.axhline(results[f"{kind}_{space}"], color=color, ls=style, lw=1, alpha=0.7, label=f"{space}, {label}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(curve["active"], [str(k) for k in curve["active"]])
     axes.minorticks_off()
     axes.set(xlabel="largest values kept per image", ylabel="accuracy", title="Accuracy against active dimensions")
-    axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower right")
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _units(figure: Any, place: Any, z: Tensor, images: Images) -> None:

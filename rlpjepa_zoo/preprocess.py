@@ -51,8 +51,8 @@ class Preprocess:
             raise ValueError("expected size, mean and std as lists of numbers and crop_pct as a number")
         if [len(x) for x in lists] != [2, 3, 3] or not all(isinstance(s, int) and 1 <= s <= 4096 for s in self.size):
             raise ValueError("expected size as two integers in 1 .. 4096, mean and std of three channels")
-        if not all(s > 0 for s in self.std) or not 0 < self.crop_pct <= 2:
-            raise ValueError("expected std > 0 and crop_pct in (0, 2]")
+        if not all(s >= 1e-6 for s in self.std) or not all(abs(m) <= 1e6 for m in self.mean) or not 0.1 <= self.crop_pct <= 2:
+            raise ValueError("expected std >= 1e-6, mean in -1e6 .. 1e6 and crop_pct in 0.1 .. 2")
         if self.interpolation not in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"):
             raise ValueError(f"unknown interpolation {self.interpolation!r}; expected bilinear or bicubic")
 

@@ -337,18 +337,18 @@ class Hub(Section):
 
     repo: str | None = None
     """owner/name; nothing is sent when null."""
-    private: bool = True
-    """Of a repository that does not exist yet."""
+    private: bool | None = None
+    """Visibility, which an existing repository must have; when null, any, and a new one is private."""
     revision: str | None = None
     """Branch; main when null."""
-    license: str | None = None
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = None
     """SPDX identifier on the card, such as apache-2.0; the card says "not stated" when null."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.repo is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", self.repo):
+        if self.repo is not None and not zoo.is_repository(self.repo):
             raise ValueError(f"hub.repo: expected owner/name, got '{self.repo}'")
-        if self.repo is None and (self.revision is not None or not self.private):
+        if self.repo is None and (self.revision is not None or self.private is not None):
             raise ValueError("hub.repo: needed with hub.revision and hub.private; set it, or remove them")
         return self
 
@@ -409,10 +409,18 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def shareable(self) -> str:
-        """`dump` without what is of this machine: of data.path the last part is kept, or nothing where the data have a name."""
-        data = self.data
+        """`dump` without what is of one person or machine: of paths the last part is kept, or nothing where the data have a name, and
+        running it again does not push to the same repository."""
+        data, encoder = self.data, self.encoder
         path = None if data.path is None or data.name is not None else Path(data.path).name
-        return self.model_copy(update={"data": data.model_copy(update={"path": path})}).dump()
+        kind, _, place = encoder.backbone.partition(":")
+        backbone = f"{kind}:{Path(place).name}" if kind == "local-dir" else encoder.backbone
+        parts: dict[str, Any] = {
+            "data": data.model_copy(update={"path": path}),
+            "encoder": encoder.model_copy(update={"backbone": backbone}),
+            "hub": Hub(license=self.hub.license),
+        }
+        return self.model_copy(update=parts).dump()
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -29,12 +29,12 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint, collectives, folder, hub, streams, zoo
+from . import card, checkpoint, collectives, folder, publish, streams, zoo
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, make_loader
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
-from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
+from .errors import DataError, ModelError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
 from .evaluation import encode, knn_accuracy
 from .images import Images
 from .loading import create_encoder
@@ -199,7 +199,7 @@ class _Run:
         self.asked_at = 0.0
         self.save_now = False
         self.saved = self.logged = (0, 0.0)
-        self.pusher = hub.Background(self._push) if recipe.hub.repo is not None and self.main else None
+        self.pusher = publish.Background(self._push) if recipe.hub.repo is not None and self.main else None
         if found is not None:
             self._restore(found)
         self._open_logs(found is not None)
@@ -210,7 +210,7 @@ class _Run:
         recipe = self.recipe
         if self.step >= self.total:
             log.warning("%s: already complete after %d steps", self.out, self.step)
-            self._publish()  # again: the run may have been stopped between its last checkpoint and here
+            self._publish_again()
             return self._finish()
         loader = make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size())
         self.model.train()
@@ -510,7 +510,8 @@ class _Run:
             results["n_train"] = min(recipe.probe.bank, len(bank or ()))
             results |= {"n_test": min(recipe.probe.eval_images, len(test))} if test is not None else {}
             results["protocol"] = (
-                f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}, measured in training, one seed"
+                f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}; measured in training, "
+                f"{'in float32' if recipe.train.precision == 'no' else 'in ' + recipe.train.precision}, one seed"
             )
             results["protocol"] += "" if test is not None else "; every image was scored by the votes of the others"
         cfg: Any = self.encoder.backbone.pretrained_cfg
@@ -523,7 +524,7 @@ class _Run:
                 "eval": found.get("l0_eval"), "eval_images": "held-out images" if test is not None else "training images",
             },
             "results": results,
-            "history": self._history(),
+            "history": self._history(), "versions": zoo.versions(),
             "training": {
                 "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step, "batch": recipe.train.batch_size,
                 "minutes": round(self.seconds / 60, 2), "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
@@ -539,7 +540,7 @@ class _Run:
             return []
         thin = []
         for kind, keys in (("train", ("l0", "excess")), ("eval", ("l0_eval", "knn_z", "knn_features"))):
-            of_kind = [row for row in rows if row["kind"] == kind]
+            of_kind = [row for row in rows if row.get("kind") == kind]
             every = max(1, -(-len(of_kind) // 100))
             thin += [{"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if k in row} for row in of_kind[::-every][::-1]]
         return thin
@@ -553,9 +554,25 @@ class _Run:
                 self.pusher.submit(contents, f"Step {self.step} of {self.total}")
         collectives.barrier()
 
-    def _push(self, contents: Mapping[str, folder.Content], message: str) -> hub.Pushed:
+    def _publish_again(self) -> None:
+        """What a complete run has published stays, results that were written into its card included, if it is whole."""
+        path = self.out / "encoder"
+        try:
+            contents = card.rewritten(path, self.recipe.hub.repo or f"local-dir:{path}")
+            block = folder.read_config(path)[folder.BLOCK]
+            whole = block["fingerprint"] == self.encoder.fingerprint() and block["info"]["training"]["steps"] == self.step
+        except (ModelError, KeyError, TypeError):
+            whole = False
+        if not whole:  # it was stopped between its last checkpoint and its last publication
+            self._publish()
+        elif self.pusher is not None:
+            self.pusher.submit(contents, f"Step {self.step} of {self.total}")
+
+    def _push(self, contents: Mapping[str, folder.Content], message: str) -> publish.Pushed:
         options = self.recipe.hub
-        return hub.push(contents, str(options.repo), private=options.private, revision=options.revision, message=message)
+        return publish.push(
+            contents, str(options.repo), private=options.private, new_private=True, revision=options.revision, message=message
+        )
 
     def _finish(self) -> Path:
         if self.main:
@@ -568,7 +585,11 @@ class _Run:
             }
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
             if self.pusher is not None and not self.pusher.finish(_LAST_PUSH):
-                log.warning("the last encoder is not on the Hub; send it with: rlpjepa push %s %s", self.out, self.recipe.hub.repo)
+                options = self.recipe.hub
+                more = ("" if options.private is None else " --private" if options.private else " --public") + (
+                    f" --revision {options.revision}" if options.revision else ""
+                )
+                log.warning("the last encoder is not on the Hub; send it with: rlpjepa push %s %s%s", self.out, options.repo, more)
         if self.recipe.train.trackers:
             self.accelerator.end_training()
         collectives.barrier()

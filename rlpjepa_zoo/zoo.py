@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import re
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from .errors import UsageError, did_you_mean
 from .folder import read_config
 
-__all__ = ["describe", "entry", "list_encoders", "local_folder", "resource", "versions", "write_manifest"]
+__all__ = ["describe", "entry", "is_repository", "list_encoders", "local_folder", "resource", "versions", "write_manifest"]
 
 
 def resource(name: str) -> Path:
@@ -36,6 +37,18 @@ def list_encoders(pattern: str = "*") -> list[str]:
         []
     """
     return sorted(fnmatch.filter(_manifest(), pattern))
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub: ``owner/name`` of ASCII letters, digits, ``-``, ``_`` and ``.``.
+
+    Example:
+        >>> is_repository("owner/sparse-vit"), is_repository("owner/a--b"), is_repository("vit")
+        (True, False, False)
+    """
+    parts = name.split("/")
+    good = len(parts) == 2 and len(name) <= 96 and all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts)
+    return good and "--" not in name and ".." not in name and not name.endswith(".git")
 
 
 def entry(name: str) -> dict[str, Any]:

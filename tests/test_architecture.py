@@ -15,7 +15,7 @@ LEVELS = [
     {"distributions", "folder", "metrics", "golden"},
     {"sparse", "images", "resnet", "zoo", "objectives"},
     {"recipe", "preprocess", "pictures", "hub"},
-    {"sources", "card"},
+    {"sources", "card", "publish"},
     {"encoder"},
     {"loading", "export"},
     {"data", "optim", "checkpoint", "evaluation"},
@@ -27,7 +27,7 @@ LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 OWNERS = {
     "torch.distributed": {"collectives"},
     "accelerate": {"training"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub", "publish"},
     "pickle": set(),
     "typer": {"cli"},
     "matplotlib": {"pictures"},

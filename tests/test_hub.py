@@ -21,7 +21,7 @@ from PIL import Image
 from refusals import refused
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo import card, cli, folder, hub, zoo
+from rlpjepa_zoo import card, cli, folder, hub, publish, zoo
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, UsageError
 from rlpjepa_zoo.preprocess import Preprocess
 
@@ -203,8 +203,9 @@ def test_a_pull_request_leaves_main_alone_and_loads_by_its_ref(published, encode
 def test_a_tag_stays_where_it_is(published, encoder):
     encoder.push_to_hub(REPO, token=WRITER, recipe="name: tiny\n", info=INFO, tag="v1")
     encoder.push_to_hub(REPO, token=WRITER, recipe="name: tiny\n", info=INFO, tag="v1")
-    with refused(HubError, match="pushed, but tag 'v1' exists already"):
+    with refused(HubError, match="the tag exists already, on commit"):
         make(seed=1).push_to_hub(REPO, token=WRITER, tag="v1")
+    assert len(published.log(REPO)) == 2  # found out before anything was sent
     assert torch.equal(codes(rz.load_encoder(REPO, revision="v1")), codes(encoder))
 
 
@@ -212,6 +213,73 @@ def test_visibility_of_an_existing_repository_must_agree(published, encoder):
     with refused(UsageError, match="is public already; change that on its settings page"):
         encoder.push_to_hub(REPO, token=WRITER, private=True)
     encoder.push_to_hub(REPO, token=WRITER, private=False)
+
+
+def test_somebodys_other_model_is_not_overwritten(hub_server, encoder):
+    files = {"config.json": b'{"architecture": "resnet18"}', "model.safetensors": b"theirs"}
+    hub_server.put(REPO, files)
+    with refused(UsageError, match="holds another model.*ask for overwrite"):
+        encoder.push_to_hub(REPO, token=WRITER)
+    assert hub_server.files(REPO).items() >= files.items()
+    publish.push(encoder.contents(name=REPO), REPO, token=WRITER, overwrite=True)
+    assert torch.equal(codes(rz.load_encoder(REPO)), codes(encoder))
+
+
+@pytest.mark.parametrize(("what", "name"), [("revision", "a..b"), ("revision", ""), ("revision", "abcdef1"), ("tag", "v 1"), ("tag", "-v")])
+def test_names_of_branches_and_tags_are_checked(hub_server, encoder, what, name):
+    with refused(UsageError, match=f"{what}: expected a name such as"):
+        encoder.push_to_hub(REPO, token=WRITER, **{what: name})
+    assert hub_server.requests == []
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nx", "hf secret", "hf_sécret"])
+def test_a_malformed_token_is_refused_without_repeating_it(hub_server, encoder, token, caplog):
+    for call in (lambda: rz.load_encoder(REPO, token=token), lambda: encoder.push_to_hub(REPO, token=token)):
+        with refused(UsageError, match="token: expected one word") as error:
+            call()
+        assert "cret" not in str(error.value) + caplog.text
+    encoder.push_to_hub(REPO, token=f" {WRITER}\n")  # as it comes out of a file
+
+
+def test_a_half_fetched_update_does_not_hide_what_the_cache_holds(published, encoder, offline, waits):
+    rz.load_encoder(REPO)
+    make(seed=1).push_to_hub(REPO, token=WRITER)
+    published.fault("GET", "/cdn/", times=None, status=403)
+    with refused(HubError, match=REPO):
+        rz.load_encoder(REPO)
+    with offline():
+        assert torch.equal(codes(rz.load_encoder(REPO)), codes(encoder))
+
+
+def test_a_card_edited_on_the_hub_is_refused_with_a_mend_for_its_owner(published, run):
+    published.put(REPO, {"README.md": published.files(REPO)["README.md"] + b"more"})
+    with refused(ModelError, match="README.md: differs.*edited on the Hub: its owner must push again"):
+        rz.load_encoder(REPO)
+    assert run("card", hub.resolve(REPO), "--write")[0] == 2
+
+
+def test_a_push_while_the_folder_is_rewritten_is_one_state_or_the_other(hub_server, tmp_path, encoder, run, monkeypatch):
+    """The race of a push with a run that publishes: what is on the Hub afterwards loads."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    versions = [encoder.contents(name=REPO), make(seed=1).contents(name=REPO)]
+    path = folder.write_folder(tmp_path / "enc", versions[0])
+    stop = threading.Event()
+
+    def rewrite():
+        for step in range(1, 10_000):
+            if stop.wait(0.03):
+                return
+            folder.write_folder(path, versions[step % 2])
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    try:
+        done = [run("push", path, REPO)[0] for _ in range(8)]
+    finally:
+        stop.set()
+        writer.join()
+    assert done.count(0) >= 1 and set(done) <= {0, 4}
+    rz.load_encoder(REPO)
 
 
 def test_a_repository_with_other_files_keeps_them(hub_server, encoder):
@@ -381,7 +449,7 @@ def test_somebody_else_pushing_meanwhile_is_noticed(published, encoder, monkeypa
 def test_errors_of_loading_say_what_to_do(published):
     published.put("owner/gated", published.files(REPO), gated="auto")
     for source, token, match in (
-        ("owner/nothing", None, "not found, or private; check the name, or run `hf auth login`"),
+        ("owner/nothing", None, "not found, or private.*check the name, or run `hf auth login`"),
         ("owner/nothing", READER, "not found, or private"),
         (f"{REPO}@v9", None, "no such branch, tag or commit"),
         ("owner/gated", None, "gated; accept the terms.*hf auth login"),
@@ -406,7 +474,9 @@ def test_errors_of_pushing_say_what_to_do(published, encoder):
         with refused(HubError, match=f"^{repo}: .*{match}"):
             make(seed=1).push_to_hub(repo, token=token)
     with refused(HubError, match="refused the metadata of the card: .*license"):
-        encoder.push_to_hub(REPO, token=WRITER, info={**INFO, "license": "my own"})
+        encoder.push_to_hub(REPO, token=WRITER, info={**INFO, "license": "unheard-of"})
+    with refused(HubError, match="not logged in, or the access token is not valid; run `hf auth login`"):
+        make(seed=1).push_to_hub(REPO)
     with refused(UsageError, match="commit message"):
         encoder.push_to_hub(REPO, token=WRITER, commit_message=" ")
     assert torch.equal(codes(rz.load_encoder(REPO)), codes(encoder))
@@ -501,6 +571,82 @@ def test_flipped_weights_of_a_timm_repository_are_found_by_the_hubs_sha256(hub_s
         rz.create_encoder("hf-hub:owner/plain", pretrained=True)
     hub_server.forget_faults()
     rz.create_encoder("hf-hub:owner/plain", pretrained=True)
+
+
+BOMBS = {
+    "dpn68": {"k_sec": [65536, 4, 20, 3]},
+    "dla34": {"levels": [1, 1, 30, 2, 2, 1]},
+    "focalnet_tiny_srf": {"focal_levels": [16000] * 4},
+    "tiny_vit_5m_224": {"window_sizes": [7, 7, 400, 7]},
+    "davit_tiny": {"depths": [256] * 60},
+    "swin_tiny_patch4_window7_224": {"depths": [256] * 20},
+    "test_vit": {"depth": 200, "embed_dim": 16384},
+    "hieradet_small": {"stages": [4000, 2, 3, 2]},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_config_that_asks_for_more_than_the_files_hold_is_refused_at_once(tmp_path, contents, name, ours):
+    path = folder.write_folder(tmp_path / "enc", contents)
+    config = folder.read_config(path) | {"architecture": name, "model_args": BOMBS[name]}
+    if ours:
+        folder.write_folder(path, folder.seal({n: c for n, c in contents.items() if n != "config.json"}, config))
+    else:
+        del config["rlpjepa_zoo"]
+        (path / "config.json").write_text(json.dumps(config))
+    started = time.monotonic()
+    with refused(ModelError):
+        rz.load_encoder(path) if ours else rz.create_encoder(f"local-dir:{path}", pretrained=True)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_args": {"features_only": True}}, {"model_args": {"global_pool": ""}}, {"model_args": {"pretrained_strict": False}},
+        {"pretrained_cfg": {"input_size": [3, 99999, 99999]}}, {"pretrained_cfg": {"mean": "x"}}, {"pretrained_cfg": {"crop_pct": [1]}},
+        {"architecture": "hf-hub:a/b"}, {"architecture": None}, {"model_args": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_strangers_timm_config_is_checked_too(tmp_path, change):
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {**change, "pretrained_cfg": config["pretrained_cfg"] | change.get("pretrained_cfg", {})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with refused(ModelError):
+        rz.create_encoder(f"local-dir:{tmp_path}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda g: g.update(images=torch.zeros(2000, 1, 1, 3, dtype=torch.uint8)), lambda g: g.update(images=g["images"][:, :0]),
+        lambda g: g.update(images=torch.zeros(2, 1, 200_000, 3, dtype=torch.uint8)), lambda g: g.update(features=g["features"] > 0),
+        lambda g: g.update(inputs=g["inputs"].half()), lambda g: g.update({f"x{i}": torch.zeros(0) for i in range(100_000)}),
+    ],
+)  # fmt: skip
+def test_a_golden_file_that_costs_too_much_is_refused_by_its_header(tmp_path, contents, change):
+    golden = safetensors.torch.load(bytes(contents["golden.safetensors"]))
+    change(golden)
+    files = {n: c for n, c in contents.items() if n != "config.json"}
+    files["golden.safetensors"] = safetensors.torch.save({k: v.contiguous() for k, v in golden.items()})
+    path = folder.write_folder(tmp_path / "enc", folder.seal(files, json.loads(bytes(contents["config.json"]))))
+    with refused(ModelError, match="golden.safetensors"):
+        rz.load_encoder(path)
+
+
+def test_loading_leaves_the_callers_default_type_and_random_numbers_alone(tmp_path, contents, encoder):
+    path = folder.write_folder(tmp_path / "enc", contents)
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert rz.load_encoder(path).fingerprint() == encoder.fingerprint()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- images from the Hub --------------------------------------------------------------------------------------------------------------
@@ -602,15 +748,53 @@ def test_a_card_is_written_anew_without_touching_the_rest(tmp_path, encoder):
     folder.write_folder(path, card.rewritten(path, "owner/repo"))
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     contents = card.rewritten(path, "owner/other")
-    assert {name for name, content in contents.items() if isinstance(content, bytes)} == {
-        "README.md",
-        "config.json",
-        "training.png",
-        "accuracy.png",
-    }
+    assert {name for name, content in contents.items() if content != before[name]} == {"README.md", "config.json"}
     (path / "head.safetensors").write_bytes(b"x")
     with refused(ModelError, match="head.safetensors: differs"):
         card.rewritten(path, "owner/other")
+
+
+def test_ones_own_words_and_licence_are_kept(tmp_path, encoder):
+    path = encoder.save_pretrained(tmp_path / "enc", info=INFO)
+    folder.write_folder(path, card.rewritten(path, "owner/x", license="mit", notes="## Why\n\nBecause of *birds*."))
+    text = (path / "README.md").read_text()
+    assert "Because of *birds*." in text and "license: mit" in text
+    assert folder.read_config(path)["pretrained_cfg"]["license"] == "mit"
+    folder.write_folder(path, card.rewritten(path, "owner/y"))
+    assert "Because of *birds*." in (path / "README.md").read_text()
+    assert rz.load_encoder(path).config.info["license"] == "mit"
+    with refused(UsageError, match="info.license"):
+        card.rewritten(path, "owner/y", license="my own")
+
+
+@pytest.mark.parametrize(
+    ("info", "match"),
+    [
+        ({"target": "x"}, "info.target"), ({"density": "12%"}, "info.density"), ({"results": {"knn_z": "0.9"}}, "info.results.knn_z"),
+        ({"training": [1]}, "info.training"), ({"results": {"curve": {"active": "x"}}}, "info.results.curve.active"),
+        ({"x": "y" * (1 << 20)}, "limit"), ({1: 1, "1": 2}, "info"), ({"density": {"asked": float("nan")}}, "info.density.asked"),
+    ],
+)  # fmt: skip
+def test_a_record_that_the_card_cannot_show_is_refused_when_saving(tmp_path, encoder, info, match):
+    with refused(UsageError, match=match):
+        encoder.save_pretrained(tmp_path / "enc", info=info)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "info", [{"results": None}, {"history": [{"step": 1}]}, {"density": {}}, {"target": None}, {"data": None}], ids=str
+)
+def test_a_record_with_gaps_is_shown_with_gaps(tmp_path, encoder, info):
+    path = encoder.save_pretrained(tmp_path / "enc", info={**INFO, **info})
+    rz.load_encoder(path)
+
+
+def test_a_missed_density_and_better_pixels_are_said(encoder, tmp_path):
+    results = {"knn_z": 0.5, "knn_pixels": 0.6}
+    path = encoder.save_pretrained(tmp_path / "enc", info={**INFO, "density": {"asked": 0.1, "eval": 0.25}, "results": results})
+    text = (path / "README.md").read_text()
+    assert "The density asked for, 0.1, was **missed**: 0.25" in text and "Raw pixels do better" in text
+    assert "split: test" not in text  # nobody said that these were test images
 
 
 # --- the command line ----------------------------------------------------------------------------------------------------------------
@@ -664,7 +848,10 @@ def test_what_does_not_load_is_not_pushed(hub_server, local, run, monkeypatch):
     folder.write_folder(local / "encoder", folder.seal(contents, folder.read_config(local / "encoder")))
     code, _, err = run("push", local, REPO)
     assert code == 4 and "codes differ" in err and hub_server.requests == []
-    assert run("push", local / "nothing", REPO)[0] == 2
+    code, _, err = run("push", local / "nothing", REPO)
+    assert code == 4 and "no such folder" in err
+    assert run("push", "owner/typo", REPO)[0] == 4 and hub_server.requests == []
+    assert run("push", local, "owner/a--b", "--dry-run")[0] == 2
 
 
 def test_card_from_the_command_line(local, run, tmp_path):
@@ -780,7 +967,7 @@ def test_a_hub_that_is_down_costs_a_run_nothing_but_a_line(hub_server, tmp_path,
 
 
 def test_a_slow_hub_does_not_hold_up_the_steps():
-    from rlpjepa_zoo.hub import Background, Pushed
+    from rlpjepa_zoo.publish import Background, Pushed
 
     sent, begun, gate = [], threading.Event(), threading.Event()
 
@@ -802,11 +989,29 @@ def test_a_slow_hub_does_not_hold_up_the_steps():
     assert sent == ["step 0", "step 4"]  # what waited was replaced by the newest
 
 
+def test_a_complete_run_that_is_resumed_keeps_what_was_measured(hub_server, tmp_path, monkeypatch, run):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    from rlpjepa_zoo.recipe import Recipe
+    from rlpjepa_zoo.training import train as pretrain
+
+    pretrain(Recipe.load("digits", TINY), tmp_path / "run", progress=False)
+    assert run("eval", tmp_path / "run", "--data", "digits", "--limit", 50, "--curve", "--card", "--quiet")[0] == 0
+    pretrain(Recipe.load("digits", [*TINY, f"hub.repo={REPO}"]), tmp_path / "run", resume=True, progress=False)
+    assert "linear probe" in (tmp_path / "run/encoder/README.md").read_text()
+    assert b"linear probe" in hub_server.files(REPO)["README.md"]
+    assert "repo: null" in hub_server.files(REPO)["recipe.yaml"].decode()  # who runs it again does not push here
+    hub_server.repos["model", "owner/open"] = hub_server.create("owner/open")
+    pretrain(Recipe.load("digits", [*TINY, "hub.repo=owner/open"]), tmp_path / "run", resume=True, progress=False)
+    assert "config.json" in hub_server.files("owner/open")  # a public one is fine when nothing was said
+
+
 def test_the_published_recipe_holds_no_path_of_the_machine(tmp_path):
     from rlpjepa_zoo.recipe import Recipe
 
     recipe = Recipe.load("folder-resnet18", [f"data.path={tmp_path / 'photos'}"])
     assert "path: photos\n" in recipe.shareable() and str(tmp_path) not in recipe.shareable()
+    local = Recipe.load("digits", [f"encoder.backbone=local-dir:{tmp_path / 'secret' / 'model'}"])
+    assert "backbone: local-dir:model\n" in local.shareable()
     named = Recipe.load("cifar10-resnet18", [f"data.path={tmp_path / 'c10'}"])
     assert Recipe.parse(named.shareable()).data.path is None
 

@@ -177,7 +177,7 @@ def _front(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any], 
         if isinstance(results.get(f"{kind}_{space}"), float)
     ]
     plain = not block.get("needs_package")
-    data: dict[str, Any] = {"library_name": "timm" if plain else "rlpjepa_zoo", "pipeline_tag": "image-feature-extraction"}
+    data: dict[str, Any] = {"library_name": "timm", "pipeline_tag": "image-feature-extraction"}
     for key in ("license", "base_model"):
         if info.get(key):
             data[key] = info[key]

@@ -22,6 +22,7 @@ from .errors import OutputError, UsageError, ZooError, first_line
 app = typer.Typer(
     name="rlpjepa", help="Sparse, non-negative image embeddings of a density you choose (Rectified LpJEPA on timm).",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -36,9 +37,18 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is when not given.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"rlpjepa_zoo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (also accepted after the command).")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")] = False,
 ) -> None:
     pass
 
@@ -527,6 +537,8 @@ def run(arguments: list[str]) -> int:
     try:
         outcome = typer.main.get_command(app).main(arguments, prog_name="rlpjepa", standalone_mode=False)
         sys.stdout.flush()
+        if outcome == 130:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
         return outcome if isinstance(outcome, int) else 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

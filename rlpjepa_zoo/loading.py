@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 from . import folder, golden, hub, streams, zoo
 from . import resnet as resnet  # registers the small-image ResNets
 from .encoder import EncoderConfig, SparseEncoder, make_projector
-from .errors import HubError, ModelError, UsageError, ZooError, did_you_mean, first_line
+from .errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from .preprocess import Preprocess
 
 __all__ = ["create_encoder", "load_encoder", "verify_entry"]
@@ -201,20 +201,20 @@ def verify_entry(name: str, root: str | Path | None = None, online: bool = False
         online: look at the repository and commit that the manifest pins.
 
     Raises:
-        UsageError: no such encoder.
+        UsageError: no such encoder, or it is not published on the Hub.
         ModelError: what differs.
-        HubError: the Hub refused or could not be reached, or the encoder is not published there.
+        HubError: the Hub refused or could not be reached.
     """
     entry = zoo.entry(name)
     if online and not (entry.get("repo") and entry.get("commit")):
-        raise HubError(f"{name}: the manifest names no repository and commit; publish it with `rlpjepa push`, then pin it")
+        raise UsageError(f"{name} is not published yet, so there is nothing to check on the Hub; leave out --hub")
     source = f"hf-hub:{entry['repo']}@{entry['commit']}" if online else name if root is None else f"local-dir:{Path(root) / name}"
     path = hub.resolve(source)
     found = zoo.describe(path)
     differing = [key for key, value in found.items() if key not in ("repo", "commit") and entry.get(key) != value]
     if differing:
         key = differing[0]
-        raise ModelError(f"{name}: the manifest says {key} = {entry.get(key)}, {path} says {found[key]}")
+        raise ModelError(f"the manifest says {key} = {entry.get(key)}, {path} says {found[key]}")
     load_encoder(path)
     return path
 

@@ -13,7 +13,7 @@ from typing import Any
 from . import folder, zoo
 from .errors import HubError, UsageError, ZooError, first_line
 from .folder import Content
-from .hub import BUSY, GaveUp, Patience, access, explain, network_error, status_of
+from .hub import BUSY, SILENCE, GaveUp, Patience, access, explain, network_error, status_of
 
 __all__ = ["Background", "Pushed", "push"]
 
@@ -90,7 +90,7 @@ def push(
     try:
         if not create_pr:
             patience(lambda: _make_repository(api, repo, private, new_private))
-        info = patience(lambda: api.model_info(repo))
+        info = patience(lambda: _info(api, repo))
         if private is not None and info.private != private:
             raise UsageError(
                 f"{repo}: is {'private' if info.private else 'public'} already; change that on its settings page, or leave the option out"
@@ -120,11 +120,15 @@ def _check_contents(contents: Mapping[str, Content]) -> None:
             raise UsageError(f"{name}: holds an access token (hf_...); remove it from the recipe before publishing")
 
 
+def _info(api: Any, repo: str, **options: Any) -> Any:
+    return api.model_info(repo, timeout=SILENCE, **options)
+
+
 def _make_repository(api: Any, repo: str, private: bool | None, new_private: bool | None) -> None:
     from huggingface_hub import errors as hub
 
     try:
-        api.model_info(repo)
+        _info(api, repo)
     except hub.GatedRepoError:
         raise
     except hub.RepositoryNotFoundError:
@@ -135,7 +139,7 @@ def _make_branch(api: Any, repo: str, revision: str) -> None:
     from huggingface_hub import errors as hub
 
     try:
-        api.model_info(repo, revision=revision)
+        _info(api, repo, revision=revision)
     except hub.RevisionNotFoundError:
         if revision.startswith("refs/"):
             raise
@@ -166,7 +170,7 @@ def _commit(
 ) -> Pushed:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    info = api.model_info(repo, revision=revision, files_metadata=True)
+    info = _info(api, repo, revision=revision, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings}
     changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
     stale = [name for name in folder.OPTIONAL if name in there and name not in contents]

@@ -249,3 +249,10 @@ def test_ctrl_c_saves_and_exits_130(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in err
     assert any((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_version_and_short_help(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rlpjepa_zoo 0.")
+    assert cli.run(["push", "-h"]) == 0
+    assert "--dry-run" in capsys.readouterr().out

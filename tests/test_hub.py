@@ -839,6 +839,33 @@ def test_a_token_in_the_recipe_of_a_run_is_not_pushed(hub_server, local, run):
     assert code == 2 and "recipe.yaml: holds an access token" in err and hub_server.requests == []
 
 
+def test_ctrl_c_in_a_push_is_answered_in_one_line(hub_server, local, run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "push", interrupted)
+    code, out, err = run("push", local, REPO)
+    assert (code, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(encoder, monkeypatch, waits):
+    """A socket that accepts and stays silent."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.2)
+        monkeypatch.setattr(publish, "SILENCE", 0.2)
+        monkeypatch.setattr(hub, "PATIENCE", 3.0)
+        started = time.monotonic()
+        with refused(HubError, match="cannot be reached .*timed out"):
+            encoder.push_to_hub(REPO, token=WRITER)
+        assert time.monotonic() - started < 20
+
+
 def test_what_does_not_load_is_not_pushed(hub_server, local, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     golden = safetensors.torch.load_file(local / "encoder" / "golden.safetensors")
@@ -928,7 +955,7 @@ def test_an_entry_without_repository_cannot_be_checked_on_the_hub(listed, run):
     (listed / "manifest.json").write_text(json.dumps(manifest))
     zoo._manifest.cache_clear()
     code, _, err = run("zoo", "verify", "tiny", "--hub")
-    assert code == 5 and "no repository and commit" in err
+    assert code == 2 and "not published yet" in err
 
 
 # --- pushing while training ----------------------------------------------------------------------------------------------------------

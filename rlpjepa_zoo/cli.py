@@ -87,7 +87,7 @@ def train(
         folder = run(resolved, out, resume, allow_change or [], progress=not quiet)
         if collectives.rank() == 0:
             summary = json.loads((out / "summary.json").read_text())
-            _print({"encoder": str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict)}}, as_json)
+            _print({"encoder": str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
     finally:
         collectives.shut_down()
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-__all__ = ["batch_metrics", "covariance", "dead", "l0", "l1", "variance"]
+__all__ = ["alarms", "batch_metrics", "covariance", "dead", "l0", "l1", "variance"]
 
 
 def l0(z: Tensor) -> Tensor:
@@ -59,3 +61,29 @@ def batch_metrics(z: Tensor) -> dict[str, float]:
     """All of the above and the mean, as numbers."""
     named = {"l0": l0(z), "l1": l1(z), "dead": dead(z), "mean": z.float().mean(), "variance": variance(z), "covariance": covariance(z)}
     return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
+
+
+def alarms(found: Mapping[str, float], theory: float) -> list[str]:
+    """What is wrong with an encoder by its own figures, in sentences; an empty list when nothing is.
+
+    Args:
+        found: l0_eval (density of z in evaluation mode) and dead_eval (fraction of dimensions that no image activates), where measured.
+        theory: density of the target law.
+
+    Example:
+        >>> alarms({"l0_eval": 0.11, "dead_eval": 0.02}, theory=0.12)
+        []
+    """
+    sentences = []
+    density, silent = found.get("l0_eval"), found.get("dead_eval")
+    if density is not None and density < 0.05 * theory:
+        sentences.append(
+            f"collapsed: {density:.2g} of the coordinates are active, the target asks for {theory:.3g}; lower the learning rate"
+        )
+    elif density is not None and not 2 / 3 <= density / theory <= 1.5:
+        sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; train longer or try another learning rate")
+    if silent is not None and silent > 0.5:
+        sentences.append(
+            f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); lower the learning rate or encoder.dim"
+        )
+    return sentences

@@ -38,7 +38,7 @@ from .errors import DataError, ModelError, NonFiniteError, OutputError, RecipeEr
 from .evaluation import encode, knn_accuracy
 from .images import Images
 from .loading import create_encoder
-from .metrics import batch_metrics, dead, l0, l1
+from .metrics import alarms, batch_metrics, dead, l0, l1
 from .objectives import RectifiedLpJEPALoss, Terms
 from .optim import make_optimizer, set_learning_rates
 from .preprocess import Preprocess
@@ -576,10 +576,14 @@ class _Run:
 
     def _finish(self) -> Path:
         if self.main:
+            wrong = alarms(self.last_metrics, self.recipe.target.density_in_theory())
+            for sentence in wrong:
+                log.warning("%s", sentence)
             summary = {
                 "steps": self.step,
                 **self.last_metrics,
                 "bad_images": len(self.bad),
+                "alarms": wrong,
                 "info": self.info(),
                 "versions": zoo.versions(),
             }

@@ -17,7 +17,7 @@ from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.evaluation import encode, evaluate, knn_accuracy, linear_accuracy, one_shot_accuracy
 from rlpjepa_zoo.images import Images
 from rlpjepa_zoo.loading import create_encoder
-from rlpjepa_zoo.metrics import batch_metrics, covariance, dead, l0, l1, variance
+from rlpjepa_zoo.metrics import alarms, batch_metrics, covariance, dead, l0, l1, variance
 from rlpjepa_zoo.sources import labelled_folder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -433,3 +433,16 @@ def test_encode_returns_what_the_encoder_gives_in_evaluation_mode(encoder: Spars
 def test_encoding_nothing_readable_is_refused(encoder: SparseEncoder) -> None:
     with pytest.raises(DataError, match="none of the images"):
         encode(encoder, Images(lambda i: b"junk", range(3), [0, 1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("found", "theory", "words"),
+    [
+        ({"l0_eval": 0.12, "dead_eval": 0.1}, 0.12, []), ({"l0_eval": 0.17}, 0.12, []), ({"l0_eval": 0.25}, 0.12, ["density missed: 0.25"]),
+        ({"l0_eval": 0.05}, 0.12, ["density missed"]), ({"l0_eval": 0.0, "dead_eval": 1.0}, 0.5, ["collapsed", "100% of the dimensions are dead"]),
+        ({"l0_eval": 0.12, "dead_eval": 0.6}, 0.12, ["60% of the dimensions are dead"]), ({}, 0.12, []),
+    ],
+)  # fmt: skip
+def test_alarms_name_what_is_wrong_and_only_that(found, theory, words):
+    sentences = alarms(found, theory)
+    assert len(sentences) == len(words) and all(word in sentence for word, sentence in zip(words, sentences, strict=True))

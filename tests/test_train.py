@@ -347,3 +347,9 @@ def test_synchronised_batch_norm_keeps_the_activations_of_timm() -> None:
     enc, x = create_encoder("test_efficientnet", dim=8).eval(), torch.randn(2, 3, 32, 32)
     before = enc.features(x)
     assert torch.equal(module.convert_sync_batchnorm(enc).eval().features(x), before)
+
+
+def test_a_missed_density_is_said_at_the_end_and_in_the_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tiny("target.density=0.02", "train.epochs=2"), tmp_path / "run", progress=False)
+    said = json.loads((tmp_path / "run/summary.json").read_text())["alarms"]
+    assert said and said[0].startswith("density missed") and said[0] in caplog.text

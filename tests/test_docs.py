@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +127,16 @@ def test_no_path_of_a_machine_and_no_registry_host() -> None:
             continue
         found = re.search(r"/(root|home|work)/\w+|pypi\.org|/tmp/\w+", path.read_text())
         assert not found, f"{path}: {found[0]}"
+
+
+def test_the_speed_that_is_claimed_is_the_one_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/training_step.json").read_text())
+    claimed = re.search(r"runs ([0-9.]+) times as fast as the loop", README)
+    assert claimed and abs(float(claimed[1]) - found["ratio"]) < 0.05
+
+
+def test_the_benchmark_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/training_step.py"), "--batch", "4", "--directions", "16", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert '"ratio"' in done.stdout

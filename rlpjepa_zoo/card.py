@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import folder, pictures
 from .errors import ModelError, UsageError
-from .folder import Content
 
 __all__ = ["checked", "files", "render", "rewritten", "set_license"]
 
@@ -36,7 +35,7 @@ def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
     return {"README.md": render(config, name, tuple(drawn)).encode(), **drawn}
 
 
-def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None) -> dict[str, Content]:
+def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None) -> dict[str, bytes]:
     """The files of a published folder with the card written anew; weights, golden codes and recipe stay as they are.
 
     Args:

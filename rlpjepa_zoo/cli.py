@@ -235,8 +235,8 @@ def evaluate(
         encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, curve=curve
     )
     if place is not None:
-        label = section.name or (Path(section.path).name if section.path else section.source)
-        encoder.save_pretrained(place, info=with_results(encoder.config.info, report, label), name=_name(place))
+        info = with_results(encoder.config.info, report, section.name or section.label())
+        encoder.save_pretrained(place, info=info, name=_name(place))
     if out is not None:
         _write(out, json.dumps({"source": source, "data": data, **report}, indent=1) + "\n")
     if as_json:
@@ -320,13 +320,13 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         load_encoder(folder.write_folder(Path(scratch) / "encoder", contents))  # what does not load is not published
     if dry_run:
-        rows = {name: folder.size(content) for name, content in sorted(contents.items())}
+        rows = {name: len(content) for name, content in sorted(contents.items())}
         if as_json:
             _print({"repo": repo, "files": rows}, True)
             return
         print("\n".join(f"{size:>12,}  {name}" for name, size in rows.items()))
         print(f"{sum(rows.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
-        print(bytes(contents["README.md"]).decode(), end="")
+        print(contents["README.md"].decode(), end="")
         return
 
     def send() -> publish.Pushed:
@@ -369,12 +369,12 @@ def card(
         try:
             out.mkdir(parents=True, exist_ok=True)
             for n, content in shown.items():
-                (out / n).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+                (out / n).write_bytes(content)
         except OSError as error:
             raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
         print(out / "README.md")
     else:
-        print(bytes(contents["README.md"]).decode(), end="")
+        print(contents["README.md"].decode(), end="")
 
 
 @app.command()

@@ -285,9 +285,7 @@ class SparseEncoder(nn.Module):
             contents, repo_id, private=private, revision=revision, tag=tag, create_pr=create_pr, message=commit_message, token=token
         ).url
 
-    def contents(
-        self, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo"
-    ) -> dict[str, folder.Content]:
+    def contents(self, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo") -> dict[str, bytes]:
         """The files of the published folder; arguments as of `save_pretrained`."""
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
@@ -309,7 +307,7 @@ class SparseEncoder(nn.Module):
             "info": info,
             "versions": info.get("versions") or zoo.versions(),
         }
-        files: dict[str, folder.Content] = {
+        files: dict[str, bytes] = {
             "model.safetensors": _pack({k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}),
             "head.safetensors": _pack({k.removeprefix("projector."): v for k, v in state.items() if k.startswith("projector.")}),
             "golden.safetensors": _pack(golden.make(self)),

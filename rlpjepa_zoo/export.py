@@ -20,7 +20,6 @@ import dataclasses
 import importlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from . import folder, golden, streams, zoo
 from .encoder import SparseEncoder
-from .errors import ModelError, NonFiniteError, OutputError, UsageError, ZooError, first_line
+from .errors import ModelError, NonFiniteError, UsageError, ZooError, first_line
 
 __all__ = ["export"]
 
@@ -68,33 +67,24 @@ def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False)
     """
     path = Path(path)
     _check(encoder, path)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
+    with folder.whole_file(path) as aside, torch.no_grad(), torch.autocast("cpu", enabled=False):
         if path.exists() and not (overwrite and path.is_file()):
             raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
-        partial.touch()  # a folder that cannot be written is found before the minutes of tracing
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            with _refusing(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
-                twin = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
-                images = golden.make(twin.encoder)["inputs"]
-                more = torch.randn(5, *images.shape[1:], generator=streams.generator(0, "export"))
-                batches = [images[:1], images, torch.cat([images, more])]
-                expected = [twin(x) for x in batches]
-                noise = io.StringIO()  # torch prints whole graphs when it fails; the error below says why
-                with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-                    data = _convert(twin, images, path.suffix)
-            folder.write_durably(partial, data)
-            with _refusing(f"{path}: the exported file does not open or run"):
-                given = list(map(_open(partial), batches))
-            for got, want in zip(given, expected, strict=True):
-                _compare(got, want, path)
-        os.replace(partial, path)
-        folder.sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        aside.touch()  # a folder that cannot be written is found before the minutes of tracing
+        with _refusing(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
+            twin = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
+            images = golden.make(twin.encoder)["inputs"]
+            more = torch.randn(5, *images.shape[1:], generator=streams.generator(0, "export"))
+            batches = [images[:1], images, torch.cat([images, more])]
+            expected = [twin(x) for x in batches]
+            noise = io.StringIO()  # torch prints whole graphs when it fails; the error below says why
+            with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+                data = _convert(twin, images, path.suffix)
+        folder.write_durably(aside, data)
+        with _refusing(f"{path}: the exported file does not open or run"):
+            given = list(map(_open(aside), batches))
+        for got, want in zip(given, expected, strict=True):
+            _compare(got, want, path)
     return path
 
 

@@ -19,7 +19,8 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,6 @@ MAX_JSON = 1 << 20
 MAX_HEADER = 1 << 22
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
 _BLANK = "0" * 64
-
-Content = bytes | Path
-"""What is in a file: the bytes, or a file that holds them."""
 
 
 def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
@@ -63,7 +61,7 @@ def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
         raise ModelError(f"{name}: not valid JSON ({error})") from error
 
 
-def sha256(content: Content) -> str:
+def sha256(content: bytes | Path) -> str:
     """Hex digest of bytes, or of a file."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
@@ -71,18 +69,13 @@ def sha256(content: Content) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def size(content: Content) -> int:
-    """Bytes in it."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def seal(files: Mapping[str, Content], config: Mapping[str, Any]) -> dict[str, Content]:
+def seal(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:
     """`files` and a config.json that holds their sizes and sha256, and the sha256 of itself with that value blank.
 
     Raises:
         UsageError: `config` is not JSON.
     """
-    listed = {name: {"sha256": sha256(content), "size": size(content)} for name, content in sorted(files.items())}
+    listed = {name: {"sha256": sha256(content), "size": len(content)} for name, content in sorted(files.items())}
     config = {**config, BLOCK: {**config[BLOCK], "format": FORMAT, "files": listed, "sha256": _BLANK}}
     try:
         text = json.dumps(config, indent=2, allow_nan=False) + "\n"
@@ -115,7 +108,28 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def write_folder(folder: str | Path, contents: Mapping[str, Content]) -> Path:
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the name by one rename when all went well, and nothing is left of it otherwise.
+
+    Raises:
+        OutputError: disk full, no permission, no such folder.
+    """
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield aside
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
     """Write what `seal` gave; a new folder appears by one rename, an existing one is updated file by file, config.json last.
 
     Files in the folder that are not ours are left alone.
@@ -136,7 +150,7 @@ def write_folder(folder: str | Path, contents: Mapping[str, Content]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for name, content in contents.items():
-            write_durably(partial / name, content if isinstance(content, bytes) else content.read_bytes())
+            write_durably(partial / name, content)
         sync_folder(partial)
         if not folder.exists():
             os.rename(partial, folder)

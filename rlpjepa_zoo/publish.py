@@ -12,8 +12,7 @@ from typing import Any
 
 from . import folder, zoo
 from .errors import HubError, UsageError, ZooError, first_line
-from .folder import Content
-from .hub import BUSY, SILENCE, GaveUp, Patience, access, explain, network_error, status_of
+from .network import BUSY, SILENCE, GaveUp, Patience, access, explain, network_error, status_of
 
 __all__ = ["Background", "Pushed", "push"]
 
@@ -40,7 +39,7 @@ class Pushed:
 
 
 def push(
-    contents: Mapping[str, Content],
+    contents: Mapping[str, bytes],
     repo: str,
     *,
     private: bool | None = None,
@@ -58,7 +57,7 @@ def push(
     made twice.
 
     Args:
-        contents: file name -> bytes, or a file that does not change meanwhile.
+        contents: file name -> bytes.
         repo: ``owner/name``; made if missing.
         private: visibility; an existing repository must have it.
         new_private: visibility of a new repository when `private` is None.
@@ -111,12 +110,12 @@ def push(
     return replace(pushed, changed=tuple(changed))
 
 
-def _check_contents(contents: Mapping[str, Content]) -> None:
+def _check_contents(contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         if name not in folder.NAMES:
             raise UsageError(f"{name}: not a file of the published format, so it is not pushed")
         text = not name.endswith((".safetensors", ".png"))
-        if text and _TOKEN.search(content if isinstance(content, bytes) else content.read_bytes()):
+        if text and _TOKEN.search(content):
             raise UsageError(f"{name}: holds an access token (hf_...); remove it from the recipe before publishing")
 
 
@@ -160,7 +159,7 @@ def _refuse_other_model(api: Any, repo: str, revision: str | None) -> None:
 
 def _commit(
     api: Any,
-    contents: Mapping[str, Content],
+    contents: Mapping[str, bytes],
     repo: str,
     revision: str | None,
     create_pr: bool,
@@ -179,7 +178,7 @@ def _commit(
     if not changed and not stale:
         return Pushed(repo, info.sha, (), f"{api.endpoint}/{repo}/tree/{info.sha}")
     changes[:] = changes or [*changed, *stale]
-    operations = [CommitOperationAdd(name, content if isinstance(content := contents[name], bytes) else str(content)) for name in changed]
+    operations = [CommitOperationAdd(name, contents[name]) for name in changed]
     try:
         api.preupload_lfs_files(repo, operations, revision=revision, create_pr=create_pr, free_memory=False)
     except Exception as error:
@@ -197,27 +196,26 @@ def _commit(
     return Pushed(repo, done.oid, (), done.pr_url or done.commit_url)
 
 
-def _same(content: Content, there: Any) -> bool:
+def _same(content: bytes, there: Any) -> bool:
     """Whether the Hub holds these bytes: by sha256 in large file storage, by git's blob id elsewhere."""
-    if there.size != folder.size(content):
+    if there.size != len(content):
         return False
     if there.lfs is not None:
         return bool(there.lfs.sha256 == folder.sha256(content))
-    data = content if isinstance(content, bytes) else content.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
+    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest())
 
 
 class Background:
     """Pushes in a thread, the newest only, and never raises: a Hub that is down costs a line in the log and nothing else."""
 
-    def __init__(self, send: Callable[[Mapping[str, Content], str], Pushed]) -> None:
+    def __init__(self, send: Callable[[Mapping[str, bytes], str], Pushed]) -> None:
         self.send = send
         self.error: Exception | None = None
-        self._next: tuple[Mapping[str, Content], str] | None = None
+        self._next: tuple[Mapping[str, bytes], str] | None = None
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def submit(self, contents: Mapping[str, Content], message: str) -> None:
+    def submit(self, contents: Mapping[str, bytes], message: str) -> None:
         """Push `contents` soon; what is still waiting is replaced."""
         with self._change:
             self._next = contents, message

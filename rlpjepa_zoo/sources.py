@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import hub, images, streams
+from . import images, network, streams
 from .errors import DataError, HubError, first_line
 from .images import Images
 from .recipe import Data
@@ -153,7 +153,7 @@ def _open_hf(data: Data, seed: int) -> tuple[Images | Any, Images | None, int]:
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):  # says nothing of its cause
             mend = "check data.name, or run `hf auth login` with an account that may see it"
             raise HubError(f"data: {where}: not found, private or gated; {mend}") from error
-        raise hub.trouble(error, f"data: {where}") or DataError(f"data: '{where}': {first_line(error)}") from error
+        raise network.trouble(error, f"data: {where}") or DataError(f"data: '{where}': {first_line(error)}") from error
     finally:
         datasets.logging.set_verbosity(level)
     held_out = None if evaluation is None else images.from_dataset(evaluation, data.image_column, data.label_column)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .errors import DataError, ModelError, OutputError, UsageError
+from .errors import DataError, ModelError, UsageError
+from .folder import whole_file
 
 __all__ = ["SparseEmbeddings"]
 
@@ -311,17 +310,8 @@ class SparseEmbeddings:
         if path.suffix not in (".safetensors", ".npz", ".parquet"):
             raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
         cast = self._cast(values)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            getattr(self, f"_write_{path.suffix[1:]}")(partial, cast)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        with whole_file(path) as aside:
+            getattr(self, f"_write_{path.suffix[1:]}")(aside, cast)
         return path
 
     def _arrays(self, cast: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:

@@ -16,7 +16,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +29,12 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import card, checkpoint, collectives, folder, publish, streams, zoo
+from . import checkpoint, collectives, record, streams, zoo
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, make_loader
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
-from .errors import DataError, ModelError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
+from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
 from .evaluation import encode, knn_accuracy
 from .images import Images
 from .loading import create_encoder
@@ -63,8 +63,6 @@ _MAY_CHANGE = (
     "hub.revision",
     "hub.license",
 )
-_LAST_PUSH = 120.0
-"""Seconds that the end of a run waits for the last push."""
 
 
 def build_encoder(recipe: Recipe) -> SparseEncoder:
@@ -199,7 +197,7 @@ class _Run:
         self.asked_at = 0.0
         self.save_now = False
         self.saved = self.logged = (0, 0.0)
-        self.pusher = publish.Background(self._push) if recipe.hub.repo is not None and self.main else None
+        self.publication = record.Publication(recipe, out, self.encoder)
         if found is not None:
             self._restore(found)
         self._open_logs(found is not None)
@@ -210,7 +208,7 @@ class _Run:
         recipe = self.recipe
         if self.step >= self.total:
             log.warning("%s: already complete after %d steps", self.out, self.step)
-            self._publish_again()
+            self._publish(again=True)
             return self._finish()
         loader = make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size())
         self.model.train()
@@ -501,78 +499,18 @@ class _Run:
 
     def info(self) -> dict[str, Any]:
         """What the card tells of the run."""
-        recipe, (mu, sigma) = self.recipe, self.recipe.target.law()
-        found = self.last_metrics
-        test = self.source.eval if isinstance(self.source.train, Images) else None
-        results: dict[str, Any] = {k: v for k, v in found.items() if k.startswith("knn")}
-        if results:
-            bank = self.source.train if isinstance(self.source.train, Images) else self.source.eval
-            results["n_train"] = min(recipe.probe.bank, len(bank or ()))
-            results |= {"n_test": min(recipe.probe.eval_images, len(test))} if test is not None else {}
-            results["protocol"] = (
-                f"kNN: k = {recipe.probe.knn_k}, cosine, T = {recipe.probe.knn_temperature:g}; measured in training, "
-                f"{'in float32' if recipe.train.precision == 'no' else 'in ' + recipe.train.precision}, one seed"
-            )
-            results["protocol"] += "" if test is not None else "; every image was scored by the votes of the others"
-        cfg: Any = self.encoder.backbone.pretrained_cfg
-        return {
-            "recipe": recipe.name, "data": recipe.data.label(), "dataset": recipe.data.name if recipe.data.source == "hf" else None,
-            "license": recipe.hub.license, "base_model": cfg.get("hf_hub_id") if recipe.encoder.pretrained else None, "augmentations": recipe.views.describe(),
-            "target": {"p": recipe.target.p, "mu": mu, "sigma": sigma},
-            "density": {
-                "asked": recipe.target.density, "theory": recipe.target.density_in_theory(), "train": found.get("l0_train"),
-                "eval": found.get("l0_eval"), "eval_images": "held-out images" if test is not None else "training images",
-            },
-            "results": results,
-            "history": self._history(), "versions": zoo.versions(),
-            "training": {
-                "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step, "batch": recipe.train.batch_size,
-                "minutes": round(self.seconds / 60, 2), "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
-                "precision": recipe.train.precision, "seed": recipe.seed,
-            },
+        training = {
+            "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step,
+            "batch": self.recipe.train.batch_size, "minutes": round(self.seconds / 60, 2),
+            "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
+            "precision": self.recipe.train.precision, "seed": self.recipe.seed,
         }  # fmt: skip
+        return record.describe(self.recipe, self.source, self.encoder, self.last_metrics, training, self.out / "metrics.jsonl")
 
-    def _history(self) -> list[dict[str, float]]:
-        """Density and distance over the run for the card: at most a hundred rows of either kind of metrics.jsonl."""
-        try:
-            rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError):
-            return []
-        thin = []
-        for kind, keys in (("train", ("l0", "excess")), ("eval", ("l0_eval", "knn_z", "knn_features"))):
-            of_kind = [row for row in rows if row.get("kind") == kind]
-            every = max(1, -(-len(of_kind) // 100))
-            thin += [{"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if k in row} for row in of_kind[::-every][::-1]]
-        return thin
-
-    def _publish(self) -> None:
+    def _publish(self, again: bool = False) -> None:
         if self.main:
-            name = self.recipe.hub.repo or f"local-dir:{self.out / 'encoder'}"
-            contents = self.encoder.contents(self.recipe.shareable(), self.info(), name)
-            folder.write_folder(self.out / "encoder", contents)
-            if self.pusher is not None:
-                self.pusher.submit(contents, f"Step {self.step} of {self.total}")
+            self.publication.write(self.info(), self.step, self.total, again)
         collectives.barrier()
-
-    def _publish_again(self) -> None:
-        """What a complete run has published stays, results that were written into its card included, if it is whole."""
-        path = self.out / "encoder"
-        try:
-            contents = card.rewritten(path, self.recipe.hub.repo or f"local-dir:{path}")
-            block = folder.read_config(path)[folder.BLOCK]
-            whole = block["fingerprint"] == self.encoder.fingerprint() and block["info"]["training"]["steps"] == self.step
-        except (ModelError, KeyError, TypeError):
-            whole = False
-        if not whole:  # it was stopped between its last checkpoint and its last publication
-            self._publish()
-        elif self.pusher is not None:
-            self.pusher.submit(contents, f"Step {self.step} of {self.total}")
-
-    def _push(self, contents: Mapping[str, folder.Content], message: str) -> publish.Pushed:
-        options = self.recipe.hub
-        return publish.push(
-            contents, str(options.repo), private=options.private, new_private=True, revision=options.revision, message=message
-        )
 
     def _finish(self) -> Path:
         if self.main:
@@ -588,12 +526,7 @@ class _Run:
                 "versions": zoo.versions(),
             }
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-            if self.pusher is not None and not self.pusher.finish(_LAST_PUSH):
-                options = self.recipe.hub
-                more = ("" if options.private is None else " --private" if options.private else " --public") + (
-                    f" --revision {options.revision}" if options.revision else ""
-                )
-                log.warning("the last encoder is not on the Hub; send it with: rlpjepa push %s %s%s", self.out, options.repo, more)
+            self.publication.finish()
         if self.recipe.train.trackers:
             self.accelerator.end_training()
         collectives.barrier()

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
     {"errors", "streams", "collectives"},
-    {"distributions", "folder", "metrics", "golden"},
+    {"distributions", "folder", "metrics", "golden", "network"},
     {"sparse", "images", "resnet", "zoo", "objectives"},
     {"recipe", "preprocess", "pictures", "hub"},
     {"sources", "card", "publish"},
     {"encoder"},
     {"loading", "export"},
-    {"data", "optim", "checkpoint", "evaluation"},
+    {"data", "optim", "checkpoint", "evaluation", "record"},
     {"training"},
     {"demo"},
     {"cli"},
@@ -27,7 +27,7 @@ LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 OWNERS = {
     "torch.distributed": {"collectives"},
     "accelerate": {"training"},
-    "huggingface_hub": {"hub", "publish"},
+    "huggingface_hub": {"hub", "publish", "network"},
     "pickle": set(),
     "typer": {"cli"},
     "matplotlib": {"pictures"},

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoders import settled as make
 from refusals import refused
 
-from rlpjepa_zoo import create_encoder, zoo
 from rlpjepa_zoo import export as module
+from rlpjepa_zoo import zoo
 from rlpjepa_zoo.encoder import Preprocess
 from rlpjepa_zoo.errors import ModelError, NonFiniteError, OutputError, UsageError
 from rlpjepa_zoo.export import export
@@ -25,7 +26,6 @@ pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-SMALL = Preprocess((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", 0.9)
 CASES = {
     "resnet": ("test_resnet", {}),
     "vit": ("test_vit", {"img_size": 32, "patch_size": 4}),
@@ -35,16 +35,6 @@ CASES = {
 }
 SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 2e-5  # of the largest value; the worst of 41 architectures was 2e-6
-
-
-def make(name="test_resnet", **options):
-    """An encoder whose batch statistics are not those of a fresh one, in training mode."""
-    torch.manual_seed(0)
-    enc = create_encoder(name, dim=24, hidden_dim=20, **{"preprocess": SMALL, **options})
-    with torch.no_grad():
-        for _ in range(3):
-            enc(1 + 2 * torch.randn(8, 3, *enc.config.preprocess.size))
-    return enc
 
 
 def images(enc, n):

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from encoders import SMALL, settled
 from PIL import Image
 from refusals import refused
 
@@ -33,7 +34,6 @@ INFO = {
     "training": {"epochs": 3, "seed": 0},
 }
 FILES = {"config.json", "model.safetensors", "head.safetensors", "golden.safetensors", "recipe.yaml", "README.md"}
-SMALL = Preprocess((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", 0.9)
 PLAIN = {
     "test_vit": {"img_size": 32, "patch_size": 4, "preprocess": SMALL},
     "test_resnet": {"preprocess": SMALL},
@@ -43,13 +43,7 @@ PLAIN = {
 
 
 def make(name="test_resnet", **options):
-    """An encoder whose batch statistics are not those of a fresh one."""
-    torch.manual_seed(0)
-    enc = create_encoder(name, dim=24, hidden_dim=20, **{"preprocess": SMALL, **options})
-    with torch.no_grad():
-        for _ in range(3):
-            enc(1 + 2 * torch.randn(8, 3, *enc.config.preprocess.size))
-    return enc.eval()
+    return settled(name, **options).eval()
 
 
 def batch(size=32, n=4):

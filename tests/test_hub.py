@@ -21,7 +21,7 @@ from PIL import Image
 from refusals import refused
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo import card, cli, folder, hub, publish, zoo
+from rlpjepa_zoo import card, cli, folder, hub, network, publish, zoo
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, UsageError
 from rlpjepa_zoo.preprocess import Preprocess
 
@@ -79,7 +79,8 @@ def published(hub_server: FakeHub, contents) -> FakeHub:
 @pytest.fixture
 def waits(monkeypatch, naps) -> list[float]:
     """All waits between attempts, ours and the client's: recorded, not waited for."""
-    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=time.monotonic, sleep=naps.append))
+    for module in (hub, network):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=naps.append))
     return naps
 
 
@@ -371,7 +372,7 @@ def test_a_load_gives_up_in_one_line_within_its_budget(published, waits, path, k
     published.fault(None, path, times=None, **kind)
     with refused(HubError, match=f"{REPO}: .*(answered {kind.get('status')}|cannot be reached)"):
         rz.load_encoder(REPO)
-    assert sum(waits) <= hub.PATIENCE
+    assert sum(waits) <= network.PATIENCE
 
 
 def test_a_hub_that_asks_for_a_long_wait_is_not_waited_for(published, waits):
@@ -421,7 +422,7 @@ def test_an_interrupted_push_leaves_the_old_state_whole_and_the_next_completes_i
     published.fault(None, stage, times=None, **kind)
     with refused(HubError, match=f"{REPO}: .*(was not changed, push again|push again, it completes)"):
         other.push_to_hub(REPO, token=WRITER)
-    assert sum(waits) <= hub.PATIENCE
+    assert sum(waits) <= network.PATIENCE
     assert torch.equal(codes(rz.load_encoder(REPO)), codes(encoder))
     published.forget_faults()
     other.push_to_hub(REPO, token=WRITER)
@@ -599,6 +600,18 @@ def test_a_config_that_asks_for_more_than_the_files_hold_is_refused_at_once(tmp_
     with refused(ModelError):
         rz.load_encoder(path) if ours else rz.create_encoder(f"local-dir:{path}", pretrained=True)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.slow
+def test_every_architecture_of_timm_builds_without_memory():
+    failed = []
+    for name in timm.list_models():
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, num_classes=0)
+        except Exception as error:
+            failed.append((name, error))
+    assert failed == []
 
 
 @pytest.mark.parametrize(
@@ -833,7 +846,7 @@ def test_a_dry_run_shows_files_and_card_and_sends_nothing(hub_server, local, run
 
 def test_a_token_in_the_recipe_of_a_run_is_not_pushed(hub_server, local, run):
     recipe = f"token: hf_{'a' * 34}".encode()
-    contents = {name: local / "encoder" / name for name in FILES - {"config.json"}} | {"recipe.yaml": recipe}
+    contents = {name: (local / "encoder" / name).read_bytes() for name in FILES - {"config.json"}} | {"recipe.yaml": recipe}
     folder.write_folder(local / "encoder", folder.seal(contents, folder.read_config(local / "encoder")))
     code, _, err = run("push", local, REPO)
     assert code == 2 and "recipe.yaml: holds an access token" in err and hub_server.requests == []
@@ -859,7 +872,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(encoder, monkeypatch, waits)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.2)
         monkeypatch.setattr(publish, "SILENCE", 0.2)
-        monkeypatch.setattr(hub, "PATIENCE", 3.0)
+        monkeypatch.setattr(network, "PATIENCE", 3.0)
         started = time.monotonic()
         with refused(HubError, match="cannot be reached .*timed out"):
             encoder.push_to_hub(REPO, token=WRITER)
@@ -871,7 +884,7 @@ def test_what_does_not_load_is_not_pushed(hub_server, local, run, monkeypatch):
     golden = safetensors.torch.load_file(local / "encoder" / "golden.safetensors")
     golden["codes"] += 1
     data = safetensors.torch.save(golden)
-    contents = {name: local / "encoder" / name for name in FILES - {"config.json"}} | {"golden.safetensors": data}
+    contents = {name: (local / "encoder" / name).read_bytes() for name in FILES - {"config.json"}} | {"golden.safetensors": data}
     folder.write_folder(local / "encoder", folder.seal(contents, folder.read_config(local / "encoder")))
     code, _, err = run("push", local, REPO)
     assert code == 4 and "codes differ" in err and hub_server.requests == []

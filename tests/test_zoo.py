@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 from refusals import refused
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo import hub, publish, zoo
+from rlpjepa_zoo import hub, network, publish, zoo
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, OutputError, RecipeError, UsageError, ZooError, did_you_mean
 
 ROOT = Path(rz.__file__).parents[1]
@@ -203,7 +203,7 @@ def answer(kind, status, text="first line\n\nRequest ID: abc"):
 )
 def test_every_hub_error_becomes_one_line_that_names_the_repository(make, part):
     for where in ("owner/repo", "owner/repo@v9"):
-        error = hub.explain(make(), where)
+        error = network.explain(make(), where)
         assert type(error) is HubError
         assert error.exit_code == 5
         with refused(HubError, match=f"^{where}: .*{part}"):
@@ -212,7 +212,7 @@ def test_every_hub_error_becomes_one_line_that_names_the_repository(make, part):
 
 def test_a_full_disk_is_an_output_error():
     with refused(OutputError, match="No space left"):
-        raise hub.explain(OSError(28, "No space left on device"), "owner/repo")
+        raise network.explain(OSError(28, "No space left on device"), "owner/repo")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -220,7 +220,7 @@ def test_the_cause_is_kept_when_the_hub_client_hides_it_behind_a_missing_file(st
     hidden = hub_errors.LocalEntryNotFoundError("not in the cache")
     hidden.__cause__ = answer(hub_errors.HfHubHTTPError, status, f"{status} from the Hub\nmore")
     with refused(HubError, match=str(status)):
-        raise hub.explain(hidden, "owner/repo")
+        raise network.explain(hidden, "owner/repo")
 
 
 def test_a_token_never_appears_in_an_error(monkeypatch):

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,8 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def save(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Publish a checkpoint of a run and remove all but the newest `keep`.
+def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int] = ()) -> Path:
+    """Publish a checkpoint of a run and remove all but the newest `keep` and those of the steps in `also`.
 
     Raises:
         OutputError: disk full, no permission, folder gone; checkpoints that were there stay.
@@ -73,7 +73,8 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
             sync_folder(home)
         published = _steps(home)
         newer = [entry for entry in published if entry[0] > checkpoint.step]  # damaged, or they would have been resumed from
-        for _, old in [entry for entry in published if entry[0] <= checkpoint.step][:-keep] + newer:
+        older = [entry for entry in published if entry[0] <= checkpoint.step][:-keep]
+        for _, old in [entry for entry in older if entry[0] not in also] + newer:
             os.rename(old, old.with_name(f".del-{old.name}-{os.getpid()}"))  # never half there under its own name
         for doomed in home.glob(".del-*"):
             shutil.rmtree(doomed, ignore_errors=True)

@@ -96,6 +96,26 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
+def together(trouble: BaseException | None) -> None:
+    """Raise on every rank what went wrong on one, so that none waits for another that has left. All ranks call it; it is also a barrier.
+
+    Args:
+        trouble: this rank's error, or None.
+
+    Raises:
+        BaseException: this rank's own, else one of the same type and text as that of the lowest rank that has one.
+    """
+    if trouble is None and not _active():
+        return
+    seen = gather_objects(None if trouble is None else (type(trouble), str(trouble)))
+    if trouble is not None:
+        raise trouble
+    for number, found in enumerate(seen):
+        if found is not None:
+            kind, text = found
+            raise kind(f"process {number}: {text}")
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if _active():

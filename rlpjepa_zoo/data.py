@@ -1,107 +1,189 @@
-"""Training data: the random views of each image, and batches that are a function of (seed, step) alone.
+"""Training data: batches that are a function of (seed, step) alone.
 
-Sampler, substitutes for unreadable images and augmentation are keyed by (seed, purpose, epoch, row, view), so what a step sees does
-not depend on the number of processes, of workers, or on where a run was resumed.
+Sampler, substitutes for unreadable images and views are keyed by (seed, purpose, epoch, row, view), so what a step sees does not depend on
+the number of processes, of workers, or on where a run was resumed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torchvision.transforms import InterpolationMode, v2
+from tqdm.auto import tqdm
 
 from . import images, streams
 from .errors import DataError
 from .images import Images
-from .recipe import Data, Recipe, Views
+from .recipe import Recipe
 from .sources import Source
+from .views import Augment
 
-__all__ = ["Batch", "Batches", "make_loader", "make_views"]
+__all__ = ["Batch", "Batches", "Decoded", "decoded", "make_loader"]
 
 _SUBSTITUTES = 50
+_MOST_LANES = 64
+_SHORTEST_LANE = 0.85
+"""Of its share of an epoch, that a lane of a stream must hold; it begins again for the rest."""
 
 
 class Batch(NamedTuple):
-    """One rank's share of a step: x (V, b, 3, H, W) float32, labels (b,) with -1 for unknown, rows (b,), and what could not be read."""
+    """One rank's share of a step."""
 
-    x: Tensor
+    images: list[Tensor]
+    """At one of the stations of `rlpjepa_zoo.views.Augment`; finished: for each group of views (V, b, 3, S, S) float32."""
     labels: Tensor
+    """(b,) with -1 for unknown."""
     rows: Tensor
+    """(b,) numbers of the images; negative where, in a stream, another image stands in."""
+    epoch: int
     bad: list[tuple[int, str]]
+    """Images that could not be read, and why."""
 
 
-# --- views --------------------------------------------------------------------------------------------------------------------------
+# --- images kept in memory ----------------------------------------------------------------------------------------------------------
 
 
-def make_views(views: Views, data: Data) -> v2.Compose:
-    """The random transform of one view: RGB PIL image -> normalised float32 tensor (3, H, W); draws from torch's global generator."""
-    size = (data.image_size, data.image_size)
-    mode = InterpolationMode(data.interpolation)
-    ops: list[Any] = [
-        v2.Resize(size, mode) if views.crop_scale is None else v2.RandomResizedCrop(size, views.crop_scale, views.crop_ratio, mode)
-    ]
-    if views.rotate or views.translate or views.zoom != (1.0, 1.0):
-        ops.append(v2.RandomAffine(views.rotate, (views.translate, views.translate), views.zoom, interpolation=InterpolationMode.BILINEAR))
-    if views.jitter:
-        ops.append(v2.RandomApply([v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)], views.jitter))
-    if views.grayscale:
-        ops.append(v2.RandomGrayscale(views.grayscale))
-    if views.blur:
-        ops.append(v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], views.blur))  # 13 taps: three sigma of the widest
-    if views.solarize:
-        ops.append(v2.RandomSolarize(128, views.solarize))
-    if views.equalize:
-        ops.append(v2.RandomEqualize(views.equalize))
-    if views.flip:
-        ops.append(v2.RandomHorizontalFlip(views.flip))
-    ops += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
-    if views.noise:
-        ops.append(v2.GaussianNoise(0.0, views.noise, clip=False))
-    return v2.Compose(ops)
+class Decoded(Images):
+    """Images decoded once, in one block of memory; `stack` is (n, H, W, 3) uint8 when all have one size.
+
+    Args:
+        pixels: (N,) uint8, image after image.
+        sizes: (n, 2) height and width, zero for those that cannot be read.
+        reasons: why, by row.
+        of: where they come from.
+    """
+
+    def __init__(self, pixels: Tensor, sizes: np.ndarray[Any, Any], reasons: dict[int, str], of: Images) -> None:
+        super().__init__(self._picture, of.ids, of.labels, of.classes)
+        self.pixels, self.sizes, self.reasons = pixels, sizes, reasons
+        self.ends = np.cumsum(3 * sizes.prod(1))
+        good = np.unique(sizes[sizes[:, 0] > 0], axis=0)
+        self.stack = pixels.view(-1, *good[0].tolist(), 3) if len(good) == 1 and not reasons else None
+
+    def _picture(self, i: int) -> Image.Image:
+        if i in self.reasons:
+            raise DataError(self.reasons[i].removeprefix(f"{self.ids[i]}: "))
+        height, width = self.sizes[i].tolist()
+        start = int(self.ends[i]) - 3 * height * width
+        return Image.fromarray(self.pixels[start : int(self.ends[i])].view(height, width, 3).numpy())
+
+    def read(self, i: int) -> Image.Image:
+        """Image i; DataError with the reason it could not be decoded for."""
+        if i in self.reasons:
+            raise DataError(self.reasons[i])
+        return self._picture(i)
 
 
-class _Augment:
-    """The views of one image at an epoch, each on its own stream."""
+def decoded(source: Images, most_bytes: float, progress: bool = False) -> Images:
+    """The images decoded and in memory, or as they are if they would need more than `most_bytes` (judged by 64 of them)."""
+    n, sample = len(source), []
+    for i in np.linspace(0, n - 1, min(n, 64)).astype(int):
+        try:
+            picture = source.read(int(i))
+            sample.append(3 * picture.width * picture.height)
+        except DataError:
+            pass
+    if not sample or sum(sample) / len(sample) * n > most_bytes:
+        return source
+    parts, sizes, reasons = [], np.zeros((n, 2), np.int64), dict[int, str]()
+    for i in tqdm(range(n), desc="decode", unit="image", leave=False, disable=not progress):
+        try:
+            array = np.asarray(source.read(i))
+        except DataError as error:
+            reasons[i] = str(error)
+            continue
+        sizes[i] = array.shape[:2]
+        parts.append(array.reshape(-1))
+    return Decoded(torch.from_numpy(np.concatenate(parts)), sizes, reasons, source)
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.transform, self.views, self.seed = make_views(recipe.views, recipe.data), recipe.views.count, recipe.seed
 
-    def __call__(self, image: Image.Image, epoch: int, row: int) -> Tensor:
-        made = []
-        for view in range(self.views):
-            with streams.seeded(self.seed, "view", epoch, row, view):
-                made.append(self.transform(image).as_subclass(torch.Tensor))
-        return torch.stack(made)
+# --- batches ------------------------------------------------------------------------------------------------------------------------
 
 
-Item = tuple[Tensor, int, int, list[tuple[int, str]]]
+class _Assemble:
+    """A batch from images: views finished here, or as far as single images need it, when a device is to do the rest."""
+
+    def __init__(self, recipe: Recipe, finish: bool) -> None:
+        self.augment, self.finish = Augment(recipe.views, recipe.data, recipe.seed), finish
+
+    def __call__(
+        self, pictures: Sequence[Image.Image] | Tensor, labels: Sequence[int], rows: Sequence[int], epoch: int, bad: list[tuple[int, str]]
+    ) -> Batch:
+        number = torch.tensor(rows)
+        if isinstance(pictures, Tensor):
+            found = [pictures]
+        else:
+            single = [self.augment.crop_one(picture, epoch, row) for picture, row in zip(pictures, rows, strict=True)]
+            found = [torch.stack(views, dim=1) for views in zip(*single, strict=True)]
+        return Batch(self.augment(found, epoch, number) if self.finish else found, torch.tensor(labels), number, epoch, bad)
 
 
-class _Augmented(Dataset[Item]):
-    """Items by (epoch, row): views, label, row, and the rows that could not be read (their place is taken by another image)."""
+class _Indexed(Dataset[Batch]):
+    """Batches of images by their rows; the place of one that cannot be read is taken by another."""
 
-    def __init__(self, source: Images, recipe: Recipe) -> None:
-        self.source, self.augment, self.seed = source, _Augment(recipe), recipe.seed
+    def __init__(self, source: Images, recipe: Recipe, finish: bool) -> None:
+        self.source, self.seed, self.assemble = source, recipe.seed, _Assemble(recipe, finish)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, row = key
-        bad: list[tuple[int, str]] = []
+    def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
+        epoch, rows = key
+        known = self.source.labels
+        if isinstance(self.source, Decoded) and self.source.stack is not None:
+            pixels = self.source.stack[rows].permute(0, 3, 1, 2)
+            return self.assemble(pixels, [-1] * len(rows) if known is None else known[rows].tolist(), rows, epoch, [])
+        pictures, taken, bad = [], [], list[tuple[int, str]]()
+        for row in rows:
+            picture, instead = self._read(epoch, row, bad)
+            pictures.append(picture)
+            taken.append(instead)
+        return self.assemble(pictures, [-1] * len(rows) if known is None else known[taken].tolist(), taken, epoch, bad)
+
+    def _read(self, epoch: int, row: int, bad: list[tuple[int, str]]) -> tuple[Image.Image, int]:
         for attempt in range(_SUBSTITUTES):
             take = row if attempt == 0 else streams.key(self.seed, "substitute", epoch, row, attempt) % len(self.source)
             try:
-                picture = self.source.read(take)
+                return self.source.read(take), take
             except DataError as error:
                 bad.append((take, str(error)))
-                continue
-            label = -1 if self.source.labels is None else int(self.source.labels[take])
-            return self.augment(picture, epoch, take), label, take, bad
         raise DataError(f"{_SUBSTITUTES} images in a row cannot be read; the last: {bad[-1][1]}")
+
+
+class _Steps(Sampler[tuple[int, list[int]]]):
+    """For each step of a range, this rank's share of the global batch: the epoch and rows."""
+
+    def __init__(self, n: int, recipe: Recipe, steps: range, rank: int, world: int) -> None:
+        self.n, self.batch, self.seed, self.steps, self.rank, self.world = n, recipe.train.batch_size, recipe.seed, steps, rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        per_epoch, share = self.n // self.batch, self.batch // self.world
+        order: list[int] = []
+        for step in self.steps:
+            epoch, at = divmod(step, per_epoch)
+            if not order or at == 0:
+                order = torch.randperm(self.n, generator=streams.generator(self.seed, "order", epoch)).tolist()
+            start = at * self.batch + self.rank * share
+            yield epoch, order[start : start + share]
+
+
+# --- streams ------------------------------------------------------------------------------------------------------------------------
+
+
+def lanes(batch: int, shards: int) -> int:
+    """Into how many lanes the files of a stream are dealt; every batch takes as many images from each.
+
+    A divisor of the batch, so that it does not depend on the number of processes; the most for which lanes are about equally long.
+    """
+    fit = (n for n in range(1, min(batch, shards, _MOST_LANES) + 1) if batch % n == 0 and (shards % n == 0 or shards >= 8 * n))
+    return max(fit, default=1)
 
 
 def _unsharded(source: Any) -> Iterator[dict[str, Any]]:
@@ -113,84 +195,81 @@ def _unsharded(source: Any) -> Iterator[dict[str, Any]]:
 class _Stream(IterableDataset[Batch]):
     """Batches of a streamed data set, the same whatever the number of ranks and workers.
 
-    Every worker reads the whole stream without decoding it, and decodes only its rank's rows of every num_workers-th step.
+    The stream runs in lanes, each with its own files. A rank reads the lanes that its rows of the batch lie in, and its workers share them:
+    `pieces` of them work on one step, and groups of that many take turns. Rows are decoded only where they are used.
     """
 
-    def __init__(self, source: Any, recipe: Recipe, steps: range, per_epoch: int, rank: int, world: int) -> None:
+    def __init__(self, source: Any, recipe: Recipe, steps: range, per_epoch: int, rank: int, world: int, finish: bool) -> None:
         self.image = images.image_column(source.features, recipe.data.image_column)
         self.label = images.label_column(source.features, recipe.data.label_column)
-        self.source = images.undecoded(source, self.image)
-        self.recipe, self.steps, self.per_epoch, self.rank, self.world = recipe, steps, per_epoch, rank, world
-        self.augment = _Augment(recipe)
+        self.source, self.recipe, self.steps, self.per_epoch = images.undecoded(source, self.image), recipe, steps, per_epoch
+        self.assemble = _Assemble(recipe, finish)
+        batch = recipe.train.batch_size
+        self.lanes = lanes(batch, source.num_shards)
+        self.width = batch // self.lanes
+        self.first, self.last = rank * batch // world, (rank + 1) * batch // world
+        mine = range(self.first // self.width, -(-self.last // self.width))
+        self.pieces = math.gcd(len(mine), recipe.train.num_workers) if recipe.train.num_workers else 1
+        self.mine = [mine[len(mine) * i // self.pieces : len(mine) * (i + 1) // self.pieces] for i in range(self.pieces)]
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
-        mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        batch = self.recipe.train.batch_size
-        share = batch // self.world
+        turn, piece = divmod(worker.id, self.pieces) if worker else (0, 0)
+        turns = worker.num_workers // self.pieces if worker else 1
         for epoch in range(self.steps.start // self.per_epoch, -(-self.steps.stop // self.per_epoch)):
             first = max(self.steps.start, epoch * self.per_epoch)
             last = min(self.steps.stop, (epoch + 1) * self.per_epoch)
-            source = self.source.shuffle(
-                seed=streams.key(self.recipe.seed, "stream", epoch) % 2**32, buffer_size=self.recipe.data.shuffle_buffer
-            )
-            rows = enumerate(_unsharded(source))
+            running = [(lane, self._lane(lane, epoch)) for lane in self.mine[piece]]
             for step in range(epoch * self.per_epoch, last):
-                taken = list(itertools.islice(rows, batch))
-                if len(taken) < batch:
-                    raise DataError(
-                        f"data.length: the stream ended after {step % self.per_epoch * batch + len(taken)} images, {self.recipe.data.length} were promised"
-                    )
-                if step >= first and (step - self.steps.start) % of == mine:
-                    yield _collate(self._items(taken, self.rank * share, share, epoch))
+                taken = [(lane, list(itertools.islice(rows, self.width))) for lane, rows in running]
+                if step >= first and (step - self.steps.start) % turns == turn:
+                    yield self._batch(taken, epoch)
 
-    def _items(self, taken: list[tuple[int, dict[str, Any]]], start: int, share: int, epoch: int) -> list[Item]:
-        """This rank's rows; an unreadable one is replaced by the next readable one of the step."""
-        items: list[Item] = []
-        bad: list[tuple[int, str]] = []
-        for row, record in taken[start:] + taken[:start]:
-            if len(items) == share:
-                break
-            try:
-                picture = images.decode(images.cell(record[self.image]), name=f"row {row} of the stream")
-            except DataError as error:
-                bad.append((row, str(error)))
-                continue
-            label = record[self.label] if self.label else -1
-            items.append((self.augment(picture, epoch, row), -1 if label is None else label, row, bad))
-            bad = []
-        if not items:
-            raise DataError(f"no readable image in one batch of the stream; the last: {bad[-1][1]}")
-        while len(items) < share:  # too few readable: some stand in twice
-            views, label, row, _ = items[streams.key(self.recipe.seed, "stand-in", epoch, taken[0][0], len(items)) % len(items)]
-            items.append((views, label, row, bad))
-            bad = []
-        return items
+    def _lane(self, lane: int, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of one lane in the order of an epoch, with numbers of their own."""
+        source = self.source if self.lanes == 1 else self.source.shard(self.lanes, lane)
+        seed = streams.key(self.recipe.seed, "stream", epoch) % 2**32
+        source = source.shuffle(seed=seed, buffer_size=self.recipe.data.shuffle_buffer)
+        needed = self.per_epoch * self.width
+        given = 0
+        while True:
+            for i, record in enumerate(_unsharded(source)):
+                yield self.lanes * i + lane, record
+                given += 1
+            if given < needed * (1.0 if self.lanes == 1 else _SHORTEST_LANE):
+                of = "the stream" if self.lanes == 1 else f"lane {lane} of {self.lanes} of the stream"
+                promised = self.recipe.data.length or 0
+                raise DataError(f"data.length: {of} ended after {given} images, {promised // self.lanes} were promised")
+
+    def _batch(self, taken: list[tuple[int, list[tuple[int, dict[str, Any]]]]], epoch: int) -> Batch:
+        """Decode this rank's rows; an unreadable one is replaced by the next readable one of its lane in this step."""
+        pictures, labels, numbers, bad = [], [], [], list[tuple[int, str]]()
+        for lane, rows in taken:
+            read: dict[int, Image.Image | None] = {}
+            for place in range(max(self.first - lane * self.width, 0), min(self.last - lane * self.width, self.width)):
+                for at in ((place + i) % self.width for i in range(self.width)):
+                    if at not in read:
+                        read[at] = self._decode(*rows[at], bad)
+                    picture = read[at]
+                    if picture is not None:
+                        break
+                else:
+                    raise DataError(f"no readable image in one batch of the stream; the last: {bad[-1][1]}")
+                label = rows[at][1][self.label] if self.label else -1
+                pictures.append(picture)
+                labels.append(-1 if label is None else label)
+                numbers.append(rows[place][0] if at == place else -1 - rows[place][0])
+        return self.assemble(pictures, labels, numbers, epoch, bad)
+
+    def _decode(self, row: int, record: dict[str, Any], bad: list[tuple[int, str]]) -> Image.Image | None:
+        try:
+            return images.decode(images.cell(record[self.image]), name=f"row {row} of the stream")
+        except DataError as error:
+            bad.append((row, str(error)))
+            return None
 
 
-def _collate(items: list[Item]) -> Batch:
-    x = torch.stack([views for views, _, _, _ in items], dim=1)
-    return Batch(x, torch.tensor([i[1] for i in items]), torch.tensor([i[2] for i in items]), [record for i in items for record in i[3]])
-
-
-class _Steps(Sampler[list[tuple[int, int]]]):
-    """For each step of a range, this rank's share of the global batch, as (epoch, row)."""
-
-    def __init__(self, n: int, recipe: Recipe, steps: range, rank: int, world: int) -> None:
-        self.n, self.batch, self.seed, self.steps, self.rank, self.world = n, recipe.train.batch_size, recipe.seed, steps, rank, world
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_epoch, share = self.n // self.batch, self.batch // self.world
-        order: list[int] = []
-        for step in self.steps:
-            epoch, at = divmod(step, per_epoch)
-            if not order or at == 0:
-                order = torch.randperm(self.n, generator=streams.generator(self.seed, "order", epoch)).tolist()
-            start = at * self.batch + self.rank * share
-            yield [(epoch, row) for row in order[start : start + share]]
+# --- the loader ---------------------------------------------------------------------------------------------------------------------
 
 
 class Batches:
@@ -198,6 +277,7 @@ class Batches:
 
     def __init__(self, loader: DataLoader[Batch]) -> None:
         self._running = images.running(loader)
+        self._pieces = getattr(loader.dataset, "pieces", 1)
 
     def __enter__(self) -> Batches:
         self.iterator = self._running.__enter__()
@@ -213,7 +293,7 @@ class Batches:
             DataError: unreadable data, or a worker that died.
         """
         try:
-            return next(self.iterator)
+            parts = [next(self.iterator) for _ in range(self._pieces)]
         except DataError as error:  # torch wraps the traceback of the worker around the message
             raise DataError(str(error.args[0]).strip().splitlines()[-1].removeprefix("rlpjepa_zoo.errors.DataError: ")) from error
         except RuntimeError as error:
@@ -221,10 +301,21 @@ class Batches:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"{reason}; out of memory? Lower train.num_workers, or set it to 0 to see the error itself") from error
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
 
-def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1) -> DataLoader[Batch]:
+def _joined(parts: list[Batch]) -> Batch:
+    found = [torch.cat(views, dim=1) for views in zip(*(part.images for part in parts), strict=True)]
+    labels, rows = torch.cat([part.labels for part in parts]), torch.cat([part.rows for part in parts])
+    return Batch(found, labels, rows, parts[0].epoch, [record for part in parts for record in part.bad])
+
+
+def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1, finish: bool = True) -> DataLoader[Batch]:
     """Batches of the given steps, across epochs, for one rank; iterate inside `Batches`, which ends the workers.
+
+    Args:
+        source: training images, perhaps `decoded`.
+        finish: make the views here; otherwise go only as far as single images need it, `Augment` on a device does the rest.
 
     Raises:
         DataError: fewer images than one batch.
@@ -232,13 +323,13 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
     per_epoch = source.length // recipe.train.batch_size
     if per_epoch < 1:
         raise DataError(f"{source.length} training images are fewer than one batch; lower train.batch_size = {recipe.train.batch_size}")
-    workers = recipe.train.num_workers
+    nothing_to_do = not finish and isinstance(source.train, Decoded) and source.train.stack is not None
+    workers = 0 if nothing_to_do else recipe.train.num_workers
     common: dict[str, Any] = {
         "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": images.deaf_worker if workers else None,
-        "prefetch_factor": 4 if workers else None, "generator": torch.Generator(),
+        "prefetch_factor": 4 if workers else None, "generator": torch.Generator(), "batch_size": None,
     }  # fmt: skip
     if recipe.data.streaming:
-        return DataLoader(_Stream(source.train, recipe, steps, per_epoch, rank, world), batch_size=None, **common)
+        return DataLoader(_Stream(source.train, recipe, steps, per_epoch, rank, world, finish), **common)
     sampler: Any = _Steps(source.length, recipe, steps, rank, world)
-    items: Any = _Augmented(source.train, recipe)
-    return DataLoader(items, batch_sampler=sampler, collate_fn=_collate, **common)
+    return DataLoader(_Indexed(source.train, recipe, finish), sampler=sampler, **common)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import streams
+from . import collectives, streams
 from .encoder import SparseEncoder
 from .errors import DataError
 from .images import Images, running
 from .metrics import dead, l0, l1
 from .preprocess import Preprocessed, preprocessed
+from .recipe import Recipe
+from .sources import Source
 from .sparse import SparseEmbeddings
 
 log = logging.getLogger("rlpjepa_zoo")
 
-__all__ = ["accuracy_table", "budget_curve", "encode", "evaluate", "knn_accuracy", "linear_accuracy", "one_shot_accuracy", "with_results"]
+__all__ = [
+    "accuracy_table",
+    "budget_curve",
+    "during_training",
+    "encode",
+    "evaluate",
+    "knn_accuracy",
+    "linear_accuracy",
+    "one_shot_accuracy",
+    "with_results",
+]
 
 
 @torch.no_grad()
@@ -192,6 +206,50 @@ def budget_curve(z: Tensor, y: Tensor, test_z: Tensor, test_y: Tensor, k: int = 
         found["knn"].append(knn_accuracy(a, y, b, test_y, k, temperature))
         found["linear"].append(linear_accuracy(a, y, b, test_y))
         found["one_shot"].append(one_shot_accuracy(a, y, b, test_y)[0])
+    return found
+
+
+@torch.no_grad()
+def during_training(
+    encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> dict[str, float]:
+    """Density in evaluation mode and, where labels exist, kNN on features and z; every rank encodes its share of the rows.
+
+    Args:
+        encoder, source, recipe: of the run.
+        autocast: a context for the precision of the forward passes.
+
+    Returns:
+        l0_eval, l1_eval, dead_eval, knn_features, knn_z; nothing when a stream has no evaluation images.
+    """
+    probe, batch = recipe.probe, max(64, recipe.train.batch_size // 2)
+
+    def some(images: Images, most: int, purpose: str) -> Images:
+        if len(images) <= most:
+            return images
+        return images.take(torch.randperm(len(images), generator=streams.generator(recipe.seed, purpose))[:most].sort().values.numpy())
+
+    def codes(images: Images) -> tuple[Tensor, Tensor, Tensor]:
+        mine = images.take(range(collectives.rank(), len(images), collectives.world_size()))
+        with autocast():
+            parts = encode(encoder, mine, batch, recipe.train.num_workers)
+        features, z, labels = (collectives.gather_rows(part.to(encoder.device)).cpu() for part in parts)
+        return features, z, labels
+
+    if not isinstance(source.train, Images):
+        bank, held_out = source.eval and some(source.eval, probe.eval_images, "eval"), None
+    else:
+        bank, held_out = some(source.train, probe.bank, "bank"), source.eval
+    if bank is None:
+        return {}
+    features, z, y = codes(bank)
+    others = None if held_out is None else codes(some(held_out, probe.eval_images, "eval"))
+    seen = z if others is None else others[1]
+    found = {"l0_eval": float(l0(seen)), "l1_eval": float(l1(seen)), "dead_eval": float(dead(seen))}
+    if int((y >= 0).sum()) > 1:
+        test_features, test_z, test_y = (features, z, y) if others is None else others
+        for name, a, b in (("features", features, test_features), ("z", z, test_z)):
+            found[f"knn_{name}"] = knn_accuracy(a, y, b, test_y, probe.knn_k, probe.knn_temperature, leave_one_out=others is None)
     return found
 
 

@@ -83,6 +83,8 @@ class Data(Section):
     """Images of a stream that are shuffled among each other."""
     download: bool = True
     """torchvision only: fetch the files when they are missing."""
+    cache_gb: NonNegative = 2.0
+    """Images are decoded once and kept in memory (of each process) if they need no more than this; 0 never keeps them."""
     limit: Count | None = None
     """Use only this many training images, chosen at random (by the seed of the run)."""
     image_size: Count = 32
@@ -123,6 +125,8 @@ class Data(Section):
             raise ValueError("data.length: images in an epoch; needed with data.streaming=true and only then")
         if self.streaming and self.limit is not None:
             raise ValueError("data.limit: has no meaning with data.streaming=true; use data.length")
+        if self.streaming and self.cache_gb != type(self).model_fields["cache_gb"].default:
+            raise ValueError("data.cache_gb: has no meaning with data.streaming=true; remove it")
         return self
 
     def label(self) -> str:
@@ -130,6 +134,15 @@ class Data(Section):
         if self.path is None:
             return self.name or self.source
         return f"{self.name} (local copy)" if self.name else Path(self.path).name
+
+
+class Local(Section):
+    """More views of an image, smaller ones: the local views of multi-crop. They are drawn, encoded and matched like the others."""
+
+    count: Annotated[int, Field(ge=1, le=32)]
+    size: Count
+    """Pixels; a ViT needs encoder.args.dynamic_img_size=true to take a second size."""
+    crop_scale: tuple[Positive, Positive] = (0.05, 0.3)
 
 
 class Views(Section):
@@ -159,21 +172,25 @@ class Views(Section):
     flip: Probability = 0.5
     noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise added after normalisation."""
+    local: Local | None = None
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name in ("crop_scale", "crop_ratio", "zoom"):
-            pair = getattr(self, name)
-            if pair is not None and (pair[0] > pair[1] or (name == "crop_scale" and pair[1] > 1)):
-                raise ValueError(
-                    f"views.{name}: expected [low, high] with low <= high{' <= 1' if name == 'crop_scale' else ''}, got {list(pair)}"
-                )
+        pairs = {name: getattr(self, name) for name in ("crop_scale", "crop_ratio", "zoom")}
+        if self.local is not None:
+            pairs["local.crop_scale"] = self.local.crop_scale
+        for name, pair in pairs.items():
+            share = name.endswith("crop_scale")
+            if pair is not None and (pair[0] > pair[1] or (share and pair[1] > 1)):
+                raise ValueError(f"views.{name}: expected [low, high] with low <= high{' <= 1' if share else ''}, got {list(pair)}")
         return self
 
     def describe(self) -> str:
         """In one line, for cards."""
         parts = [
-            f"{self.count} views",
+            f"{self.count} views"
+            if self.local is None
+            else f"{self.count} views and {self.local.count} local ones of {self.local.size} pixels",
             "whole image" if self.crop_scale is None else "crop of {:g} to {:g} of the area".format(*self.crop_scale),
         ]
         if self.rotate or self.translate or self.zoom != (1.0, 1.0):
@@ -326,6 +343,15 @@ class Train(Section):
     """Minutes between checkpoints; one is always saved at the end of an evaluation and of the run."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; never fewer than two, as the newest may be the damaged one."""
+    best: Literal["knn_z", "knn_features", "excess"] | None = None
+    """Also keep the checkpoint and the encoder (in encoder-best/) of the evaluation where this was best; excess is the distance above its
+    floor of the last training batches."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, which is then what is measured and published; null publishes the weights."""
+    max_skipped: Annotated[int, Field(ge=0)] = 5
+    """Steps in a row with a loss or gradient that is not finite: they are skipped; one more ends the run."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 30.0
+    """How long processes wait for each other before they give up."""
     max_bad_fraction: Probability = 1.0
     """Stop when more than this share of the training images cannot be read."""
     trackers: tuple[str, ...] = ()

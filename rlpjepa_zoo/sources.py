@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from .errors import DataError, HubError, first_line
 from .images import Images
 from .recipe import Data
 
-__all__ = ["Source", "labelled_folder", "open_source"]
+__all__ = ["Source", "fingerprint", "labelled_folder", "open_source"]
 
 
 class Source(NamedTuple):
@@ -44,6 +45,21 @@ def open_source(data: Data, seed: int = 0) -> Source:
         rows = torch.randperm(length, generator=streams.generator(seed, "limit"))[: data.limit].sort().values
         train, length = train.take(rows.numpy()), data.limit
     return Source(train, evaluation, length, classes)
+
+
+def fingerprint(source: Source) -> str:
+    """Which images these are: a hash of their number and names and of the pixels of 32 of them; of a stream, of its columns and shards."""
+    digest = hashlib.sha256(str(source.length).encode())
+    if not isinstance(source.train, Images):
+        digest.update(f"{source.train.num_shards} {source.train.features}".encode())
+        return digest.hexdigest()
+    digest.update(b"".join(str(name).encode() + b"\0" for name in source.train.ids))
+    for i in np.linspace(0, len(source.train) - 1, min(len(source.train), 32)).astype(int):
+        try:
+            digest.update(source.train.read(int(i)).tobytes())
+        except DataError as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()
 
 
 def _count(train: Images, evaluation: Images | None = None) -> int:

@@ -48,3 +48,39 @@ def seeded(seed: int, purpose: str, *counters: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def mix(key: int | torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
+    """64 well mixed bits for every combination of counters: many streams at once, the same on every device.
+
+    Args:
+        key: of the streams, from `key`, or a tensor of such numbers.
+        counters: int64 tensors that broadcast with each other (and with `key`).
+
+    Returns:
+        int64, all values equally likely; see `uniform`.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied once for each counter.
+    """
+    state = key if isinstance(key, torch.Tensor) else torch.tensor(key, device=counters[0].device)
+    for counter in counters:
+        state = state + (counter + 1) * -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number; products wrap
+        state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
+        state = (state ^ _shifted(state, 27)) * -0x6B2FB644ECCEEE15
+        state = state ^ _shifted(state, 31)
+    return state
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts the sign in
+
+
+def uniform(bits: torch.Tensor) -> torch.Tensor:
+    """float32 in [0, 1), multiples of 2^-24, from what `mix` returns.
+
+    Example:
+        >>> u = uniform(mix(key(0, "demo"), torch.arange(1000)))
+        >>> bool((u >= 0).all() and (u < 1).all()), abs(float(u.mean()) - 0.5) < 0.05
+        (True, True)
+    """
+    return _shifted(bits, 40).float() * 2.0**-24

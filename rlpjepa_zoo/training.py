@@ -1,6 +1,6 @@
 """Pretraining: one readable loop on Accelerate, exact to resume; the only module that imports accelerate.
 
-    run/recipe.yaml  metrics.jsonl  bad_images.jsonl  checkpoints/  encoder/ (published format)  summary.json
+    run/recipe.yaml  metrics.jsonl  bad_images.jsonl  checkpoints/  encoder/ (published format)  encoder-best/  summary.json
 
 Everything random is a function of (seed, step), so a resumed run continues bit for bit what the unbroken one would have done (same
 machine, same number of processes and threads). Gradient accumulation is refused: see `rlpjepa_zoo.recipe`.
@@ -11,49 +11,59 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import checkpoint, collectives, record, streams, zoo
 from .checkpoint import Checkpoint
-from .data import Batch, Batches, make_loader
+from .data import Batch, Batches, decoded, make_loader
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
-from .errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError, did_you_mean
-from .evaluation import encode, knn_accuracy
+from .errors import DataError, NonFiniteError, RecipeError, StoppedBySignal, UsageError, ZooError, did_you_mean, first_line
+from .evaluation import during_training
+from .guard import Guard
 from .images import Images
 from .loading import create_encoder
-from .metrics import alarms, batch_metrics, dead, l0, l1
+from .metrics import alarms, batch_metrics
 from .objectives import RectifiedLpJEPALoss, Terms
 from .optim import make_optimizer, set_learning_rates
 from .preprocess import Preprocess
 from .recipe import Recipe
-from .sources import Source, open_source
+from .sources import Source, fingerprint, open_source
+from .views import Augment
 
 __all__ = ["build_encoder", "train"]
 
 log = logging.getLogger("rlpjepa_zoo")
+
+_DATA = "data"
+"""What --allow-change takes, beside keys of the recipe, for images that are not those of the run before."""
+_ALL_ZERO = 3
+"""Logged steps in a row with nothing but zeros in z, after which a run is over: no gradient reaches a rectified zero."""
+_HIGHER_IS_BETTER = {"knn_z": True, "knn_features": True, "excess": False}
 
 _MAY_CHANGE = (
     "name",
     "train.log_every",
     "train.num_workers",
     "train.keep",
+    "train.timeout_minutes",
     "train.checkpoint_minutes",
     "train.trackers",
     "data.path",
@@ -70,11 +80,25 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     options, data = recipe.encoder, recipe.data
     size = (data.image_size, data.image_size)
     with streams.seeded(recipe.seed, "init"):
-        return create_encoder(
+        encoder = create_encoder(
             options.backbone, options.dim, options.hidden_dim, options.pretrained,
             projector_depth=options.projector_depth, freeze_backbone=options.freeze_backbone,
             preprocess=Preprocess(size, data.mean, data.std, data.interpolation, data.crop_pct), **options.args,
         )  # fmt: skip
+    if recipe.views.local is not None:
+        _takes(encoder, recipe.views.local.size, options.backbone)
+    return encoder
+
+
+@torch.no_grad()
+def _takes(encoder: SparseEncoder, size: int, name: str) -> None:
+    """Refuse local views that a backbone cannot take before the run, not in its first step."""
+    try:
+        with encoder.evaluating():
+            encoder(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        mend = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
+        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {mend}") from error
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
@@ -84,14 +108,14 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         recipe: the run.
         out: folder of the run; one run at a time may hold it.
         resume: go on from the newest checkpoint that verifies; from the start if there is none.
-        allow_change: dotted recipe keys that may differ from the run that is resumed.
+        allow_change: dotted recipe keys that may differ from the run that is resumed; ``data`` for other images under the same name.
         progress: show a progress bar on stderr.
 
     Raises:
         UsageError: the folder is in use, or holds a run and `resume` is not set.
         RecipeError: the recipe differs from that of the run, or does not fit the processes or device.
         DataError, ModelError, OutputError: as their names say.
-        NonFiniteError: loss or gradient became NaN or infinite; the last checkpoint is from before.
+        NonFiniteError: loss or gradient was not finite in `train.max_skipped` steps in a row, or every embedding became zero.
         StoppedBySignal: SIGTERM or SIGINT; a checkpoint was saved.
     """
     out = Path(out)
@@ -101,8 +125,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no")
     try:
         accelerator = Accelerator(
-            mixed_precision=recipe.train.precision, cpu=cpu, project_dir=str(out), log_with=list(recipe.train.trackers) or None
-        )
+            mixed_precision=recipe.train.precision, cpu=cpu, project_dir=str(out), log_with=list(recipe.train.trackers) or None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.timeout_minutes))],
+        )  # fmt: skip
     except ValueError as error:
         raise RecipeError(f"train: {str(error).splitlines()[0]}") from error
     if accelerator.gradient_accumulation_steps != 1:
@@ -140,10 +165,11 @@ class _Model(nn.Module):
         widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
         self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 
-    def forward(self, x: Tensor, labels: Tensor) -> _Result:
-        views = x.shape[0]
-        out = self.encoder.both(x.flatten(0, 1))
-        z = out.z.unflatten(0, (views, -1))
+    def forward(self, groups: list[Tensor], labels: Tensor) -> _Result:
+        """Views of each size, (V b, 3, S, S) each, through the encoder; the probes see the first size."""
+        outs = [self.encoder.both(x) for x in groups]
+        z = torch.cat([out.z.unflatten(0, (-1, len(labels))) for out in outs])
+        out, views = outs[0], len(groups[0]) // len(labels)
         loss, right = out.z.new_zeros((), dtype=torch.float32), []
         known = (labels >= 0).repeat(views)
         count = known.sum().clamp(min=1)
@@ -166,13 +192,13 @@ class _Run:
         found = self._find(resume, allow_change)
         with accelerator.local_main_process_first():  # one process downloads
             self.source: Source = open_source(recipe.data, recipe.seed)
-        seen = collectives.gather_objects((found.step if found else 0, self.source.length))
-        if len(set(seen)) > 1:
-            raise UsageError(
-                f"processes see different checkpoints or images (step, images): {seen}; put --out and the data on a shared disk"
-            )
+        self.data = fingerprint(self.source)
         self.total, self.per_epoch = recipe.steps(self.source.length)
         self.encoder = build_encoder(recipe)
+        self._same_everywhere(found.step if found else 0)
+        if isinstance(self.source.train, Images) and recipe.train.epochs > 1:
+            self.source = self.source._replace(train=decoded(self.source.train, recipe.data.cache_gb * 2**30, self.progress))
+        self.augment = Augment(recipe.views, recipe.data, recipe.seed)
         with streams.seeded(recipe.seed, "init-probes"):
             model = _Model(self.encoder, self.source.classes if recipe.probe.online else 0)
         optimizer = make_optimizer(self.encoder, model.probes, recipe)
@@ -180,6 +206,8 @@ class _Run:
             model = model.to(memory_format=torch.channels_last)
         if collectives.world_size() > 1 and accelerator.device.type == "cuda":
             model = convert_sync_batchnorm(model)  # timm's keeps the activation that its fused norms hold; torch's drops it
+        model = model.to(accelerator.device)
+        self.ema = None if recipe.train.ema is None else ModelEmaV3(self.encoder, decay=recipe.train.ema, foreach=True)
         if recipe.train.compile:
             self.encoder.backbone.compile()
         self.inner = model
@@ -192,15 +220,21 @@ class _Run:
         )
         self.floor = self.objective.floor(recipe.train.batch_size, recipe.encoder.dim)
         self.step, self.seconds, self.bad = 0, 0.0, dict[int, str]()
+        self.guard = Guard(model, recipe)
         self.last_metrics: dict[str, float] = {}
+        self.best: tuple[int, float] | None = None
+        self.zeros = 0
         self.stop_with: int | None = None
         self.asked_at = 0.0
         self.save_now = False
         self.saved = self.logged = (0, 0.0)
-        self.publication = record.Publication(recipe, out, self.encoder)
+        shown = self.encoder if self.ema is None else self.ema.module
+        self.publication = record.Publication(recipe, out, shown)
         if found is not None:
-            self._restore(found)
-        self._open_logs(found is not None)
+            self._restore(found, allow_change)
+        self.journal = record.Journal(out, recipe, self.main)
+        self.journal.open(self.step if found else None, self.bad)
+        self._start_trackers()
 
     # --- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -210,22 +244,23 @@ class _Run:
             log.warning("%s: already complete after %d steps", self.out, self.step)
             self._publish(again=True)
             return self._finish()
-        loader = make_loader(self.source, recipe, range(self.step, self.total), collectives.rank(), collectives.world_size())
+        on_device = self.accelerator.device.type != "cpu"
+        steps = range(self.step, self.total)
+        loader = make_loader(self.source, recipe, steps, collectives.rank(), collectives.world_size(), finish=not on_device)
         self.model.train()
         self._announce()
         self.saved = self.logged = (self.step, time.monotonic())
         with self._signals(), Batches(loader) as batches, self._bar() as bar:
             while self.step < self.total:
                 started = time.monotonic()
-                batch = batches.next()
+                batch = self._next(batches)
                 lr = set_learning_rates(self.optimizer, recipe, self.step, self.total, self.per_epoch)
                 torch.manual_seed(streams.key(recipe.seed, "dropout", self.step, collectives.rank()))
+                self.guard.remember()
                 result = self._forward(batch)
                 terms = self.objective(result.z, self.step)
                 self.accelerator.backward(terms.loss + result.probe_loss)
-                norm = self._check_gradient(terms)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                norm = self._update(terms, batch)
                 self.step += 1
                 self.seconds += time.monotonic() - started
                 bar.update(recipe.train.batch_size)
@@ -235,43 +270,81 @@ class _Run:
                 if last or self.step % recipe.train.log_every == 0:
                     self._log_step(terms, result, lr, norm, bar)
                 if last or self.step % max(1, self.per_epoch * recipe.probe.every_epochs) == 0:
-                    self._log({"kind": "eval", **self._evaluate()}, bar)
-                    self._save()
-                    self._publish()
-                    self.logged = (self.step, time.monotonic())
-                minutes = (time.monotonic() - self.saved[1]) / 60
-                save, code = self._agree(self.save_now or minutes >= recipe.train.checkpoint_minutes, self.stop_with or 0)
-                if (save or code) and self.saved[0] != self.step:
-                    self._save()
-                if code and not last:
-                    reason = f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}"
-                    raise StoppedBySignal(reason, int(code))
+                    self._look(bar)
         return self._finish()
 
-    def _forward(self, batch: Batch) -> _Result:
-        x = batch.x.to(self.accelerator.device, non_blocking=True)
-        if self.recipe.train.channels_last:
-            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
-        return self.model(x, batch.labels.to(self.accelerator.device, non_blocking=True))
+    def _next(self, batches: Batches) -> Batch:
+        """The next batch; before it, all ranks together save, stop, or fail because one of them cannot go on."""
+        found: Batch | DataError
+        try:
+            found = batches.next()
+        except DataError as error:
+            found = error
+        trouble = found if isinstance(found, DataError) else None
+        minutes = (time.monotonic() - self.saved[1]) / 60
+        wanted = (trouble is not None, self.save_now or minutes >= self.recipe.train.checkpoint_minutes, self.stop_with or 0)
+        failed, save, code = self._agree(*wanted)
+        if failed:
+            collectives.together(trouble)  # raises
+        if (save or code) and self.saved[0] != self.step:
+            self._save()
+        if code:
+            reason = f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}"
+            raise StoppedBySignal(reason, int(code))
+        if isinstance(found, DataError):
+            raise found
+        return found
 
-    def _check_gradient(self, terms: Terms) -> float:
-        """Norm of the gradient (clipped if asked); stops all ranks together, before the update, when loss or gradient is not finite."""
+    def _forward(self, batch: Batch) -> _Result:
+        device = self.accelerator.device
+        views = self.augment([x.to(device, non_blocking=True) for x in batch.images], batch.epoch, batch.rows)
+        memory = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
+        return self.model([x.flatten(0, 1).contiguous(memory_format=memory) for x in views], batch.labels.to(device, non_blocking=True))
+
+    def _update(self, terms: Terms, batch: Batch) -> float:
+        """One step of the optimiser, unless loss or gradient is not finite on any rank; returns the norm of the gradient (clipped if asked)."""
         parameters = [p for p in self.inner.encoder.parameters() if p.grad is not None]
         if self.recipe.optim.clip_grad is not None:
             norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_grad)
         else:
             self.accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        scaled = self.accelerator.scaler is not None  # the scaler of fp16 skips such steps by itself and lowers its scale
-        broken = ~terms.loss.detach().isfinite() | (~norm.isfinite() if not scaled else torch.zeros_like(norm, dtype=torch.bool))
+        broken = ~(terms.loss.detach().isfinite() & norm.isfinite())
         stop, size = collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
         if stop:
             parts = f"invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}"
-            raise NonFiniteError(
-                f"step {self.step + 1}: loss or gradient is not finite ({parts}); "
-                f"lower optim.lr = {self.recipe.optim.lr:g}, set optim.clip_grad, or use train.precision=no; the last checkpoint is from before"
-            )
+            self.guard.skip(self.step + 1, parts, lambda: self._forward(batch))
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.guard.in_a_row = 0
+        if not stop or self.accelerator.scaler is not None:  # without gradients nothing but the loss scale of fp16 changes
+            self.optimizer.step()
+        if not stop and self.ema is not None:
+            self.ema.update(self.encoder)
+        self.optimizer.zero_grad(set_to_none=True)
         return float(size)
+
+    def _look(self, bar: Any) -> None:
+        """Measure, save, publish."""
+        found = during_training(self.ema.module if self.ema else self.encoder, self.source, self.recipe, self.accelerator.autocast)
+        self.last_metrics |= found
+        metric = self.recipe.train.best
+        better = metric is not None and self._is_best(metric)
+        self._log({"kind": "eval", **found}, bar)
+        for sentence in alarms(found, self.recipe.target.density_in_theory(), still_training=self.step < self.total):
+            log.warning("step %d: %s", self.step, sentence)
+        self._save()
+        self._publish(best=better)
+        self.logged = (self.step, time.monotonic())
+
+    def _is_best(self, metric: str) -> bool:
+        if metric not in self.last_metrics:
+            raise RecipeError(f"train.best: {metric} is not measured in this run (it has no labels); use excess, or leave it out")
+        value, before = self.last_metrics[metric], self.best
+        better = before is None or (value > before[1] if _HIGHER_IS_BETTER[metric] else value < before[1])
+        if better:
+            self.best = (self.step, value)
+        return better
 
     def _agree(self, *flags: float) -> list[float]:
         """The largest of each flag over ranks, so that all save and stop at the same step."""
@@ -290,7 +363,7 @@ class _Run:
         for line in damaged:
             log.warning("damaged checkpoint left out: %s", line)
         before, now = _flatten(Recipe.parse(found.state["recipe"]).model_dump(mode="json")), _flatten(self.recipe.model_dump(mode="json"))
-        known, absent = before.keys() | now.keys(), object()
+        known, absent = before.keys() | now.keys() | {_DATA}, object()
         if useless := [k for k in allow_change if k not in known]:
             raise UsageError(f"--allow-change {useless[0]}: no such key in the recipe.{did_you_mean(useless[0], known)}")
         differing = (k for k in sorted(known) if before.get(k, absent) != now.get(k, absent))
@@ -300,35 +373,64 @@ class _Run:
             raise RecipeError(f"the recipe differs from the run in {self.out}: {lines}; undo, or allow each with --allow-change KEY")
         return found
 
-    def _restore(self, found: Checkpoint) -> None:
-        if found.state["images"] != self.source.length:
-            raise DataError(f"the run in {self.out} trained on {found.state['images']} images, the data now holds {self.source.length}")
-        self.inner.load_state_dict(found.model)
-        checkpoint.restore_optimizer(self.optimizer.optimizer, found.optimizer, found.state["optimizer"])
-        if self.accelerator.scaler is not None and found.state["scaler"]:
-            self.accelerator.scaler.load_state_dict(found.state["scaler"])
-        self.step, self.seconds = found.step, found.state["seconds"]
-        self.bad = {int(row): reason for row, reason in found.state["bad"].items()}
-        self.last_metrics = found.state["metrics"]
-        if found.state["world_size"] != collectives.world_size():
-            log.warning(
-                "%d processes before, %d now: equal up to rounding, not bit for bit", found.state["world_size"], collectives.world_size()
+    def _same_everywhere(self, step: int) -> None:
+        """Refuse ranks that see other checkpoints or images, or start from other weights: they would train something nobody asked for."""
+        names = ("checkpoint (step)", "images (count)", "images (fingerprint)", "weights (fingerprint)")
+        seen = collectives.gather_objects((step, self.source.length, self.data, self.encoder.fingerprint()))
+        for name, *values in zip(names, *seen, strict=True):
+            if len(set(values)) > 1:
+                raise UsageError(f"processes see different {name}: {values}; put --out and the data on a shared disk")
+
+    def _restore(self, found: Checkpoint, allow_change: Sequence[str]) -> None:
+        state = found.state
+        if state["images"] != self.source.length:
+            raise DataError(f"the run in {self.out} trained on {state['images']} images, the data now holds {self.source.length}")
+        if state["data"] != self.data and _DATA not in allow_change:
+            raise DataError(
+                f"the images are not those that the run in {self.out} trained on (names or contents differ); "
+                f"restore them, or go on with --allow-change {_DATA}"
             )
-        if found.state["threads"] != torch.get_num_threads():
-            log.warning("%d threads before, %d now: equal up to rounding, not bit for bit", found.state["threads"], torch.get_num_threads())
+        own = {k: v for k, v in found.model.items() if not k.startswith("ema.")}
+        self.inner.load_state_dict(own)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(
+                {k.removeprefix("ema."): v for k, v in found.model.items() if k not in own} or self.encoder.state_dict()
+            )
+        checkpoint.restore_optimizer(self.optimizer.optimizer, found.optimizer, state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = found.step, state["seconds"]
+        self.bad = {int(row): reason for row, reason in state["bad"].items()}
+        self.last_metrics, self.best, self.zeros = state["metrics"], state["best"] and tuple(state["best"]), state["zeros"]
+        self.guard.skipped, self.guard.in_a_row = state["skipped"]
+        for name, now in (("world_size", collectives.world_size()), ("threads", torch.get_num_threads())):
+            if state[name] != now:
+                log.warning(
+                    "%d %s before, %d now: equal up to rounding, not bit for bit", state[name], name.replace("world_size", "processes"), now
+                )
+        if state["versions"] != zoo.versions():
+            changed = [f"{k} {v} -> {zoo.versions().get(k)}" for k, v in state["versions"].items() if zoo.versions().get(k) != v]
+            log.warning("other versions than before, perhaps not bit for bit: %s", ", ".join(changed))
 
     def _save(self) -> None:
+        trouble = None
         if self.main:
             tensors, scalars = checkpoint.optimizer_state(self.optimizer.optimizer)
             state = {
-                "recipe": self.recipe.dump(), "optimizer": scalars, "images": self.source.length, "seconds": self.seconds,
+                "recipe": self.recipe.dump(), "optimizer": scalars, "images": self.source.length, "data": self.data, "seconds": self.seconds,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
-                "bad": self.bad, "metrics": self.last_metrics, "versions": zoo.versions(),
+                "bad": self.bad, "metrics": self.last_metrics, "best": self.best, "zeros": self.zeros,
+                "skipped": [self.guard.skipped, self.guard.in_a_row], "versions": zoo.versions(),
                 "world_size": collectives.world_size(), "threads": torch.get_num_threads(),
             }  # fmt: skip
-            model = {k: v.detach().cpu().contiguous() for k, v in self.inner.state_dict().items()}
-            checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep)
-        collectives.barrier()
+            averaged = {} if self.ema is None else {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
+            model = {k: v.detach().cpu().contiguous() for k, v in (self.inner.state_dict() | averaged).items()}
+            also = [self.best[0]] if self.best else []
+            try:
+                checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep, also)
+            except ZooError as error:
+                trouble = error
+        collectives.together(trouble)
         self.saved, self.save_now = (self.step, time.monotonic()), False
 
     @contextmanager
@@ -364,10 +466,12 @@ class _Run:
             log.warning("batch norm on CPU processes sees each process's share of the batch only; on GPUs it is synchronised")
         parameters = sum(p.numel() for p in self.encoder.parameters()) / 1e6
         log.info(
-            "%s: %s + projector, %.2f M parameters, %d images, %d classes; %d steps of %d images on %d x %s, %s; peak lr %.3g; target l0 %.3f, floor %.4g%s",
-            recipe.name, recipe.encoder.backbone, parameters, self.source.length, self.source.classes, self.total, recipe.train.batch_size,
-            collectives.world_size(), self.accelerator.device, recipe.train.precision, recipe.lr, recipe.target.density_in_theory(), self.floor,
-            f"; resumed at step {self.step}" if self.step else "",
+            "%s: %s + projector, %.2f M parameters, %d images, %d classes; %d steps (%d an epoch) of %d images, %d on each of %d x %s, %s; "
+            "peak lr %.3g = %g * %d / %d; target l0 %.3f, floor %.4g%s",
+            recipe.name, recipe.encoder.backbone, parameters, self.source.length, self.source.classes, self.total, self.per_epoch,
+            recipe.train.batch_size, recipe.train.batch_size // collectives.world_size(), collectives.world_size(), self.accelerator.device,
+            recipe.train.precision, recipe.lr, recipe.optim.lr, recipe.train.batch_size, recipe.optim.reference_batch,
+            recipe.target.density_in_theory(), self.floor, f"; resumed at step {self.step}" if self.step else "",
         )  # fmt: skip
 
     def _bar(self) -> Any:
@@ -399,46 +503,18 @@ class _Run:
         }
         row |= {"lr": lr, "grad_norm": norm, "images_per_second": rate, **batch_metrics(z)}
         row |= dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
-        if self.bad:
-            row["bad_images"] = len(self.bad)
-        self.last_metrics["l0_train"] = row["l0"]
+        row |= {k: v for k, v in (("bad_images", len(self.bad)), ("skipped", self.guard.skipped)) if v}
+        if math.isfinite(row["l0"] + row["excess"]):
+            self.last_metrics |= {"l0_train": row["l0"], "excess": row["excess"]}
         self._log(row, bar)
+        self.zeros = self.zeros + 1 if self._agree(row["l0"])[0] == 0 else 0
+        if self.zeros >= _ALL_ZERO:
+            raise NonFiniteError(
+                f"step {self.step}: every embedding is zero, and a rectified zero has no gradient to leave it by; "
+                f"lower optim.lr = {self.recipe.optim.lr:g} or raise the density of the target; the last checkpoint is from before"
+            )
         shown = {"knn": f"{self.last_metrics['knn_features']:.3f}"} if "knn_features" in self.last_metrics else {}
         bar.set_postfix(loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", refresh=False, **shown)
-
-    @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
-        """Density in evaluation mode, and kNN on features and z where labels exist; every rank encodes its share of the rows."""
-        probe = self.recipe.probe
-        if not isinstance(self.source.train, Images):
-            bank, held_out = self.source.eval and self._some(self.source.eval, probe.eval_images, "eval"), None
-        else:
-            bank, held_out = self._some(self.source.train, probe.bank, "bank"), self.source.eval
-        if bank is None:
-            return {}
-        with self.accelerator.autocast():
-            features, z, y = self._encode(bank)
-            others = None if held_out is None else self._encode(self._some(held_out, probe.eval_images, "eval"))
-        seen = z if others is None else others[1]
-        found = {"l0_eval": float(l0(seen)), "l1_eval": float(l1(seen)), "dead_eval": float(dead(seen))}
-        if int((y >= 0).sum()) > 1:
-            pairs = ((features, z), (features, z) if others is None else others[:2])
-            for name, a, b in (("features", pairs[0][0], pairs[1][0]), ("z", pairs[0][1], pairs[1][1])):
-                labels = y if others is None else others[2]
-                found[f"knn_{name}"] = knn_accuracy(a, y, b, labels, probe.knn_k, probe.knn_temperature, leave_one_out=others is None)
-        self.last_metrics |= found
-        return found
-
-    def _some(self, images: Images, most: int, purpose: str) -> Images:
-        if len(images) <= most:
-            return images
-        return images.take(torch.randperm(len(images), generator=streams.generator(self.recipe.seed, purpose))[:most].sort().values.numpy())
-
-    def _encode(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        mine = images.take(range(collectives.rank(), len(images), collectives.world_size()))
-        parts = encode(self.encoder, mine, max(64, self.recipe.train.batch_size // 2), self.recipe.train.num_workers)
-        features, z, labels = (collectives.gather_rows(part.to(self.accelerator.device)).cpu() for part in parts)
-        return features, z, labels
 
     def _note_bad(self, batch: Batch) -> None:
         """Count unreadable images (each once), write them down, and stop if there are more than the recipe allows."""
@@ -447,10 +523,7 @@ class _Run:
             new = [r for part in collectives.gather_objects(list(self.bad.items())) for r in part if r[0] not in self.bad] + new
         for row, reason in new:
             self.bad[row] = reason
-            if self.main:
-                log.warning("image left out: %s", reason) if len(self.bad) <= 5 else None
-                with open(self.out / "bad_images.jsonl", "a") as file:
-                    file.write(json.dumps({"row": row, "reason": reason}) + "\n")
+            self.journal.bad_image(row, reason, quiet=len(self.bad) > 5)
         epochs = (
             -(-self.step // self.per_epoch) if self.recipe.data.streaming else 1
         )  # a stream has no image that is the same in two epochs
@@ -460,39 +533,32 @@ class _Run:
                 f"{len(self.bad)} of {self.source.length} images cannot be read, more than {allowed}; see {self.out / 'bad_images.jsonl'}"
             )
 
-    def _open_logs(self, resumed: bool) -> None:
-        """Write the recipe; cut metrics written after the checkpoint that is resumed, so that the file is one unbroken record."""
-        if self.main:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "recipe.yaml").write_text(self.recipe.dump())
-                path = self.out / "metrics.jsonl"
-                lines = (
-                    [line for line in path.read_text().splitlines() if resumed and _step_of(line) <= self.step] if path.is_file() else []
-                )
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(line + "\n" for line in lines))
-                os.replace(partial, path)
-            except OSError as error:
-                raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
-        if self.recipe.train.trackers:
-            flat = {
-                k: v if isinstance(v, int | float | str | bool) else str(v)
-                for k, v in _flatten(self.recipe.model_dump(mode="json")).items()
-            }
-            self.accelerator.init_trackers("rlpjepa_zoo", config=flat)
+    def _start_trackers(self) -> None:
+        """The recipe's trackers; a resumed run goes on in the tracker's run, by an id that the folder keeps."""
+        if not self.recipe.train.trackers:
+            return
+        name = record.run_id(self.out) if self.main else ""
+        label = f"{self.recipe.name}-{name[:6]}"
+        options: dict[str, dict[str, Any]] = {
+            "wandb": {"id": name, "resume": "allow", "name": label, "dir": str(self.out)},
+            "trackio": {"name": label, "resume": "allow"},
+            "tensorboard": {"purge_step": self.step + 1},
+        }
+        flat = {
+            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _flatten(self.recipe.model_dump(mode="json")).items()
+        }
+        self.accelerator.init_trackers("rlpjepa_zoo", flat, {t: options[t] for t in self.recipe.train.trackers if t in options})
 
     def _log(self, row: dict[str, Any], bar: Any) -> None:
         if not self.main:
             return
         row = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **row}
-        try:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            log.warning("metrics.jsonl: %s", error.strerror or error)  # a full disk for logs does not end a run
+        self.journal.row(row)
         if self.recipe.train.trackers:
-            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
+            try:
+                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
+            except Exception as error:  # a tracker's server that is down does not end a run; metrics.jsonl has the row
+                self.journal.once(f"tracker: {type(error).__name__}: {error}")
         if row["kind"] == "eval" and not bar.disable:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "epoch")
             bar.write(f"step {self.step}: {shown}", file=sys.stderr)
@@ -505,12 +571,19 @@ class _Run:
             "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
             "precision": self.recipe.train.precision, "seed": self.recipe.seed,
         }  # fmt: skip
+        training |= {"ema": self.recipe.train.ema} if self.ema is not None else {}
         return record.describe(self.recipe, self.source, self.encoder, self.last_metrics, training, self.out / "metrics.jsonl")
 
-    def _publish(self, again: bool = False) -> None:
+    def _publish(self, again: bool = False, best: bool = False) -> None:
+        trouble = None
         if self.main:
-            self.publication.write(self.info(), self.step, self.total, again)
-        collectives.barrier()
+            try:
+                self.publication.write(self.info(), self.step, self.total, again)
+                if best or (again and self.best and self.best[0] == self.step):
+                    self.publication.copy_as("encoder-best")
+            except ZooError as error:
+                trouble = error
+        collectives.together(trouble)
 
     def _finish(self) -> Path:
         if self.main:
@@ -521,6 +594,8 @@ class _Run:
                 "steps": self.step,
                 **self.last_metrics,
                 "bad_images": len(self.bad),
+                "skipped": self.guard.skipped,
+                "best": self.best and {"step": self.best[0], str(self.recipe.train.best): self.best[1]},
                 "alarms": wrong,
                 "info": self.info(),
                 "versions": zoo.versions(),
@@ -531,13 +606,6 @@ class _Run:
             self.accelerator.end_training()
         collectives.barrier()
         return self.out / "encoder"
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
-        return math.inf
 
 
 def _hardware(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """Run a function on several gloo processes of this machine."""
 
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +15,10 @@ import torch.multiprocessing as mp
 
 def _child(rank: int, fn: Callable[..., Any], world: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }  # for Accelerate, which finds the group made
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=30))
     try:
         torch.save(fn(*args), f"{folder}/{rank}.pt")

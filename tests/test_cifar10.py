@@ -55,4 +55,4 @@ def test_streaming_gives_the_same_batch_to_any_number_of_workers(cifar10: Path) 
         with Batches(make_loader(open_source(asked.data), asked, range(1, 3))) as batches:
             seen.append([batches.next() for _ in range(2)])
     for a, b in zip(*seen, strict=True):
-        assert torch.equal(a.x, b.x) and torch.equal(a.labels, b.labels) and a.x.shape == (2, 32, 3, 32, 32)
+        assert torch.equal(a.images[0], b.images[0]) and torch.equal(a.labels, b.labels) and a.images[0].shape == (2, 32, 3, 32, 32)

@@ -1,7 +1,7 @@
 """Training data: every source opens or is refused in one line, and a batch is a function of (seed, step) alone."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from rlpjepa_zoo import streams
-from rlpjepa_zoo.data import Batch, Batches, make_loader, make_views
+from rlpjepa_zoo.data import Batch, Batches, Decoded, decoded, lanes, make_loader
 from rlpjepa_zoo.errors import DataError, HubError, ZooError
 from rlpjepa_zoo.images import Images
-from rlpjepa_zoo.recipe import Data, Recipe, Views
-from rlpjepa_zoo.sources import Source, open_source
+from rlpjepa_zoo.recipe import Data, Recipe
+from rlpjepa_zoo.sources import Source, fingerprint, open_source
+from rlpjepa_zoo.views import Augment
 
 SIZE = 12
 CLASSES = ["ant", "bee", "cat"]
@@ -63,7 +63,7 @@ def batches(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: 
 
 
 def same(a: Batch, b: Batch) -> bool:
-    equal = torch.equal(a.x, b.x) and torch.equal(a.labels, b.labels) and torch.equal(a.rows, b.rows)
+    equal = torch.equal(a.images[0], b.images[0]) and torch.equal(a.labels, b.labels) and torch.equal(a.rows, b.rows)
     return equal and [row for row, _ in a.bad] == [row for row, _ in b.bad]
 
 
@@ -74,9 +74,10 @@ def agree(found: list[Batch], expected: list[Batch]) -> bool:
 def joined(parts: list[list[Batch]]) -> list[Batch]:
     return [
         Batch(
-            torch.cat([p.x for p in step], 1),
+            [torch.cat([p.images[0] for p in step], 1)],
             torch.cat([p.labels for p in step]),
             torch.cat([p.rows for p in step]),
+            step[0].epoch,
             [r for p in step for r in p.bad],
         )
         for step in zip(*parts, strict=True)
@@ -232,7 +233,7 @@ def test_parquet_files_are_split_by_name_with_a_broken_row_among_them(parquet: P
     with refused("7: cannot be read"):
         found.train.read(7)
     batch = batches(found, toy("train.batch_size=60"), range(1))[0]
-    assert batch.x.shape[1] == 60 and 7 not in batch.rows and [row for row, _ in batch.bad] == [7] * len(batch.bad) != []
+    assert batch.images[0].shape[1] == 60 and 7 not in batch.rows and [row for row, _ in batch.bad] == [7] * len(batch.bad) != []
 
 
 def test_a_missing_split_is_refused_with_what_there_is(parquet: Path) -> None:
@@ -390,7 +391,7 @@ def test_batches_have_the_promised_shapes() -> None:
     found = batches(photos(), toy("views.count=3"), range(2))
     assert len(found) == 2
     for batch in found:
-        assert batch.x.shape == (3, 8, 3, SIZE, SIZE) and batch.x.dtype == torch.float32 and batch.bad == []
+        assert batch.images[0].shape == (3, 8, 3, SIZE, SIZE) and batch.images[0].dtype == torch.float32 and batch.bad == []
         assert batch.labels.tolist() == [row % 3 for row in batch.rows.tolist()]
     assert batches(photos(labels=False), toy(), range(1))[0].labels.tolist() == [-1] * 8
 
@@ -419,7 +420,7 @@ def test_batches_do_not_depend_on_how_the_source_was_used_before() -> None:
 def test_the_shares_of_all_ranks_make_the_batch_of_one_process(world: int) -> None:
     source = photos(broken=(5,))
     parts = [batches(source, toy(), range(7), rank, world) for rank in range(world)]
-    assert all(batch.x.shape[1] == 8 // world for part in parts for batch in part)
+    assert all(batch.images[0].shape[1] == 8 // world for part in parts for batch in part)
     assert agree(joined(parts), batches(source, toy(), range(7)))
 
 
@@ -451,7 +452,7 @@ def test_the_incomplete_last_batch_is_dropped_without_repeats() -> None:
 
 def test_views_of_an_image_differ_and_change_with_the_epoch() -> None:
     found = batches(photos(8), toy(), range(2))
-    by_row = [{int(row): batch.x[:, i] for i, row in enumerate(batch.rows)} for batch in found]
+    by_row = [{int(row): batch.images[0][:, i] for i, row in enumerate(batch.rows)} for batch in found]
     for row in range(8):
         first, second = by_row[0][row], by_row[1][row]
         assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
@@ -459,7 +460,7 @@ def test_views_of_an_image_differ_and_change_with_the_epoch() -> None:
 
 def test_a_corrupt_image_is_substituted_and_counted_at_each_occurrence() -> None:
     found = batches(photos(broken=(6,)), toy(), range(15))
-    assert all(batch.x.shape[1] == 8 and 6 not in batch.rows for batch in found)
+    assert all(batch.images[0].shape[1] == 8 and 6 not in batch.rows for batch in found)
     seen = [record for batch in found for record in batch.bad]
     assert [row for row, _ in seen] == [6, 6, 6] and all("photo-6: cannot be read" in reason for _, reason in seen)
     assert [sum(len(b.bad) for b in found[5 * e : 5 * e + 5]) for e in range(3)] == [1, 1, 1]
@@ -475,7 +476,7 @@ def test_the_reason_of_a_corrupt_image_is_the_same_whenever_it_is_read() -> None
 def test_many_corrupt_images_leave_full_batches() -> None:
     broken = tuple(range(0, 40, 2))
     found = batches(photos(broken=broken), toy(), range(5))
-    assert all(batch.x.shape[1] == 8 and not set(batch.rows.tolist()) & set(broken) for batch in found)
+    assert all(batch.images[0].shape[1] == 8 and not set(batch.rows.tolist()) & set(broken) for batch in found)
     first_tries = {row for batch in found for row, _ in batch.bad}
     assert first_tries == set(broken)
 
@@ -528,7 +529,7 @@ def test_a_stream_gives_each_image_once_an_epoch_in_an_order_of_its_own(stream_f
     source, _ = streamed(stream_files)
     assert (source.length, source.classes) == (40, 3)
     codes = [batch.labels.tolist() for batch in found]
-    assert all(len(c) == 8 and batch.x.shape == (2, 8, 3, SIZE, SIZE) for c, batch in zip(codes, found, strict=True))
+    assert all(len(c) == 8 and batch.images[0].shape == (2, 8, 3, SIZE, SIZE) for c, batch in zip(codes, found, strict=True))
     for epoch in (codes[:5], codes[5:]):
         assert np.bincount(np.concatenate(epoch)).tolist() == [14, 13, 13]
     assert codes[:5] != codes[5:]
@@ -561,7 +562,7 @@ def test_a_stream_that_ends_too_soon_is_refused(stream_files: Path) -> None:
     with Batches(make_loader(source, recipe, range(7))) as found:
         for _ in range(5):
             found.next()
-        with refused("data.length", "ended after 40 images", "56 were promised"):
+        with refused("data.length", "lane 0 of 2", "ended after 20 images", "28 were promised"):
             found.next()
 
 
@@ -569,7 +570,7 @@ def test_a_stream_replaces_and_counts_an_unreadable_image(tmp_path: Path) -> Non
     table(range(24), broken=(4,)).to_parquet(str(tmp_path / "train.parquet"))
     source, recipe = streamed(tmp_path, "data.length=24")
     found = batches(source, recipe, range(3))
-    assert all(batch.x.shape[1] == 8 for batch in found)
+    assert all(batch.images[0].shape[1] == 8 for batch in found)
     seen = [record for batch in found for record in batch.bad]
     assert len(seen) == 1 and "cannot be read" in seen[0][1] and seen[0][0] not in torch.cat([b.rows for b in found])
 
@@ -581,122 +582,111 @@ def test_a_stream_of_unreadable_images_is_refused(tmp_path: Path) -> None:
         found.next()
 
 
-# --- views --------------------------------------------------------------------------------------------------------------------------
-
-NEUTRAL: dict[str, Any] = {"crop_scale": None, "jitter": 0, "grayscale": 0, "flip": 0}
-PLAIN = {"source": "digits", "image_size": 32, "mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "bilinear"}
-
-
-def viewed(image: np.ndarray, n: int, size: int = 32, **views: Any) -> list[torch.Tensor]:
-    transform = make_views(Views(**{**NEUTRAL, **views}), Data(**{**PLAIN, "image_size": size}))
-    picture, made = Image.fromarray(image), []
-    for draw in range(n):
-        with streams.seeded(0, "test", draw):
-            made.append(transform(picture))
-    return made
-
-
-def coloured() -> np.ndarray:
-    image = np.zeros((32, 32, 3), np.uint8)
-    image[:, :16], image[:, 16:] = (200, 40, 40), (20, 90, 60)
-    return image
-
-
-def test_a_view_without_randomness_is_the_normalised_image() -> None:
-    image = coloured()
-    data = Data(source="digits", image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    found = make_views(Views(**NEUTRAL), data)(Image.fromarray(image))
-    expected = (image / 255 - np.array(data.mean)) / np.array(data.std)
-    assert found.dtype == torch.float32 and np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-5
-
-
-def is_flipped(x: torch.Tensor) -> bool:
-    return bool(x[0, 0, 0] < x[0, 0, -1])
-
-
-def is_grey(x: torch.Tensor) -> bool:
-    return bool((x[0] == x[1]).all() and (x[1] == x[2]).all())
-
-
-def is_solarized(x: torch.Tensor) -> bool:
-    return bool(x[0, 0, 0] < 0.5)
-
-
-def is_changed(x: torch.Tensor) -> bool:
-    return float((x - torch.from_numpy(coloured()).permute(2, 0, 1) / 255).abs().max()) > 1e-3
-
-
 @pytest.mark.parametrize(
-    ("field", "happened", "probability"),
-    [
-        ("flip", is_flipped, 0.5), ("flip", is_flipped, 0.1), ("grayscale", is_grey, 0.2), ("solarize", is_solarized, 0.1),
-        ("jitter", is_changed, 0.8), ("blur", is_changed, 0.5), ("equalize", is_changed, 0.3),
-    ],
-)  # fmt: skip
-def test_random_operations_happen_as_often_as_asked(field: str, happened: Callable[[torch.Tensor], bool], probability: float) -> None:
-    n = 500
-    count = sum(happened(x) for x in viewed(coloured(), n, **{field: probability}))
-    assert abs(count - n * probability) < 4 * (n * probability * (1 - probability)) ** 0.5
+    ("batch", "shards", "expected"), [(256, 1024, 64), (256, 1, 1), (256, 294, 32), (256, 7, 1), (6, 6, 6), (8, 2, 2), (30, 300, 30)]
+)
+def test_a_stream_runs_in_lanes_of_about_equal_length(batch: int, shards: int, expected: int) -> None:
+    assert lanes(batch, shards) == expected
 
 
-def test_solarize_inverts_above_128_only() -> None:
-    image = np.zeros((32, 32, 3), np.uint8)
-    image[:16], image[16:] = 127, 200
-    found = viewed(image, 1, solarize=1.0)[0]
-    assert float(found[0, 0, 0]) == pytest.approx(127 / 255) and float(found[0, -1, 0]) == pytest.approx(55 / 255)
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("lanes")
+    for shard in range(4):
+        table(range(shard * 10, shard * 10 + 10), broken=(13,)).to_parquet(str(root / f"train-{shard:05d}-of-00004.parquet"))
+    return root
 
 
-def test_noise_has_the_asked_standard_deviation_after_normalisation() -> None:
-    grey = np.full((32, 32, 3), 128, np.uint8)
-    found = torch.stack(viewed(grey, 30, noise=0.8)) - 128 / 255
-    assert float(found.std()) == pytest.approx(0.8, rel=0.02) and abs(float(found.mean())) < 0.02
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (2, 2), (4, 1), (1, 2), (8, 0)])
+def test_lanes_give_the_same_batches_to_any_number_of_ranks_and_workers(many_files: Path, world: int, workers: int) -> None:
+    whole = stream_batches(many_files, range(3, 10))
+    parts = [stream_batches(many_files, range(3, 10), rank, world, workers) for rank in range(world)]
+    for found, expected in zip(joined(parts), whole, strict=True):
+        assert torch.equal(found.images[0], expected.images[0]) and torch.equal(found.labels, expected.labels)
+        assert torch.equal(found.rows, expected.rows) and {row for row, _ in found.bad} == {row for row, _ in expected.bad}
 
 
-def crop_boxes(n: int, **views: Any) -> tuple[np.ndarray, np.ndarray]:
-    ramp = np.linspace(0, 255, 256).astype(np.uint8)
-    image = np.stack([np.tile(ramp, (256, 1)), np.tile(ramp[:, None], (1, 256)), np.zeros((256, 256), np.uint8)], -1)
-    made = torch.stack(viewed(image, n, **views))
-    width = (made[:, 0, 16, 31] - made[:, 0, 16, 0]).numpy() * 255 / 256 * 32 / 31
-    height = (made[:, 1, 31, 16] - made[:, 1, 0, 16]).numpy() * 255 / 256 * 32 / 31
-    return width, height
+def test_a_rank_reads_its_own_files_only(many_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = streamed(many_files)
+    opened = []
+    for rank in range(4):
+        stream: Any = make_loader(source, recipe, range(5), rank, 4).dataset
+        opened.append([lane for piece in stream.mine for lane in piece])
+        assert stream.lanes == 4 and stream.source.shard(4, rank).num_shards == 1
+    assert opened == [[0], [1], [2], [3]]
 
 
-def simulated_areas(n: int, low: float, high: float) -> np.ndarray:
-    rng, areas = np.random.default_rng(0), []
-    while len(areas) < n:
-        for _ in range(10):
-            area, ratio = rng.uniform(low, high), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-            if area * ratio <= 1 and area / ratio <= 1:
-                areas.append(area)
-                break
-        else:
-            areas.append(1.0)
-    return np.array(areas)
+def test_each_batch_takes_as_many_images_from_every_lane(many_files: Path) -> None:
+    rows = torch.cat([batch.rows for batch in stream_batches(many_files, range(5))])
+    good = rows[rows >= 0]
+    assert len(set(good.tolist())) == len(good) == 39 and np.bincount(good % 4).tolist().count(10) == 3
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.2, 1.0), (0.5, 0.7)])
-def test_crops_cover_the_asked_shares_of_the_area(low: float, high: float) -> None:
-    width, height = crop_boxes(400, crop_scale=(low, high))
-    area, ratio = width * height, width / height
-    assert low - 0.02 < area.min() and area.max() < high + 0.02
-    assert ratio.min() > 3 / 4 - 0.03 and ratio.max() < 4 / 3 + 0.04
-    expected = simulated_areas(20000, low, high)
-    for share in (0.1, 0.25, 0.5, 0.75, 0.9):
-        assert abs(np.quantile(area, share) - np.quantile(expected, share)) < 0.08 * (high - low)
-    assert abs(np.log(ratio).mean()) < 0.03
+def test_a_short_lane_begins_again(tmp_path: Path) -> None:
+    for shard, n in enumerate((9, 10, 10, 11)):
+        table(range(shard * 20, shard * 20 + n)).to_parquet(str(tmp_path / f"train-{shard:05d}-of-00004.parquet"))
+    assert len(stream_batches(tmp_path, range(5))) == 5
+    table(range(3)).to_parquet(str(tmp_path / "train-00000-of-00004.parquet"))
+    with refused("data.length", "lane 0 of 4", "ended after 3 images, 10 were promised"):
+        stream_batches(tmp_path, range(5))
 
 
-def test_without_a_crop_the_whole_image_is_resized() -> None:
-    width, height = crop_boxes(3)
-    assert np.abs(width - 1).max() < 0.03 and np.abs(height - 1).max() < 0.03
+# --- decoded images -----------------------------------------------------------------------------------------------------------------
 
 
-def test_rotation_and_translation_stay_within_their_bounds() -> None:
-    image = np.zeros((33, 33, 3), np.uint8)
-    image[15:18, 15:18] = 255
-    centres = []
-    for x in viewed(image, 200, size=33, translate=0.1):
-        rows, columns = torch.nonzero(x[0] > 0.3, as_tuple=True)
-        centres.append((float(rows.float().mean()) - 16, float(columns.float().mean()) - 16))
-    reach = np.abs(np.array(centres))
-    assert reach.max() <= 0.1 * 33 + 0.5 and (reach.max(0) > 2).all()
+def mixed_sizes(n: int = 24, broken: tuple[int, ...] = ()) -> Source:
+    encoded = [b"junk" if i in broken else png(i, size=10 + i % 4) for i in range(n)]
+    return Source(Images(lambda i: encoded[i], [f"photo-{i}" for i in range(n)], [i % 3 for i in range(n)]), None, n, 3)
+
+
+@pytest.mark.parametrize("make", [photos, mixed_sizes])
+def test_decoded_images_are_the_same_pictures_and_make_the_same_batches(make: Any) -> None:
+    source = make(24, broken=(5, 9))
+    kept = source._replace(train=decoded(source.train, 1e9))
+    assert isinstance(kept.train, Decoded) and sorted(kept.train.reasons) == [5, 9]
+    for i in (0, 7, 23):
+        assert np.array_equal(np.asarray(kept.train.read(i)), np.asarray(source.train.read(i)))
+        assert np.array_equal(np.asarray(kept.train.take([i]).read(0)), np.asarray(source.train.read(i)))
+    for images in (source.train, kept.train, kept.train.take([5])):
+        with refused("photo-5: cannot be read"):
+            images.read(0 if len(images) == 1 else 5)
+    assert agree(batches(kept, toy(), range(6)), batches(source, toy(), range(6)))
+
+
+def test_decoded_images_of_one_size_are_cropped_together_to_within_a_grey_level() -> None:
+    source = photos(24)
+    kept = source._replace(train=decoded(source.train, 1e9))
+    assert kept.train.stack.shape == (24, SIZE, SIZE, 3)
+    recipe = toy("views.jitter=0", "views.grayscale=0", "views.noise=0", "data.mean=[0,0,0]", "data.std=[1,1,1]")
+    for a, b in zip(batches(kept, recipe, range(3)), batches(source, recipe, range(3)), strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.labels, b.labels)
+        assert float((a.images[0] - b.images[0]).abs().max()) <= 1.01 / 255
+
+
+def test_images_that_would_need_too_much_memory_stay_where_they_are() -> None:
+    source = photos(24)
+    assert decoded(source.train, 24 * 3 * SIZE * SIZE - 1) is source.train
+    assert isinstance(decoded(source.train, 24 * 3 * SIZE * SIZE), Decoded)
+    assert decoded(photos(3, broken=(0, 1, 2)).train, 1e9).read is not None
+
+
+@pytest.mark.parametrize("make", [photos, mixed_sizes])
+@pytest.mark.parametrize("keep", [False, True])
+def test_views_finished_on_the_device_are_those_of_the_workers(make: Any, keep: bool) -> None:
+    source, recipe = make(24), toy("views.count=3", "views.blur=0.5")
+    if keep:
+        source = source._replace(train=decoded(source.train, 1e9))
+    augment = Augment(recipe.views, recipe.data, recipe.seed)
+    with Batches(make_loader(source, recipe, range(3), finish=False)) as found:
+        for expected in batches(source, recipe, range(3)):
+            batch = found.next()
+            assert batch.images[0].dtype == torch.uint8
+            assert torch.equal(augment(batch.images, batch.epoch, batch.rows)[0], expected.images[0])
+
+
+def test_a_fingerprint_tells_names_number_and_pixels_apart() -> None:
+    def of(n: int = 24, shift: int = 0, name: str = "photo") -> str:
+        encoded = [png(i + shift) for i in range(n)]
+        return fingerprint(Source(Images(lambda i: encoded[i], [f"{name}-{i}" for i in range(n)]), None, n, 0))
+
+    assert of() == of() and len({of(), of(23), of(shift=1), of(name="picture")}) == 4

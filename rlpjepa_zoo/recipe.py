@@ -406,6 +406,10 @@ class Recipe(Section):
             raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
         if self.optim.min_lr > self.lr:
             raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
+        sizes = {"data.image_size": self.data.image_size} | ({"views.local.size": self.views.local.size} if self.views.local else {})
+        for name, size in sizes.items():
+            if self.views.blur and size < 7:
+                raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self.target.law()
         from .objectives import parse_directions
 

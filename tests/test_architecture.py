@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 LEVELS = [
     {"errors", "streams", "collectives"},
     {"distributions", "folder", "metrics", "golden", "network"},
-    {"sparse", "images", "resnet", "zoo", "objectives"},
+    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics"},
     {"recipe", "preprocess", "pictures", "hub"},
     {"sources", "card", "publish"},
     {"encoder"},

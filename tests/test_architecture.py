@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 LEVELS = [
     {"errors", "streams", "collectives"},
     {"distributions", "folder", "metrics", "golden", "network"},
-    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics"},
+    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page"},
     {"recipe", "preprocess", "pictures", "hub"},
-    {"sources", "card", "publish"},
+    {"sources", "card", "publish", "charts"},
     {"encoder"},
     {"loading", "export"},
     {"data", "optim", "checkpoint", "evaluation", "record"},
@@ -30,7 +30,7 @@ OWNERS = {
     "huggingface_hub": {"hub", "publish", "network"},
     "pickle": set(),
     "typer": {"cli"},
-    "matplotlib": {"pictures"},
+    "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
 TRAINING = {"training", "objectives", "optim", "data", "sources"}

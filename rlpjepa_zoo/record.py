@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import card, folder, publish, zoo
 from .encoder import SparseEncoder
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .images import Images
 from .recipe import Recipe
 from .sources import Source
 
-__all__ = ["Publication", "describe", "history"]
+__all__ = ["Publication", "Run", "describe", "history", "is_number", "read_metrics", "read_run"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -62,8 +63,8 @@ def describe(
 def history(log_file: Path) -> list[dict[str, float]]:
     """Density and distance over the run: at most a hundred rows of either kind of metrics.jsonl."""
     try:
-        rows = [json.loads(line) for line in log_file.read_text().splitlines()]
-    except (OSError, ValueError):
+        rows, _ = read_metrics(log_file)
+    except OSError:
         return []
     thin = []
     for kind, keys in (("train", ("l0", "excess")), ("eval", ("l0_eval", "knn_z", "knn_features"))):
@@ -71,6 +72,74 @@ def history(log_file: Path) -> list[dict[str, float]]:
         every = max(1, -(-len(of_kind) // 100))
         thin += [{"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if k in row} for row in of_kind[::-every][::-1]]
     return thin
+
+
+class Run(NamedTuple):
+    """The files of a run's folder, as far as they are written."""
+
+    path: Path
+    recipe: Recipe
+    rows: list[dict[str, Any]]
+    damaged: int
+    """Lines of metrics.jsonl that cannot be read."""
+    summary: dict[str, Any]
+    """Empty while the run goes on."""
+
+    def series(self, key: str, kind: str) -> tuple[list[float], list[float]]:
+        """Steps and values of the rows of a kind that hold a finite number of that name."""
+        found = [(row["step"], row[key]) for row in self.rows if row.get("kind") == kind and is_number(row.get(key))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `describe` gave at the end of the run."""
+        found = self.summary.get("info")
+        return found if isinstance(found, dict) else {}
+
+    def last(self, key: str, kind: str = "train") -> float | None:
+        values = self.series(key, kind)[1]
+        return values[-1] if values else None
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Rows of metrics.jsonl, and how many lines cannot be read: a run that was killed leaves its last one cut short."""
+    rows = [_object(line) for line in path.read_bytes().splitlines()]
+    good = [row for row in rows if is_number(row.get("step"))]
+    return good, len(rows) - len(good)
+
+
+def read_run(path: Path) -> Run:
+    """Recipe, metrics and summary of a run's folder; lines of metrics.jsonl that cannot be read are counted and left out."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; expected the folder of a run, which `rlpjepa train --out` writes")
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        if not (path / name).is_file():
+            inside = next((p.parent for p in sorted(path.glob("*/metrics.jsonl"))), None)
+            hint = f"; did you mean {inside}?" if inside else "; expected the folder of a run, which `rlpjepa train --out` writes"
+            raise UsageError(f"{path}: no {name} in it{hint}")
+    try:
+        rows, damaged = read_metrics(path / "metrics.jsonl")
+        summary = _object((path / "summary.json").read_bytes()) if (path / "summary.json").is_file() else {}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not rows:
+        raise UsageError(f"{path}/metrics.jsonl: holds no measurement yet; try again after train.log_every steps")
+    if not is_number(summary.get("steps")) or summary["steps"] < rows[-1]["step"]:  # of an earlier, shorter run in this folder
+        summary = {}
+    return Run(path, Recipe.load(path / "recipe.yaml", ["hub={}"]), rows, damaged, summary)  # where it was pushed plays no part
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_number(value: Any) -> bool:
+    """A finite number, not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Publication:

@@ -19,8 +19,8 @@ LEVELS = [
     {"encoder"},
     {"loading", "export"},
     {"data", "optim", "checkpoint", "evaluation", "record"},
-    {"training"},
-    {"demo"},
+    {"training", "sections"},
+    {"demo", "report"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

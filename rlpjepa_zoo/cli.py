@@ -378,6 +378,30 @@ def card(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[data.KEY=VALUE]...", help="Where the images are now, such as data.path=DIR.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; RUN/report.html when not given.")] = None,
+    images: Annotated[int, typer.Option(help="Evaluation images to measure, at most; 2 or more.")] = 2000,
+    batch_size: BatchSize = 256,
+    num_workers: Workers = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page about a run: curves, law of z, firing rates, nearest neighbours, units.
+
+    It loads nothing from outside. A run without an encoder, or whose images are not there, gets a page of its curves.
+    """
+    from .report import write
+
+    found = write(run, out, overrides or [], images, batch_size, num_workers, _device(device), progress=not quiet)
+    print(json.dumps(found) if as_json else found["page"])
+
+
+@app.command()
 def export(
     source: SourceName,
     out: Annotated[Path, typer.Option(help="File to write: .onnx or .pt2 (torch.export).")],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from .diagnostics import selective_units
 from .distributions import RectifiedGeneralizedGaussian
 from .images import Images
 
@@ -147,39 +150,33 @@ def _curve(axes: Any, results: dict[str, Any]) -> None:
 
 
 def _units(figure: Any, place: Any, z: Tensor, images: Images) -> None:
-    """The images that excite twelve units most; units are chosen by how pure they are, or by how strongly they fire without labels."""
-    show, deep = 12, 8
-    strength, which = z.topk(deep, dim=0)
-    alive = strength[-1] > 0
-    if images.labels is not None:
-        labels = torch.from_numpy(images.labels)[which]
-        purity = (labels == labels.mode(0).values).float().mean(0)
-    else:
-        purity = torch.zeros(z.shape[1])
-    order = torch.argsort(purity * 10 + strength.mean(0) / strength.mean().clamp(min=1e-9) + alive * 100, descending=True)
-    chosen: list[int] = []
-    seen: dict[int, int] = {}
-    for unit in order.tolist():  # spread over classes, so that the page is not one digit twelve times
-        label = int(labels[:, unit].mode().values) if images.labels is not None else unit
-        if seen.get(label, 0) < 2:
-            chosen.append(unit)
-            seen[label] = seen.get(label, 0) + 1
-        if len(chosen) == show:
-            break
+    """The images that excite twelve units most."""
+    chosen = selective_units(z.numpy(), images.labels)
     heading = place.get_position(figure)
-    text = f"What single units see: the {deep} test images that excite each of {show} units most"
+    text = f"What single units see: the 8 test images that excite each of {len(chosen)} units most"
     figure.text(heading.x0, heading.y1 + 0.035, text, color=INK, fontsize=11.5)
     inner = place.subgridspec(2, 6, hspace=0.3, wspace=0.08)
-    for cell, unit in enumerate(chosen):
+    for cell, (unit, rows) in enumerate(chosen):
         axes = figure.add_subplot(inner[cell // 6, cell % 6])
-        tiles = [
-            np.pad(np.asarray(images.read(int(i)).resize((32, 32))), ((1, 1), (1, 1), (0, 0)), constant_values=255) for i in which[:, unit]
-        ]
-        sheet = np.concatenate([np.concatenate(tiles[:4], axis=1), np.concatenate(tiles[4:], axis=1)], axis=0)
-        axes.imshow(sheet)
+        axes.imshow(sheet(images, rows))
         fires = float((z[:, unit] > 0).float().mean())
         axes.set_title(f"unit {unit}, fires on {fires:.0%}", fontsize=8, color=INK, pad=3)
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_color(SOFT)
+
+
+def thumbnail(images: Images, row: int, side: int = 64) -> Image.Image:
+    """The middle square of an image; small ones are enlarged without smoothing, so that their pixels stay what they are."""
+    image = images.read(row)
+    method = Image.Resampling.NEAREST if min(image.size) <= side else Image.Resampling.BICUBIC
+    return ImageOps.fit(image, (side, side), method)
+
+
+def sheet(images: Images, rows: Sequence[int], across: int = 4, down: int = 2, side: int = 64) -> Image.Image:
+    """Thumbnails of some images on white, from left to right and top to bottom."""
+    page = Image.new("RGB", (across * (side + 2), down * (side + 2)), "white")
+    for place, row in enumerate(rows[: across * down]):
+        page.paste(thumbnail(images, row, side), (place % across * (side + 2) + 1, place // across * (side + 2) + 1))
+    return page

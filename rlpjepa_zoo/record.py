@@ -1,23 +1,21 @@
-"""What a run writes down, what it tells of itself, and where its encoder is published: its folder and, if the recipe asks for it, the Hub."""
+"""What a run tells of itself, and where its encoder is published: the folder of the run and, if the recipe asks for it, the Hub."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import card, folder, publish, zoo
 from .encoder import SparseEncoder
-from .errors import ModelError, OutputError
+from .errors import ModelError
 from .images import Images
+from .journal import read_metrics
 from .recipe import Recipe
 from .sources import Source
 
-__all__ = ["Journal", "Publication", "describe", "history", "run_id"]
+__all__ = ["Publication", "describe", "history"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -64,99 +62,15 @@ def describe(
 def history(log_file: Path) -> list[dict[str, float]]:
     """Density and distance over the run: at most a hundred rows of either kind of metrics.jsonl."""
     try:
-        rows = [json.loads(line) for line in log_file.read_text().splitlines()]
-    except (OSError, ValueError):
+        rows, _ = read_metrics(log_file)
+    except OSError:
         return []
     thin = []
     for kind, keys in (("train", ("l0", "excess")), ("eval", ("l0_eval", "knn_z", "knn_features"))):
         of_kind = [row for row in rows if row.get("kind") == kind]
         every = max(1, -(-len(of_kind) // 100))
-        thin += [
-            {"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if row.get(k) is not None} for row in of_kind[::-every][::-1]
-        ]
+        thin += [{"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if k in row} for row in of_kind[::-every][::-1]]
     return thin
-
-
-def run_id(out: Path) -> str:
-    """The name under which trackers know a run, made once and kept in its folder."""
-    path = out / "run_id"
-    try:
-        if not path.is_file():
-            folder.write_durably(path, uuid.uuid4().hex.encode())
-        return path.read_text().strip()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-class Journal:
-    """recipe.yaml, metrics.jsonl and bad_images.jsonl of a run; only its main process writes."""
-
-    def __init__(self, out: Path, recipe: Recipe, main: bool) -> None:
-        self.out, self.recipe, self.main = out, recipe, main
-        self.said: set[str] = set()
-
-    def open(self, step: int | None, bad: Mapping[int, str]) -> None:
-        """Write the recipe, and cut what was written after the checkpoint that is resumed, so that each file is one unbroken record.
-
-        Args:
-            step: of that checkpoint; None for a new run.
-            bad: unreadable images known by then.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        if not self.main:
-            return
-        path = self.out / "metrics.jsonl"
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lines = path.read_text().splitlines() if step is not None and path.is_file() else []
-            kept = [line for line in lines if _step_of(line) <= (step or 0)]
-            reasons = [json.dumps({"row": row, "reason": reason}) for row, reason in bad.items()]
-            for name, text in (("recipe.yaml", self.recipe.dump()), (path.name, _lines(kept)), ("bad_images.jsonl", _lines(reasons))):
-                if text or name == path.name:
-                    aside = self.out / f".{name}.new"
-                    folder.write_durably(aside, text.encode())
-                    aside.replace(self.out / name)
-                else:
-                    (self.out / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
-
-    def row(self, values: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl, null for what is not finite. A full disk for logs does not end a run."""
-        self._append("metrics.jsonl", {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
-
-    def bad_image(self, row: int, reason: str, quiet: bool) -> None:
-        """A line of bad_images.jsonl and, unless `quiet`, of the log."""
-        if self.main and not quiet:
-            log.warning("image left out: %s", reason)
-        self._append("bad_images.jsonl", {"row": row, "reason": reason})
-
-    def once(self, sentence: str) -> None:
-        """Warn, the first time that this is said."""
-        if sentence not in self.said:
-            self.said.add(sentence)
-            log.warning("%s", sentence)
-
-    def _append(self, name: str, values: Mapping[str, Any]) -> None:
-        if self.main:
-            try:
-                with open(self.out / name, "a") as file:
-                    file.write(json.dumps(values) + "\n")
-            except OSError as error:
-                self.once(f"{name}: {error.strerror or error}")
-
-
-def _lines(lines: list[str]) -> str:
-    return "".join(line + "\n" for line in lines)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
-        return math.inf
 
 
 class Publication:

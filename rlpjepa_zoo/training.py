@@ -30,7 +30,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import checkpoint, collectives, record, streams, zoo
+from . import checkpoint, collectives, journal, record, streams, zoo
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, decoded, make_loader
 from .distributions import RectifiedGeneralizedGaussian
@@ -232,7 +232,7 @@ class _Run:
         self.publication = record.Publication(recipe, out, shown)
         if found is not None:
             self._restore(found, allow_change)
-        self.journal = record.Journal(out, recipe, self.main)
+        self.journal = journal.Journal(out, recipe, self.main)
         self.journal.open(self.step if found else None, self.bad)
         self._start_trackers()
 
@@ -537,7 +537,7 @@ class _Run:
         """The recipe's trackers; a resumed run goes on in the tracker's run, by an id that the folder keeps."""
         if not self.recipe.train.trackers:
             return
-        name = record.run_id(self.out) if self.main else ""
+        name = journal.run_id(self.out) if self.main else ""
         label = f"{self.recipe.name}-{name[:6]}"
         options: dict[str, dict[str, Any]] = {
             "wandb": {"id": name, "resume": "allow", "name": label, "dir": str(self.out)},

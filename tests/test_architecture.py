@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 LEVELS = [
     {"errors", "streams", "collectives"},
     {"distributions", "folder", "metrics", "golden", "network"},
-    {"sparse", "images", "resnet", "zoo", "objectives"},
+    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page"},
     {"recipe", "preprocess", "pictures", "hub"},
-    {"sources", "views", "card", "publish"},
+    {"sources", "views", "card", "publish", "charts", "journal"},
     {"encoder"},
     {"loading", "export"},
     {"data", "guard", "optim", "checkpoint", "evaluation", "record"},
-    {"training"},
-    {"demo"},
+    {"training", "sections"},
+    {"demo", "report"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
@@ -30,7 +30,7 @@ OWNERS = {
     "huggingface_hub": {"hub", "publish", "network"},
     "pickle": set(),
     "typer": {"cli"},
-    "matplotlib": {"pictures"},
+    "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
 TRAINING = {"training", "objectives", "optim", "data", "sources"}

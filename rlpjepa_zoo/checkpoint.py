@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from . import collectives
 from .errors import ModelError, OutputError, UsageError
 from .folder import parse_json, sha256, sync_folder, write_durably
 
@@ -147,13 +148,13 @@ def _read(step: int, path: Path) -> Checkpoint:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors named ``<parameter number>.<state name>``, and the scalars that are not tensors."""
+    """Tensors named ``<parameter number>.<state name>``, and the scalars that are not tensors. Of sharded ones all ranks must ask."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for number, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = collectives.whole(value.detach()).cpu().contiguous()
             elif value is not None:
                 scalars[f"{number}.{name}"] = value
     return tensors, scalars
@@ -173,7 +174,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     for parameter, entries in optimizer.state.items():  # in the memory format of the parameter, which the fast paths expect
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                entries[name] = collectives.laid_out_like(value, parameter)
 
 
 # --- one run, one folder --------------------------------------------------------------------------------------------------------------

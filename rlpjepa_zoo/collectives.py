@@ -87,6 +87,23 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that is sharded over ranks (every rank must ask for it); any other tensor as it is."""
+    gather = getattr(x, "full_tensor", None)
+    found: Tensor = x if gather is None else gather()
+    return found
+
+
+def laid_out_like(x: Tensor, like: Tensor) -> Tensor:
+    """A copy of `x` on the device, in the memory format and with the sharding of `like`, which has its shape; its own dtype."""
+    if hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(like, DTensor):
+            return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order; for small host-side records such as the list of unreadable images."""
     if not _active():

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from . import collectives
 from .errors import NonFiniteError
 from .recipe import Recipe
 
@@ -63,7 +64,7 @@ class Guard:
         )
 
     def _diagnosis(self, again: Callable[[], Any]) -> str:
-        bad = [name for name, p in self.model.named_parameters() if not p.isfinite().all()]
+        bad = [name for name, p in self.model.named_parameters() if not collectives.whole(p).isfinite().all()]
         if bad:
             return f"weights are not finite in {bad[0]} and {len(bad) - 1} more"
         first: list[str] = []

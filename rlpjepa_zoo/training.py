@@ -134,8 +134,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
     if missing := set(recipe.train.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with} - {"all"}:
         raise RecipeError(f"train.trackers: {min(missing)} is not installed; pip install it, or leave it out")
-    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise RecipeError(f"accelerate: expected plain data parallelism, got {accelerator.distributed_type.value}; use recipes/accelerate/")
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU") and not (kind == "FSDP" and accelerator.is_fsdp2):
+        raise RecipeError(f"accelerate: expected data parallelism or FSDP version 2, got {kind}; use recipes/accelerate/")
     if recipe.train.batch_size % collectives.world_size():
         raise RecipeError(f"train.batch_size: {recipe.train.batch_size} is not divisible by {collectives.world_size()} processes")
     global_state = torch.get_rng_state()
@@ -202,8 +203,9 @@ class _Run:
         with streams.seeded(recipe.seed, "init-probes"):
             model = _Model(self.encoder, self.source.classes if recipe.probe.online else 0)
         optimizer = make_optimizer(self.encoder, model.probes, recipe)
-        if recipe.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        sharded = accelerator.distributed_type.value == "FSDP"  # which takes contiguous weights only
+        self.memory = torch.channels_last if recipe.train.channels_last and not sharded else torch.contiguous_format
+        model = model.to(memory_format=self.memory)
         if collectives.world_size() > 1 and accelerator.device.type == "cuda":
             model = convert_sync_batchnorm(model)  # timm's keeps the activation that its fused norms hold; torch's drops it
         model = model.to(accelerator.device)
@@ -211,7 +213,14 @@ class _Run:
         if recipe.train.compile:
             self.encoder.backbone.compile()
         self.inner = model
+        if sharded:
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast alone, as with data parallelism: the same numbers
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.whole: SparseEncoder | None = None
+        if any(hasattr(p, "full_tensor") for p in model.parameters()):  # FSDP: measured and published is a copy that is not sharded
+            if self.ema is not None:
+                raise RecipeError("train.ema: not kept for sharded weights; use data parallelism, or set it to null")
+            self.whole = build_encoder(recipe).to(accelerator.device)
         mu, sigma = recipe.target.law()
         law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
         weights = recipe.objective
@@ -228,8 +237,7 @@ class _Run:
         self.asked_at = 0.0
         self.save_now = False
         self.saved = self.logged = (0, 0.0)
-        shown = self.encoder if self.ema is None else self.ema.module
-        self.publication = record.Publication(recipe, out, shown)
+        self.publication = record.Publication(recipe, out, self._shown())
         if found is not None:
             self._restore(found, allow_change)
         self.journal = journal.Journal(out, recipe, self.main)
@@ -298,8 +306,9 @@ class _Run:
     def _forward(self, batch: Batch) -> _Result:
         device = self.accelerator.device
         views = self.augment([x.to(device, non_blocking=True) for x in batch.images], batch.epoch, batch.rows)
-        memory = torch.channels_last if self.recipe.train.channels_last else torch.contiguous_format
-        return self.model([x.flatten(0, 1).contiguous(memory_format=memory) for x in views], batch.labels.to(device, non_blocking=True))
+        return self.model(
+            [x.flatten(0, 1).contiguous(memory_format=self.memory) for x in views], batch.labels.to(device, non_blocking=True)
+        )
 
     def _update(self, terms: Terms, batch: Batch) -> float:
         """One step of the optimiser, unless loss or gradient is not finite on any rank; returns the norm of the gradient (clipped if asked)."""
@@ -309,6 +318,7 @@ class _Run:
         else:
             self.accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = collectives.whole(norm)
         broken = ~(terms.loss.detach().isfinite() & norm.isfinite())
         stop, size = collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
         if stop:
@@ -326,16 +336,24 @@ class _Run:
 
     def _look(self, bar: Any) -> None:
         """Measure, save, publish."""
-        found = during_training(self.ema.module if self.ema else self.encoder, self.source, self.recipe, self.accelerator.autocast)
+        found = during_training(self._shown(), self.source, self.recipe, self.accelerator.autocast)
         self.last_metrics |= found
         metric = self.recipe.train.best
         better = metric is not None and self._is_best(metric)
         self._log({"kind": "eval", **found}, bar)
-        for sentence in alarms(found, self.recipe.target.density_in_theory(), still_training=self.step < self.total):
-            log.warning("step %d: %s", self.step, sentence)
+        if self.step < self.total:  # at the end all alarms are said
+            for sentence in alarms(found, self.recipe.target.density_in_theory(), still_training=True):
+                log.warning("step %d: %s", self.step, sentence)
         self._save()
         self._publish(best=better)
         self.logged = (self.step, time.monotonic())
+
+    def _shown(self) -> SparseEncoder:
+        """The encoder that is measured and published. All ranks call it."""
+        if self.whole is None:
+            return self.encoder if self.ema is None else self.ema.module
+        self.whole.load_state_dict({k: collectives.whole(v) for k, v in self.encoder.state_dict().items()})
+        return self.whole
 
     def _is_best(self, metric: str) -> bool:
         if metric not in self.last_metrics:
@@ -391,7 +409,8 @@ class _Run:
                 f"restore them, or go on with --allow-change {_DATA}"
             )
         own = {k: v for k, v in found.model.items() if not k.startswith("ema.")}
-        self.inner.load_state_dict(own)
+        current = self.inner.state_dict()
+        self.inner.load_state_dict({k: collectives.laid_out_like(v, current[k]) if k in current else v for k, v in own.items()})
         if self.ema is not None:
             self.ema.module.load_state_dict(
                 {k.removeprefix("ema."): v for k, v in found.model.items() if k not in own} or self.encoder.state_dict()
@@ -414,8 +433,11 @@ class _Run:
 
     def _save(self) -> None:
         trouble = None
-        if self.main:
+        if self.main or self.whole is not None:
             tensors, scalars = checkpoint.optimizer_state(self.optimizer.optimizer)
+            averaged = {} if self.ema is None else {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
+            model = {k: collectives.whole(v.detach()).cpu().contiguous() for k, v in (self.inner.state_dict() | averaged).items()}
+        if self.main:
             state = {
                 "recipe": self.recipe.dump(), "optimizer": scalars, "images": self.source.length, "data": self.data, "seconds": self.seconds,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
@@ -423,8 +445,6 @@ class _Run:
                 "skipped": [self.guard.skipped, self.guard.in_a_row], "versions": zoo.versions(),
                 "world_size": collectives.world_size(), "threads": torch.get_num_threads(),
             }  # fmt: skip
-            averaged = {} if self.ema is None else {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
-            model = {k: v.detach().cpu().contiguous() for k, v in (self.inner.state_dict() | averaged).items()}
             also = [self.best[0]] if self.best else []
             try:
                 checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep, also)
@@ -576,6 +596,7 @@ class _Run:
 
     def _publish(self, again: bool = False, best: bool = False) -> None:
         trouble = None
+        self._shown()
         if self.main:
             try:
                 self.publication.write(self.info(), self.step, self.total, again)

@@ -347,7 +347,8 @@ class Train(Section):
     """Also keep the checkpoint and the encoder (in encoder-best/) of the evaluation where this was best; excess is the distance above its
     floor of the last training batches."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then what is measured and published; null publishes the weights."""
+    """Decay of an exponential moving average of the weights, which is then what is measured and published; it warms up from 0 as
+    1 - (1 + t)^(-2/3) at update t. Null publishes the weights themselves."""
     max_skipped: Annotated[int, Field(ge=0)] = 5
     """Steps in a row with a loss or gradient that is not finite: they are skipped; one more ends the run."""
     timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 30.0

@@ -193,6 +193,8 @@ class _Run:
         found = self._find(resume, allow_change)
         with accelerator.local_main_process_first():  # one process downloads
             self.source: Source = open_source(recipe.data, recipe.seed)
+        if recipe.train.best in ("knn_z", "knn_features") and not self.source.classes:
+            raise RecipeError(f"train.best: {recipe.train.best} needs images with labels; use excess, or set it to null")
         self.data = fingerprint(self.source)
         self.total, self.per_epoch = recipe.steps(self.source.length)
         self.encoder = build_encoder(recipe)
@@ -209,7 +211,7 @@ class _Run:
         if collectives.world_size() > 1 and accelerator.device.type == "cuda":
             model = convert_sync_batchnorm(model)  # timm's keeps the activation that its fused norms hold; torch's drops it
         model = model.to(accelerator.device)
-        self.ema = None if recipe.train.ema is None else ModelEmaV3(self.encoder, decay=recipe.train.ema, foreach=True)
+        self.ema = None if recipe.train.ema is None else ModelEmaV3(self.encoder, decay=recipe.train.ema, use_warmup=True)
         if recipe.train.compile:
             self.encoder.backbone.compile()
         self.inner = model
@@ -330,7 +332,7 @@ class _Run:
         if not stop or self.accelerator.scaler is not None:  # without gradients nothing but the loss scale of fp16 changes
             self.optimizer.step()
         if not stop and self.ema is not None:
-            self.ema.update(self.encoder)
+            self.ema.update(self.encoder, self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         return float(size)
 
@@ -339,7 +341,7 @@ class _Run:
         found = during_training(self._shown(), self.source, self.recipe, self.accelerator.autocast)
         self.last_metrics |= found
         metric = self.recipe.train.best
-        better = metric is not None and self._is_best(metric)
+        better = metric in self.last_metrics and self._is_best(metric)
         self._log({"kind": "eval", **found}, bar)
         if self.step < self.total:  # at the end all alarms are said
             for sentence in alarms(found, self.recipe.target.density_in_theory(), still_training=True):
@@ -356,8 +358,6 @@ class _Run:
         return self.whole
 
     def _is_best(self, metric: str) -> bool:
-        if metric not in self.last_metrics:
-            raise RecipeError(f"train.best: {metric} is not measured in this run (it has no labels); use excess, or leave it out")
         value, before = self.last_metrics[metric], self.best
         better = before is None or (value > before[1] if _HIGHER_IS_BETTER[metric] else value < before[1])
         if better:

@@ -65,6 +65,20 @@ def test_commands_of_the_readme_run_or_would(
     assert [entry.title for entry in hub_server.log("you/photos-sparse")] == ["Upload sparse encoder", "initial commit"]
 
 
+def test_commands_of_the_page_on_pretraining_name_files_and_options_that_exist() -> None:
+    page = (ROOT / "docs/pretraining.md").read_text()
+    commands = re.findall(r"\| `([^`]*--out DIR)`", page)
+    assert len(commands) == 8
+    for name in re.findall(r"recipes/[\w./-]+|tests/[\w./-]+\.py", page):
+        assert (ROOT / name).is_file(), name
+    known = set(re.findall(r"`((?:train|data|views|optim)\.[a-z_]+)", page))
+    values = Recipe.load("digits").model_dump()
+    assert len(known) >= 15
+    for key in known:
+        section, _, name = key.partition(".")
+        assert name in values[section], key
+
+
 def test_the_two_commands_of_the_start_are_there() -> None:
     assert "pip install -e . && rlpjepa demo" in README and "pip install -e '.[test]' && pytest" in README
 
@@ -133,6 +147,15 @@ def test_the_speed_that_is_claimed_is_the_one_measured() -> None:
     found = json.loads((ROOT / "benchmarks/training_step.json").read_text())
     claimed = re.search(r"runs ([0-9.]+) times as fast as the loop", README)
     assert claimed and abs(float(claimed[1]) - found["ratio"]) < 0.05
+
+
+def test_the_feeding_that_is_claimed_is_the_one_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/data_pipeline.json").read_text())
+    small, large = found["cifar10"]["ratio"], found["photographs"]["ratio"]
+    claimed = re.search(r"makes ([0-9.]+) times as many views.* ([0-9.]+) times as many of photographs on a CPU, ([0-9.]+) times", README, re.S)
+    assert claimed and small["ours"] >= 2
+    for text, measured in zip(claimed.groups(), (small["ours"], large["ours"], large["for a GPU"]), strict=True):
+        assert abs(float(text) - measured) < 0.06
 
 
 def test_the_benchmark_runs() -> None:

@@ -25,7 +25,7 @@ from .recipe import Recipe
 from .sources import Source
 from .views import Augment
 
-__all__ = ["Batch", "Batches", "Decoded", "decoded", "make_loader"]
+__all__ = ["Batch", "Batches", "Decoded", "decoded", "lanes", "make_loader", "steps_of_an_epoch"]
 
 _SUBSTITUTES = 50
 _MOST_LANES = 64
@@ -310,6 +310,14 @@ def _joined(parts: list[Batch]) -> Batch:
     return Batch(found, labels, rows, parts[0].epoch, [record for part in parts for record in part.bad])
 
 
+def steps_of_an_epoch(source: Source, recipe: Recipe) -> int:
+    """Whole batches in an epoch; DataError when there is none."""
+    found = source.length // recipe.train.batch_size
+    if found < 1:
+        raise DataError(f"{source.length} training images are fewer than one batch; lower train.batch_size = {recipe.train.batch_size}")
+    return found
+
+
 def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1, finish: bool = True) -> DataLoader[Batch]:
     """Batches of the given steps, across epochs, for one rank; iterate inside `Batches`, which ends the workers.
 
@@ -320,9 +328,7 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
     Raises:
         DataError: fewer images than one batch.
     """
-    per_epoch = source.length // recipe.train.batch_size
-    if per_epoch < 1:
-        raise DataError(f"{source.length} training images are fewer than one batch; lower train.batch_size = {recipe.train.batch_size}")
+    per_epoch = steps_of_an_epoch(source, recipe)
     nothing_to_do = not finish and isinstance(source.train, Decoded) and source.train.stack is not None
     workers = 0 if nothing_to_do else recipe.train.num_workers
     common: dict[str, Any] = {

@@ -84,7 +84,8 @@ class Data(Section):
     download: bool = True
     """torchvision only: fetch the files when they are missing."""
     cache_gb: NonNegative = 2.0
-    """Images are decoded once and kept in memory (of each process) if they need no more than this; 0 never keeps them."""
+    """Training images are decoded once and kept in memory (of each process) if they need no more than this, and so are those for
+    evaluation; 0 never keeps them."""
     limit: Count | None = None
     """Use only this many training images, chosen at random (by the seed of the run)."""
     image_size: Count = 32

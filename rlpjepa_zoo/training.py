@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoint, collectives, journal, record, streams, zoo
 from .checkpoint import Checkpoint
-from .data import Batch, Batches, decoded, make_loader
+from .data import Batch, Batches, decoded, make_loader, steps_of_an_epoch
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
 from .errors import DataError, NonFiniteError, RecipeError, StoppedBySignal, UsageError, ZooError, did_you_mean, first_line
@@ -129,7 +129,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.timeout_minutes))],
         )  # fmt: skip
     except ValueError as error:
-        raise RecipeError(f"train: {str(error).splitlines()[0]}") from error
+        mend = "; set train.precision to fp16 or no" if "bf16" in str(error) else ""
+        raise RecipeError(f"train: {first_line(error)}{mend}") from error
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
     if missing := set(recipe.train.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with} - {"all"}:
@@ -146,6 +147,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         with checkpoint.lock(out):
             return _Run(recipe, out, accelerator, resume, allow_change, progress).go()
     finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
         torch.set_rng_state(global_state)
 
 
@@ -196,11 +199,14 @@ class _Run:
         if recipe.train.best in ("knn_z", "knn_features") and not self.source.classes:
             raise RecipeError(f"train.best: {recipe.train.best} needs images with labels; use excess, or set it to null")
         self.data = fingerprint(self.source)
-        self.total, self.per_epoch = recipe.steps(self.source.length)
+        self.per_epoch = steps_of_an_epoch(self.source, recipe)
+        self.total, _ = recipe.steps(self.source.length)
         self.encoder = build_encoder(recipe)
         self._same_everywhere(found.step if found else 0)
         if isinstance(self.source.train, Images) and recipe.train.epochs > 1:
-            self.source = self.source._replace(train=decoded(self.source.train, recipe.data.cache_gb * 2**30, self.progress))
+            most = recipe.data.cache_gb * 2**30
+            held_out = self.source.eval and decoded(self.source.eval, most, self.progress)
+            self.source = self.source._replace(train=decoded(self.source.train, most, self.progress), eval=held_out)
         self.augment = Augment(recipe.views, recipe.data, recipe.seed)
         with streams.seeded(recipe.seed, "init-probes"):
             model = _Model(self.encoder, self.source.classes if recipe.probe.online else 0)
@@ -576,7 +582,7 @@ class _Run:
         self.journal.row(row)
         if self.recipe.train.trackers:
             try:
-                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=self.step)
+                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}, step=self.step)
             except Exception as error:  # a tracker's server that is down does not end a run; metrics.jsonl has the row
                 self.journal.once(f"tracker: {type(error).__name__}: {error}")
         if row["kind"] == "eval" and not bar.disable:
@@ -623,8 +629,6 @@ class _Run:
             }
             (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
             self.publication.finish()
-        if self.recipe.train.trackers:
-            self.accelerator.end_training()
         collectives.barrier()
         return self.out / "encoder"
 

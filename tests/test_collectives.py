@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlpjepa_zoo import collectives
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
+from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.objectives import RectifiedLpJEPALoss
 
 WORLD, BATCH, WIDTH, INPUTS, COUNT = 2, 24, 6, 5, 33
@@ -109,6 +110,14 @@ def too_few_directions() -> str:
     return ""
 
 
+def what_is_raised(trouble: Exception | None) -> str:
+    try:
+        collectives.together(trouble)
+    except DataError as error:
+        return str(error)
+    return "went on"
+
+
 def rows_of(rank: int, sizes: tuple[int, int]) -> Tensor:
     return torch.arange(sizes[rank] * 2).view(-1, 2) + 100 * rank
 
@@ -132,6 +141,7 @@ def on_a_rank() -> dict[str, Any]:
         "detached": mutated_step(detached_gather),
         "own slice": mutated_step(_OwnSlice.apply),
         "refusal": too_few_directions(),
+        "together": [what_is_raised(trouble) for trouble in (None, DataError("no disk") if rank == 1 else None)],
     }
     collectives.barrier()
     collectives.shut_down()
@@ -276,6 +286,11 @@ def test_wrong_gather_is_noticed(reports: list[dict[str, Any]], mutation: str) -
 def test_fewer_directions_than_ranks_are_refused_on_every_rank(reports: list[dict[str, Any]]) -> None:
     for r in reports:
         assert "fewer than 2 ranks" in r["refusal"]
+
+
+def test_what_goes_wrong_on_one_rank_is_raised_on_all(reports: list[dict[str, Any]]) -> None:
+    assert [r["together"] for r in reports] == [["went on", "process 1: no disk"], ["went on", "no disk"]]
+    assert what_is_raised(None) == "went on" and what_is_raised(DataError("full")) == "full"
 
 
 def test_error_of_a_rank_is_raised_here() -> None:

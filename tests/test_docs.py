@@ -152,7 +152,9 @@ def test_the_speed_that_is_claimed_is_the_one_measured() -> None:
 def test_the_feeding_that_is_claimed_is_the_one_measured() -> None:
     found = json.loads((ROOT / "benchmarks/data_pipeline.json").read_text())
     small, large = found["cifar10"]["ratio"], found["photographs"]["ratio"]
-    claimed = re.search(r"makes ([0-9.]+) times as many views.* ([0-9.]+) times as many of photographs on a CPU, ([0-9.]+) times", README, re.S)
+    claimed = re.search(
+        r"makes ([0-9.]+) times as many views.* ([0-9.]+) times as many of photographs on a CPU, ([0-9.]+) times", README, re.S
+    )
     assert claimed and small["ours"] >= 2
     for text, measured in zip(claimed.groups(), (small["ours"], large["ours"], large["for a GPU"]), strict=True):
         assert abs(float(text) - measured) < 0.06

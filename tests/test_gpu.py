@@ -10,8 +10,9 @@ import torch
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.loading import create_encoder, load_encoder
 from rlpjepa_zoo.objectives import FAMILIES, RectifiedLpJEPALoss, directions, sliced_wasserstein
-from rlpjepa_zoo.recipe import Recipe
+from rlpjepa_zoo.recipe import Data, Recipe, Views
 from rlpjepa_zoo.training import train
+from rlpjepa_zoo.views import Augment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -62,8 +63,9 @@ def test_objective_is_a_function_of_seed_and_step() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [["train.precision=bf16"], ["train.precision=fp16"], ["train.compile=true"], ["train.precision=no", "train.channels_last=false"]],
-)
+    [["train.precision=bf16"], ["train.precision=fp16"], ["train.compile=true"], ["train.precision=no", "train.channels_last=false"],
+     ["train.ema=0.9", "views.local={count: 2, size: 16}"]],
+)  # fmt: skip
 def test_training_learns(tmp_path: Path, more: list[str]) -> None:
     folder = train(
         Recipe.load("digits", ["train.epochs=6", "optim.warmup_epochs=1", "train.log_every=1", *more]), tmp_path / "run", progress=False
@@ -77,3 +79,35 @@ def test_embedding_on_the_device_equals_the_cpu() -> None:
     enc, x = create_encoder("test_resnet", dim=32).eval(), torch.randn(16, 3, 32, 32)
     cpu, gpu = enc.embed(x).to_dense(), enc.to("cuda").embed(x).to_dense()
     assert np.allclose(cpu, gpu, atol=1e-3)
+
+
+def test_views_made_on_the_device_are_those_of_the_cpu() -> None:
+    views = Views(count=3, crop_scale=(0.2, 1.0), rotate=10, translate=0.1, blur=0.5, solarize=0.2, equalize=0.2, noise=0.1)
+    augment = Augment(views, Data(source="digits", image_size=32, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255)), seed=0)
+    pixels = torch.randint(0, 256, (64, 3, 9, 9), dtype=torch.uint8).float()
+    smooth = torch.nn.functional.interpolate(pixels, size=(40, 48), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    cpu, gpu = (augment([smooth.to(device)], 1, torch.arange(64))[0] for device in ("cpu", "cuda"))
+    difference = (cpu - gpu.cpu()).abs()
+    assert gpu.is_cuda and float((difference > 1.01).float().mean()) < 0.02 and float(difference.mean()) < 0.1
+
+
+def test_a_step_that_overflows_fp16_is_skipped_and_lowers_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = RectifiedLpJEPALoss.__call__
+
+    def broken(self, z, step):  # type: ignore[no-untyped-def]
+        terms = original(self, z, step)
+        return terms._replace(loss=terms.loss * float("inf")) if step in (4, 5) else terms
+
+    monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
+    recipe = Recipe.load("digits", ["train.epochs=3", "optim.warmup_epochs=1", "train.log_every=1", "train.precision=fp16"])
+    train(recipe, tmp_path / "run", progress=False)
+    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped"] >= 2
+
+
+def test_a_resumed_run_on_the_device_goes_on_where_it_was(tmp_path: Path) -> None:
+    more = ["optim.warmup_epochs=1", "train.log_every=1", "train.precision=no"]
+    whole, half = (Recipe.load("digits", [f"train.epochs={epochs}", *more]) for epochs in (4, 2))
+    train(half, tmp_path / "run", progress=False)
+    train(whole, tmp_path / "run", resume=True, allow_change=["train.epochs"], progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, rows[-1]["step"] + 1))

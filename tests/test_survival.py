@@ -319,25 +319,6 @@ def test_unreadable_images_are_listed_once_whatever_was_killed(image_folder: Pat
 # --- ranks ----------------------------------------------------------------------------------------------------------------------------
 
 
-def fail_on_one() -> str:
-    rank = collectives.rank()
-    try:
-        collectives.together(OutputError("disk full") if rank == 1 else None)
-    except OutputError as error:
-        return str(error)
-    return "went on"
-
-
-def agree_on_nothing() -> str:
-    collectives.together(None)
-    return "went on"
-
-
-def test_what_goes_wrong_on_one_rank_is_raised_on_all() -> None:
-    assert run_ranks(fail_on_one, 2) == ["process 1: disk full", "disk full"]
-    assert run_ranks(agree_on_nothing, 2) == ["went on", "went on"]
-
-
 def run_with(trouble: str, folder: str) -> str:
     """Train on two ranks; something goes wrong on one of them."""
     logging.getLogger("rlpjepa_zoo").setLevel(logging.ERROR)

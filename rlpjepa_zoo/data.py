@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class Decoded(Images):
-    """Images decoded once, in one block of memory; `stack` is (n, H, W, 3) uint8 when all have one size.
+    """Images decoded once, in one block of memory; `stack` is (m, H, W, 3) uint8, the m that can be read, when those have one size.
 
     Args:
         pixels: (N,) uint8, image after image.
@@ -65,7 +65,8 @@ class Decoded(Images):
         self.pixels, self.sizes, self.reasons = pixels, sizes, reasons
         self.ends = np.cumsum(3 * sizes.prod(1))
         good = np.unique(sizes[sizes[:, 0] > 0], axis=0)
-        self.stack = pixels.view(-1, *good[0].tolist(), 3) if len(good) == 1 and not reasons else None
+        self.stack = pixels.view(-1, *good[0].tolist(), 3) if len(good) == 1 else None
+        self.places = np.cumsum(sizes[:, 0] > 0) - 1
 
     def _picture(self, i: int) -> Image.Image:
         if i in self.reasons:
@@ -133,22 +134,28 @@ class _Indexed(Dataset[Batch]):
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
         epoch, rows = key
-        known = self.source.labels
-        if isinstance(self.source, Decoded) and self.source.stack is not None:
-            pixels = self.source.stack[rows].permute(0, 3, 1, 2)
-            return self.assemble(pixels, [-1] * len(rows) if known is None else known[rows].tolist(), rows, epoch, [])
-        pictures, taken, bad = [], [], list[tuple[int, str]]()
-        for row in rows:
-            picture, instead = self._read(epoch, row, bad)
-            pictures.append(picture)
-            taken.append(instead)
-        return self.assemble(pictures, [-1] * len(rows) if known is None else known[taken].tolist(), taken, epoch, bad)
+        stack = self.source.stack if isinstance(self.source, Decoded) else None
+        read = self.source.read if stack is None else self._place
+        bad: list[tuple[int, str]] = []
+        found = [self._first(read, epoch, row, bad) for row in rows]
+        taken = [row for _, row in found]
+        pictures = [picture for picture, _ in found]
+        labels = [-1] * len(rows) if self.source.labels is None else self.source.labels[taken].tolist()
+        return self.assemble(pictures if stack is None else stack[pictures].permute(0, 3, 1, 2), labels, taken, epoch, bad)
 
-    def _read(self, epoch: int, row: int, bad: list[tuple[int, str]]) -> tuple[Image.Image, int]:
+    def _place(self, row: int) -> int:
+        """Where an image is in the stack."""
+        source: Any = self.source
+        if row in source.reasons:
+            raise DataError(source.reasons[row])
+        return int(source.places[row])
+
+    def _first(self, read: Callable[[int], Any], epoch: int, row: int, bad: list[tuple[int, str]]) -> tuple[Any, int]:
+        """What `read` gives for this row, or for the first that can be read of those drawn in its place; and which row that is."""
         for attempt in range(_SUBSTITUTES):
             take = row if attempt == 0 else streams.key(self.seed, "substitute", epoch, row, attempt) % len(self.source)
             try:
-                return self.source.read(take), take
+                return read(take), take
             except DataError as error:
                 bad.append((take, str(error)))
         raise DataError(f"{_SUBSTITUTES} images in a row cannot be read; the last: {bad[-1][1]}")

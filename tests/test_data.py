@@ -650,13 +650,15 @@ def test_decoded_images_are_the_same_pictures_and_make_the_same_batches(make: An
     for images in (source.train, kept.train, kept.train.take([5])):
         with refused("photo-5: cannot be read"):
             images.read(0 if len(images) == 1 else 5)
-    assert agree(batches(kept, toy(), range(6)), batches(source, toy(), range(6)))
+    for a, b in zip(batches(kept, toy(), range(6)), batches(source, toy(), range(6)), strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.labels, b.labels) and a.bad == b.bad
+        assert (kept.train.stack is not None) == (make is photos) and (make is photos or torch.equal(a.images[0], b.images[0]))
 
 
 def test_decoded_images_of_one_size_are_cropped_together_to_within_a_grey_level() -> None:
-    source = photos(24)
+    source = photos(24, broken=(3, 8))
     kept = source._replace(train=decoded(source.train, 1e9))
-    assert kept.train.stack.shape == (24, SIZE, SIZE, 3)
+    assert kept.train.stack.shape == (22, SIZE, SIZE, 3)
     recipe = toy("views.jitter=0", "views.grayscale=0", "views.noise=0", "data.mean=[0,0,0]", "data.std=[1,1,1]")
     for a, b in zip(batches(kept, recipe, range(3)), batches(source, recipe, range(3)), strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.labels, b.labels)

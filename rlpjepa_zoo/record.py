@@ -69,7 +69,9 @@ def history(log_file: Path) -> list[dict[str, float]]:
     for kind, keys in (("train", ("l0", "excess")), ("eval", ("l0_eval", "knn_z", "knn_features"))):
         of_kind = [row for row in rows if row.get("kind") == kind]
         every = max(1, -(-len(of_kind) // 100))
-        thin += [{"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if row.get(k) is not None} for row in of_kind[::-every][::-1]]
+        thin += [
+            {"step": row["step"]} | {k: float(f"{row[k]:.5g}") for k in keys if row.get(k) is not None} for row in of_kind[::-every][::-1]
+        ]
     return thin
 
 

@@ -9,6 +9,7 @@ instant at least one complete checkpoint exists. No random state is stored: draw
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,9 +29,11 @@ from . import collectives
 from .errors import ModelError, OutputError, UsageError
 from .folder import parse_json, sha256, sync_folder, write_durably
 
-__all__ = ["Checkpoint", "latest", "lock", "optimizer_state", "restore_optimizer", "save"]
+__all__ = ["Checkpoint", "check_space", "latest", "lock", "optimizer_state", "restore_optimizer", "save"]
 
 _STEP = re.compile(r"step-(\d{8})")
+_BESIDE = 16_000_000
+"""Bytes that logs and small files of a run need."""
 
 
 class Checkpoint(NamedTuple):
@@ -50,6 +53,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
     """
     home = run / "checkpoints"
     final = home / f"step-{checkpoint.step:08d}"
+    contents: dict[str, bytes] = {}
     partial = home / f".tmp-{checkpoint.step:08d}-{os.getpid()}"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -81,8 +85,29 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
             shutil.rmtree(doomed, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"{final}: checkpoint not written: {error.strerror or error}; earlier ones are untouched") from error
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(map(len, contents.values()))
+            reason = f"disk full ({reason}; it needs {needed / 1e6:.1f} MB, {shutil.disk_usage(_there(run)).free / 1e6:.1f} MB are free)"
+        raise OutputError(f"{final}: checkpoint not written: {reason}; earlier ones are untouched") from error
     return final
+
+
+def check_space(run: Path, size: int) -> None:
+    """Refuse a run whose disk cannot hold two checkpoints of `size` bytes and what is written beside them (those that are there count).
+
+    Raises:
+        OutputError: says how much is needed and how much is free.
+    """
+    needed = max(1, 2 - len(_steps(run / "checkpoints"))) * size + _BESIDE
+    free = shutil.disk_usage(_there(run)).free
+    if free < needed:
+        room = f"{needed / 1e6:.0f} MB are needed for two checkpoints, {free / 1e6:.0f} MB are free"
+        raise OutputError(f"{run}: too little room on the disk: {room}; make room, or choose another --out")
+
+
+def _there(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
 
 
 def _verifies(step: int, path: Path) -> bool:

@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+DistError: type[Exception] = getattr(dist, "DistError", RuntimeError)
+"""What torch raises when processes do not find each other."""
+
 
 def _active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm.auto import tqdm
 
 from . import images, streams
-from .errors import DataError
+from .errors import DataError, OutputError
 from .images import Images
 from .recipe import Recipe
 from .sources import Source
@@ -29,6 +32,9 @@ __all__ = ["Batch", "Batches", "Decoded", "decoded", "lanes", "make_loader", "st
 
 _SUBSTITUTES = 50
 _MOST_LANES = 64
+_PREFETCH = 4
+"""Batches that each worker has on their way, at most."""
+_SHARED_MEMORY = Path("/dev/shm")
 _SHORTEST_LANE = 0.85
 """Of its share of an epoch, that a lane of a stream must hold; it begins again for the rest."""
 
@@ -297,17 +303,22 @@ class Batches:
         """The next batch; what went wrong in a worker becomes one line.
 
         Raises:
-            DataError: unreadable data, or a worker that died.
+            DataError: unreadable data, or a worker that died or hangs.
         """
         try:
             parts = [next(self.iterator) for _ in range(self._pieces)]
         except DataError as error:  # torch wraps the traceback of the worker around the message
             raise DataError(str(error.args[0]).strip().splitlines()[-1].removeprefix("rlpjepa_zoo.errors.DataError: ")) from error
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
             reason = str(error).strip().splitlines()[0]
-            raise DataError(f"{reason}; out of memory? Lower train.num_workers, or set it to 0 to see the error itself") from error
+            if "DataLoader timed out" in reason:
+                mend = "does a file hang? Set train.num_workers=0 to see where, or raise train.loader_timeout_minutes"
+                raise DataError(f"no batch from the workers: {reason}; {mend}") from error
+            if "DataLoader worker" not in reason:
+                raise
+            ended = {worker.exitcode for worker in self.iterator._workers} if hasattr(self.iterator, "_workers") else set()
+            where = "shared memory, /dev/shm: enlarge it, or lower" if -signal.SIGBUS in ended else "memory? Lower"
+            raise DataError(f"{reason}; out of {where} train.num_workers, or set it to 0 to see the error itself") from error
         return parts[0] if len(parts) == 1 else _joined(parts)
 
 
@@ -325,6 +336,21 @@ def steps_of_an_epoch(source: Source, recipe: Recipe) -> int:
     return found
 
 
+def _prefetch(recipe: Recipe, share: int, finish: bool) -> int:
+    """How many batches each worker may have on their way: what fits into the shared memory, for a worker that finds it full never answers."""
+    views, workers = recipe.views, recipe.train.num_workers
+    pixels = views.count * recipe.data.image_size**2 + (views.local.count * views.local.size**2 if views.local else 0)
+    batch = share * 3 * pixels * (4 if finish else 1) + (1 << 16)  # labels and numbers
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else math.inf
+    fit = int(min(_PREFETCH, (free / batch - 2) // workers))  # two are in the hands of the loop
+    if fit < 1:
+        room = f"{(workers + 2) * batch / 1e6:.1f} MB are needed for batches of {workers} workers, {free / 1e6:.1f} MB are free"
+        raise OutputError(
+            f"{_SHARED_MEMORY}: too little shared memory: {room}; enlarge it (docker run --shm-size), or lower train.num_workers"
+        )
+    return fit
+
+
 def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1, finish: bool = True) -> DataLoader[Batch]:
     """Batches of the given steps, across epochs, for one rank; iterate inside `Batches`, which ends the workers.
 
@@ -334,15 +360,17 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
 
     Raises:
         DataError: fewer images than one batch.
+        OutputError: no shared memory for what the workers send.
     """
     per_epoch = steps_of_an_epoch(source, recipe)
     nothing_to_do = not finish and isinstance(source.train, Decoded) and source.train.stack is not None
     workers = 0 if nothing_to_do else recipe.train.num_workers
     common: dict[str, Any] = {
         "num_workers": workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": images.deaf_worker if workers else None,
-        "prefetch_factor": 4 if workers else None, "generator": torch.Generator(), "batch_size": None,
+        "prefetch_factor": _prefetch(recipe, recipe.train.batch_size // world, finish) if workers else None, "generator": torch.Generator(), "batch_size": None,
     }  # fmt: skip
     if recipe.data.streaming:
         return DataLoader(_Stream(source.train, recipe, steps, per_epoch, rank, world, finish), **common)
     sampler: Any = _Steps(source.length, recipe, steps, rank, world)
-    return DataLoader(_Indexed(source.train, recipe, finish), sampler=sampler, **common)
+    limit = 60 * recipe.train.loader_timeout_minutes if workers else 0  # not for streams, which may skip for hours when they are resumed
+    return DataLoader(_Indexed(source.train, recipe, finish), sampler=sampler, timeout=limit, **common)

@@ -354,6 +354,8 @@ class Train(Section):
     """Steps in a row with a loss or gradient that is not finite: they are skipped; one more ends the run."""
     timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 30.0
     """How long processes wait for each other before they give up."""
+    loader_timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 10.0
+    """How long a step waits for a batch from its workers before the run ends; has no meaning without workers, or for streams."""
     max_bad_fraction: Probability = 1.0
     """Stop when more than this share of the training images cannot be read."""
     trackers: tuple[str, ...] = ()

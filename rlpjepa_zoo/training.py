@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +37,18 @@ from .checkpoint import Checkpoint
 from .data import Batch, Batches, decoded, make_loader, steps_of_an_epoch
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
-from .errors import DataError, NonFiniteError, RecipeError, StoppedBySignal, UsageError, ZooError, did_you_mean, first_line
+from .errors import (
+    DataError,
+    HubError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    StoppedBySignal,
+    UsageError,
+    ZooError,
+    did_you_mean,
+    first_line,
+)
 from .evaluation import during_training
 from .guard import Guard
 from .images import Images
@@ -64,6 +77,7 @@ _MAY_CHANGE = (
     "train.num_workers",
     "train.keep",
     "train.timeout_minutes",
+    "train.loader_timeout_minutes",
     "train.checkpoint_minutes",
     "train.trackers",
     "data.path",
@@ -131,6 +145,10 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
     except ValueError as error:
         mend = "; set train.precision to fp16 or no" if "bf16" in str(error) else ""
         raise RecipeError(f"train: {first_line(error)}{mend}") from error
+    except collectives.DistError as error:
+        raise HubError(
+            f"the processes did not find each other: {first_line(error)}; check the port and address given to the launcher"
+        ) from error
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
     if missing := set(recipe.train.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with} - {"all"}:
@@ -139,17 +157,39 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU") and not (kind == "FSDP" and accelerator.is_fsdp2):
         raise RecipeError(f"accelerate: expected data parallelism or FSDP version 2, got {kind}; use recipes/accelerate/")
     if recipe.train.batch_size % collectives.world_size():
-        raise RecipeError(f"train.batch_size: {recipe.train.batch_size} is not divisible by {collectives.world_size()} processes")
+        batch, world = recipe.train.batch_size, collectives.world_size()
+        near = " or ".join(str(n) for n in (batch // world * world, -(-batch // world) * world) if n)
+        raise RecipeError(f"train.batch_size: {batch} is not divisible by {world} processes; use {near}")
     global_state = torch.get_rng_state()
     try:
         if not accelerator.is_main_process:
             return _Run(recipe, out, accelerator, resume, allow_change, False).go()
         with checkpoint.lock(out):
             return _Run(recipe, out, accelerator, resume, allow_change, progress).go()
+    except (MemoryError, RuntimeError) as error:
+        explained = _explained(error, recipe)
+        if explained is None:
+            raise
+        raise explained from error
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
         torch.set_rng_state(global_state)
+
+
+def _explained(error: BaseException, recipe: Recipe) -> ZooError | None:
+    """What a user can mend among the errors that torch raises in a step: no memory left, another process that is gone or hangs."""
+    text = first_line(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        mend = f"lower train.batch_size = {recipe.train.batch_size}, objective.chunk or train.num_workers; the last checkpoint is whole"
+        return OutputError(f"out of memory ({text}); {mend}")
+    if collectives.world_size() > 1 and any(
+        hint in text for hint in ("Timed out", "timeout", "Connection closed", "Connection reset", "Broken pipe")
+    ):
+        waited = f"train.timeout_minutes = {recipe.train.timeout_minutes:g}"
+        reason = f"process {collectives.rank()}: another process is gone or does not answer within {waited} ({text})"
+        return HubError(f"{reason}; look for its own error, then go on with --resume")
+    return None
 
 
 class _Result(NamedTuple):
@@ -193,6 +233,7 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
         self.main = accelerator.is_main_process
+        self.parent = os.getppid()
         found = self._find(resume, allow_change)
         with accelerator.local_main_process_first():  # one process downloads
             self.source: Source = open_source(recipe.data, recipe.seed)
@@ -249,6 +290,7 @@ class _Run:
         if found is not None:
             self._restore(found, allow_change)
         self.journal = journal.Journal(out, recipe, self.main)
+        self._check_space()
         self.journal.open(self.step if found else None, self.bad)
         self._start_trackers()
 
@@ -453,15 +495,36 @@ class _Run:
             }  # fmt: skip
             also = [self.best[0]] if self.best else []
             try:
+                if not (self.out / ".lock").exists():
+                    raise OutputError(f"{self.out}: moved or removed while the run went on; go on from its last checkpoint with --resume")
                 checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep, also)
             except ZooError as error:
                 trouble = error
         collectives.together(trouble)
         self.saved, self.save_now = (self.step, time.monotonic()), False
 
+    def _check_space(self) -> None:
+        trouble = None
+        if self.main:
+            held = sum(t.numel() * t.element_size() for m in (self.inner, self.ema) if m is not None for t in m.state_dict().values())
+            moments = {"adamw": 2, "lars": 1}[self.recipe.optim.name]
+            held += sum(moments * p.numel() * p.element_size() for p in self.inner.parameters() if p.requires_grad)
+            try:
+                checkpoint.check_space(self.out, held)
+            except OutputError as error:
+                trouble = error
+        collectives.together(trouble)
+
+    def _watch_launcher(self, over: threading.Event) -> None:
+        """A launcher that is killed tells nobody, and `accelerate launch` of one process passes no signal on: stop as by SIGTERM."""
+        while not over.wait(1.0):
+            if os.getppid() != self.parent and self.stop_with is None:
+                self.stop_with = 128 + signal.SIGTERM
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C finish the step, save and stop (one more, seconds later, stops at once); SIGUSR1 saves and goes on."""
+        """SIGTERM and Ctrl-C finish the step, save and stop (one more, seconds later, stops at once); SIGUSR1 saves and goes on. The end
+        of the launcher (torchrun, accelerate), if there is one, counts as SIGTERM."""
 
         def stop(number: int, frame: Any) -> None:
             if self.stop_with is None:
@@ -477,9 +540,13 @@ class _Run:
             before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         except ValueError:  # not the main thread: the caller handles signals
             before = {}
+        over = threading.Event()
+        if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # a run without launcher may outlive its shell
+            threading.Thread(target=self._watch_launcher, args=(over,), daemon=True).start()
         try:
             yield
         finally:
+            over.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

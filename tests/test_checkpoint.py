@@ -336,7 +336,7 @@ def calls_survived(run: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: 
             try:
                 save(run, made(step))
             except OutputError as error:
-                assert "No space left on device" in str(error) and error.exit_code == 6 and len(str(error).splitlines()) == 1
+                assert "disk full (No space left on device" in str(error) and error.exit_code == 6 and len(str(error).splitlines()) == 1
         found, damaged = latest(run)
         newest = same(found, before[-1]) or same(found, made(step))
         assert newest and damaged == [], f"call {at} of {name}: newest is {found and found.step} of {steps(run)}"

@@ -111,7 +111,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
     import torch
 
     from .errors import RecipeError
-    from .training import build_encoder
+    from .model import build_encoder
 
     mu, sigma = recipe.target.law()
     empty = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})

@@ -442,6 +442,17 @@ class Recipe(Section):
         """Canonical YAML, every field written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    def flat(self) -> dict[str, Any]:
+        """Every value under its dotted key."""
+
+        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in values.items():
+                found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            return found
+
+        return dotted(self.model_dump(mode="json"), "")
+
     def shareable(self) -> str:
         """`dump` without what is of one person or machine: of paths the last part is kept, or nothing where the data have a name, and
         running it again does not push to the same repository."""

@@ -11,17 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -29,7 +25,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import checkpoint, collectives, journal, record, streams, zoo
@@ -52,16 +47,16 @@ from .errors import (
 from .evaluation import during_training
 from .guard import Guard
 from .images import Images
-from .loading import create_encoder
+from .interrupts import Interrupts
 from .metrics import alarms, batch_metrics
+from .model import Result, Watched, build_encoder
 from .objectives import RectifiedLpJEPALoss, Terms
 from .optim import make_optimizer, set_learning_rates
-from .preprocess import Preprocess
 from .recipe import Recipe
 from .sources import Source, fingerprint, open_source
 from .views import Augment
 
-__all__ = ["build_encoder", "train"]
+__all__ = ["train"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -87,32 +82,6 @@ _MAY_CHANGE = (
     "hub.revision",
     "hub.license",
 )
-
-
-def build_encoder(recipe: Recipe) -> SparseEncoder:
-    """The encoder a recipe describes, initialised from the recipe's seed."""
-    options, data = recipe.encoder, recipe.data
-    size = (data.image_size, data.image_size)
-    with streams.seeded(recipe.seed, "init"):
-        encoder = create_encoder(
-            options.backbone, options.dim, options.hidden_dim, options.pretrained,
-            projector_depth=options.projector_depth, freeze_backbone=options.freeze_backbone,
-            preprocess=Preprocess(size, data.mean, data.std, data.interpolation, data.crop_pct), **options.args,
-        )  # fmt: skip
-    if recipe.views.local is not None:
-        _takes(encoder, recipe.views.local.size, options.backbone)
-    return encoder
-
-
-@torch.no_grad()
-def _takes(encoder: SparseEncoder, size: int, name: str) -> None:
-    """Refuse local views that a backbone cannot take before the run, not in its first step."""
-    try:
-        with encoder.evaluating():
-            encoder(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        mend = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
-        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {mend}") from error
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
@@ -192,39 +161,6 @@ def _explained(error: BaseException, recipe: Recipe) -> ZooError | None:
     return None
 
 
-class _Result(NamedTuple):
-    z: Tensor
-    """(V, b, D)"""
-    probe_loss: Tensor
-    probe_right: Tensor
-    """Accuracy of the probes on features and on z over this batch."""
-
-
-class _Model(nn.Module):
-    """Encoder and online probes as one module, so that one wrapper (DDP, autocast) covers both."""
-
-    def __init__(self, encoder: SparseEncoder, classes: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
-        self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
-
-    def forward(self, groups: list[Tensor], labels: Tensor) -> _Result:
-        """Views of each size, (V b, 3, S, S) each, through the encoder; the probes see the first size."""
-        outs = [self.encoder.both(x) for x in groups]
-        z = torch.cat([out.z.unflatten(0, (-1, len(labels))) for out in outs])
-        out, views = outs[0], len(groups[0]) // len(labels)
-        loss, right = out.z.new_zeros((), dtype=torch.float32), []
-        known = (labels >= 0).repeat(views)
-        count = known.sum().clamp(min=1)
-        target = labels.clamp(min=0).repeat(views)
-        for name, source in (("features", out.features), ("z", out.z)) if self.probes else ():
-            scores = self.probes[name](source.detach().float()).float()
-            loss = loss + (nn.functional.cross_entropy(scores, target, reduction="none") * known).sum() / count
-            right.append(((scores.argmax(1) == target) & known).sum() / count)
-        return _Result(z, loss, torch.stack(right) if right else loss.new_zeros(0))
-
-
 class _Run:
     """State of one run; `go` is the story."""
 
@@ -233,24 +169,56 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
         self.main = accelerator.is_main_process
-        self.parent = os.getppid()
         found = self._find(resume, allow_change)
-        with accelerator.local_main_process_first():  # one process downloads
-            self.source: Source = open_source(recipe.data, recipe.seed)
-        if recipe.train.best in ("knn_z", "knn_features") and not self.source.classes:
-            raise RecipeError(f"train.best: {recipe.train.best} needs images with labels; use excess, or set it to null")
-        self.data = fingerprint(self.source)
-        self.per_epoch = steps_of_an_epoch(self.source, recipe)
-        self.total, _ = recipe.steps(self.source.length)
+        self._open_images()
         self.encoder = build_encoder(recipe)
         self._same_everywhere(found.step if found else 0)
-        if isinstance(self.source.train, Images) and recipe.train.epochs > 1:
-            most = recipe.data.cache_gb * 2**30
+        self._decode_images()
+        self.augment = Augment(recipe.views, recipe.data, recipe.seed)
+        self._prepare()
+        mu, sigma = recipe.target.law()
+        law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+        weights = recipe.objective
+        self.objective = RectifiedLpJEPALoss(
+            law, weights.invariance, weights.matching, weights.directions, weights.num_directions, recipe.seed, weights.chunk
+        )
+        self.floor = self.objective.floor(recipe.train.batch_size, recipe.encoder.dim)
+        self.step, self.seconds, self.bad = 0, 0.0, dict[int, str]()
+        self.guard = Guard(self.inner, recipe)
+        self.last_metrics: dict[str, float] = {}
+        self.best: tuple[int, float] | None = None
+        self.zeros = 0
+        self.asked = Interrupts()
+        self.saved = self.logged = (0, 0.0)
+        self.publication = record.Publication(recipe, out, self._shown())
+        if found is not None:
+            self._restore(found, allow_change)
+        self.journal = journal.Journal(out, recipe, self.main)
+        self._check_space()
+        self.journal.open(self.step if found else None, self.bad)
+        self._start_trackers()
+
+    def _open_images(self) -> None:
+        with self.accelerator.local_main_process_first():  # one process downloads
+            self.source: Source = open_source(self.recipe.data, self.recipe.seed)
+        if self.recipe.train.best in ("knn_z", "knn_features") and not self.source.classes:
+            raise RecipeError(f"train.best: {self.recipe.train.best} needs images with labels; use excess, or set it to null")
+        self.data = fingerprint(self.source)
+        self.per_epoch = steps_of_an_epoch(self.source, self.recipe)
+        self.total, _ = self.recipe.steps(self.source.length)
+
+    def _decode_images(self) -> None:
+        """Keep small sets in memory."""
+        if isinstance(self.source.train, Images) and self.recipe.train.epochs > 1:
+            most = self.recipe.data.cache_gb * 2**30
             held_out = self.source.eval and decoded(self.source.eval, most, self.progress)
             self.source = self.source._replace(train=decoded(self.source.train, most, self.progress), eval=held_out)
-        self.augment = Augment(recipe.views, recipe.data, recipe.seed)
+
+    def _prepare(self) -> None:
+        """Model and optimiser, as they are trained on this device among the others."""
+        recipe, accelerator = self.recipe, self.accelerator
         with streams.seeded(recipe.seed, "init-probes"):
-            model = _Model(self.encoder, self.source.classes if recipe.probe.online else 0)
+            model = Watched(self.encoder, self.source.classes if recipe.probe.online else 0)
         optimizer = make_optimizer(self.encoder, model.probes, recipe)
         sharded = accelerator.distributed_type.value == "FSDP"  # which takes contiguous weights only
         self.memory = torch.channels_last if recipe.train.channels_last and not sharded else torch.contiguous_format
@@ -270,29 +238,6 @@ class _Run:
             if self.ema is not None:
                 raise RecipeError("train.ema: not kept for sharded weights; use data parallelism, or set it to null")
             self.whole = build_encoder(recipe).to(accelerator.device)
-        mu, sigma = recipe.target.law()
-        law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
-        weights = recipe.objective
-        self.objective = RectifiedLpJEPALoss(
-            law, weights.invariance, weights.matching, weights.directions, weights.num_directions, recipe.seed, weights.chunk
-        )
-        self.floor = self.objective.floor(recipe.train.batch_size, recipe.encoder.dim)
-        self.step, self.seconds, self.bad = 0, 0.0, dict[int, str]()
-        self.guard = Guard(model, recipe)
-        self.last_metrics: dict[str, float] = {}
-        self.best: tuple[int, float] | None = None
-        self.zeros = 0
-        self.stop_with: int | None = None
-        self.asked_at = 0.0
-        self.save_now = False
-        self.saved = self.logged = (0, 0.0)
-        self.publication = record.Publication(recipe, out, self._shown())
-        if found is not None:
-            self._restore(found, allow_change)
-        self.journal = journal.Journal(out, recipe, self.main)
-        self._check_space()
-        self.journal.open(self.step if found else None, self.bad)
-        self._start_trackers()
 
     # --- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -308,7 +253,7 @@ class _Run:
         self.model.train()
         self._announce()
         self.saved = self.logged = (self.step, time.monotonic())
-        with self._signals(), Batches(loader) as batches, self._bar() as bar:
+        with self.asked, Batches(loader) as batches, self._bar() as bar:
             while self.step < self.total:
                 started = time.monotonic()
                 batch = self._next(batches)
@@ -340,7 +285,7 @@ class _Run:
             found = error
         trouble = found if isinstance(found, DataError) else None
         minutes = (time.monotonic() - self.saved[1]) / 60
-        wanted = (trouble is not None, self.save_now or minutes >= self.recipe.train.checkpoint_minutes, self.stop_with or 0)
+        wanted = (trouble is not None, self.asked.save or minutes >= self.recipe.train.checkpoint_minutes, self.asked.stop or 0)
         failed, save, code = self._agree(*wanted)
         if failed:
             collectives.together(trouble)  # raises
@@ -353,7 +298,7 @@ class _Run:
             raise found
         return found
 
-    def _forward(self, batch: Batch) -> _Result:
+    def _forward(self, batch: Batch) -> Result:
         device = self.accelerator.device
         views = self.augment([x.to(device, non_blocking=True) for x in batch.images], batch.epoch, batch.rows)
         return self.model(
@@ -428,7 +373,7 @@ class _Run:
             raise UsageError(f"{self.out}: holds a run at step {found.step}; add --resume to go on, or choose another --out")
         for line in damaged:
             log.warning("damaged checkpoint left out: %s", line)
-        before, now = _flatten(Recipe.parse(found.state["recipe"]).model_dump(mode="json")), _flatten(self.recipe.model_dump(mode="json"))
+        before, now = Recipe.parse(found.state["recipe"]).flat(), self.recipe.flat()
         known, absent = before.keys() | now.keys() | {_DATA}, object()
         if useless := [k for k in allow_change if k not in known]:
             raise UsageError(f"--allow-change {useless[0]}: no such key in the recipe.{did_you_mean(useless[0], known)}")
@@ -501,7 +446,7 @@ class _Run:
             except ZooError as error:
                 trouble = error
         collectives.together(trouble)
-        self.saved, self.save_now = (self.step, time.monotonic()), False
+        self.saved, self.asked.save = (self.step, time.monotonic()), False
 
     def _check_space(self) -> None:
         trouble = None
@@ -514,41 +459,6 @@ class _Run:
             except OutputError as error:
                 trouble = error
         collectives.together(trouble)
-
-    def _watch_launcher(self, over: threading.Event) -> None:
-        """A launcher that is killed tells nobody, and `accelerate launch` of one process passes no signal on: stop as by SIGTERM."""
-        while not over.wait(1.0):
-            if os.getppid() != self.parent and self.stop_with is None:
-                self.stop_with = 128 + signal.SIGTERM
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C finish the step, save and stop (one more, seconds later, stops at once); SIGUSR1 saves and goes on. The end
-        of the launcher (torchrun, accelerate), if there is one, counts as SIGTERM."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self.stop_with is None:
-                self.stop_with, self.asked_at = 128 + number, time.monotonic()
-            elif time.monotonic() - self.asked_at > 3:  # a person; launchers and schedulers echo a signal at once
-                raise KeyboardInterrupt
-
-        def save(number: int, frame: Any) -> None:
-            self.save_now = True
-
-        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: save}
-        try:
-            before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        except ValueError:  # not the main thread: the caller handles signals
-            before = {}
-        over = threading.Event()
-        if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # a run without launcher may outlive its shell
-            threading.Thread(target=self._watch_launcher, args=(over,), daemon=True).start()
-        try:
-            yield
-        finally:
-            over.set()
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- measuring and telling ---------------------------------------------------------------------------------------------------
 
@@ -579,7 +489,7 @@ class _Run:
             mininterval=0.5,
         )
 
-    def _log_step(self, terms: Terms, result: _Result, lr: float, norm: float, bar: Any) -> None:
+    def _log_step(self, terms: Terms, result: Result, lr: float, norm: float, bar: Any) -> None:
         rate = (self.step - self.logged[0]) * self.recipe.train.batch_size / max(1e-9, time.monotonic() - self.logged[1])
         self.logged = (self.step, time.monotonic())
         z = result.z.detach().flatten(0, 1)
@@ -637,9 +547,7 @@ class _Run:
             "trackio": {"name": label, "resume": "allow"},
             "tensorboard": {"purge_step": self.step + 1},
         }
-        flat = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in _flatten(self.recipe.model_dump(mode="json")).items()
-        }
+        flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.recipe.flat().items()}
         self.accelerator.init_trackers("rlpjepa_zoo", flat, {t: options[t] for t in self.recipe.train.trackers if t in options})
 
     def _log(self, row: dict[str, Any], bar: Any) -> None:
@@ -704,10 +612,3 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads of {platform.machine()} CPU"
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

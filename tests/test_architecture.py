@@ -11,14 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
-    {"errors", "streams", "collectives"},
+    {"errors", "streams", "collectives", "interrupts"},
     {"distributions", "folder", "metrics", "golden", "network"},
     {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page"},
     {"recipe", "preprocess", "pictures", "hub"},
     {"sources", "views", "card", "publish", "charts", "journal"},
     {"encoder"},
     {"loading", "export"},
-    {"data", "guard", "optim", "checkpoint", "evaluation", "record"},
+    {"data", "model", "guard", "optim", "checkpoint", "evaluation", "record"},
     {"training", "sections"},
     {"demo", "report"},
     {"cli"},

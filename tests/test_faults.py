@@ -37,6 +37,7 @@ from rlpjepa_zoo.checkpoint import latest, lock, save
 from rlpjepa_zoo.data import Batches, make_loader
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.images import Images, decode, open_images
+from rlpjepa_zoo.model import Watched, build_encoder
 from rlpjepa_zoo.objectives import sliced_wasserstein
 from rlpjepa_zoo.recipe import Recipe
 from rlpjepa_zoo.sources import Source
@@ -635,7 +636,7 @@ def test_copies_of_an_image_are_kept_under_names_of_their_own(image_folder: Path
 
 def test_rows_without_a_label_take_no_part_in_the_probes() -> None:
     torch.manual_seed(0)
-    model = training._Model(training.build_encoder(small()), 10)
+    model = Watched(build_encoder(small()), 10)
     x = torch.rand(8, 3, 32, 32)
     labels = torch.tensor([3, -1, 5, -1])
     out = model([x], labels)

@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel
 
 from rlpjepa_zoo.errors import RecipeError, UsageError
+from rlpjepa_zoo.model import build_encoder
 from rlpjepa_zoo.recipe import Recipe, find_recipe, list_recipes
-from rlpjepa_zoo.training import build_encoder
 
 BASE = """\
 name: base

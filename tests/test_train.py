@@ -215,7 +215,7 @@ def test_unlabelled_images_train_without_probes(tmp_path: Path, rng) -> None:  #
 def test_three_views_lars_frozen_backbone_bf16(tmp_path: Path) -> None:
     more = ["views.count=3", "optim.name=lars", "optim.lr=0.5", "encoder.freeze_backbone=true", "train.precision=bf16", "train.epochs=2"]
     folder = train(tiny(*more), tmp_path / "run", progress=False)
-    from rlpjepa_zoo.training import build_encoder
+    from rlpjepa_zoo.model import build_encoder
 
     start, end = build_encoder(tiny(*more)), load_encoder(folder)
     for (name, a), b in zip(start.backbone.state_dict().items(), end.backbone.state_dict().values(), strict=True):

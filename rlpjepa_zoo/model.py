@@ -1,0 +1,77 @@
+"""What is trained: the encoder that a recipe describes, and linear probes that watch it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import streams
+from .encoder import SparseEncoder
+from .errors import RecipeError, first_line
+from .loading import create_encoder
+from .preprocess import Preprocess
+from .recipe import Recipe
+
+__all__ = ["Result", "Watched", "build_encoder"]
+
+
+def build_encoder(recipe: Recipe) -> SparseEncoder:
+    """The encoder a recipe describes, initialised from the recipe's seed."""
+    options, data = recipe.encoder, recipe.data
+    size = (data.image_size, data.image_size)
+    with streams.seeded(recipe.seed, "init"):
+        encoder = create_encoder(
+            options.backbone, options.dim, options.hidden_dim, options.pretrained,
+            projector_depth=options.projector_depth, freeze_backbone=options.freeze_backbone,
+            preprocess=Preprocess(size, data.mean, data.std, data.interpolation, data.crop_pct), **options.args,
+        )  # fmt: skip
+    if recipe.views.local is not None:
+        _takes(encoder, recipe.views.local.size, options.backbone)
+    return encoder
+
+
+@torch.no_grad()
+def _takes(encoder: SparseEncoder, size: int, name: str) -> None:
+    """Refuse local views that a backbone cannot take before the run, not in its first step."""
+    try:
+        with encoder.evaluating():
+            encoder(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        mend = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
+        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {mend}") from error
+
+
+class Result(NamedTuple):
+    z: Tensor
+    """(V, b, D)"""
+    probe_loss: Tensor
+    probe_right: Tensor
+    """Accuracy of the probes on features and on z over this batch."""
+
+
+class Watched(nn.Module):
+    """Encoder and online probes as one module, so that one wrapper (DDP, autocast) covers both."""
+
+    def __init__(self, encoder: SparseEncoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
+        self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
+
+    def forward(self, groups: list[Tensor], labels: Tensor) -> Result:
+        """Views of each size, (V b, 3, S, S) each, through the encoder; the probes see the first size."""
+        outs = [self.encoder.both(x) for x in groups]
+        z = torch.cat([out.z.unflatten(0, (-1, len(labels))) for out in outs])
+        out, views = outs[0], len(groups[0]) // len(labels)
+        loss, right = out.z.new_zeros((), dtype=torch.float32), []
+        known = (labels >= 0).repeat(views)
+        count = known.sum().clamp(min=1)
+        target = labels.clamp(min=0).repeat(views)
+        for name, source in (("features", out.features), ("z", out.z)) if self.probes else ():
+            scores = self.probes[name](source.detach().float()).float()
+            loss = loss + (nn.functional.cross_entropy(scores, target, reduction="none") * known).sum() / count
+            right.append(((scores.argmax(1) == target) & known).sum() / count)
+        return Result(z, loss, torch.stack(right) if right else loss.new_zeros(0))

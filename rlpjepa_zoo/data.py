@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm.auto import tqdm
 
 from . import images, streams
-from .errors import DataError, OutputError
+from .errors import DataError, OutputError, first_line
 from .images import Images
 from .recipe import Recipe
 from .sources import Source
@@ -298,6 +298,13 @@ class Batches:
 
     def __exit__(self, *error: Any) -> None:
         self._running.__exit__(*error)
+        if isinstance(error[1], RuntimeError) and "DataLoader worker" in str(error[1]):  # torch raises it wherever the program is
+            raise self._died(error[1]) from error[1]
+
+    def _died(self, error: RuntimeError) -> DataError:
+        ended = {worker.exitcode for worker in self.iterator._workers} if hasattr(self.iterator, "_workers") else set()
+        where = "shared memory, /dev/shm: enlarge it, or lower" if -signal.SIGBUS in ended else "memory? Lower"
+        return DataError(f"{first_line(error)}; out of {where} train.num_workers, or set it to 0 to see the error itself")
 
     def next(self) -> Batch:
         """The next batch; what went wrong in a worker becomes one line.
@@ -316,9 +323,7 @@ class Batches:
                 raise DataError(f"no batch from the workers: {reason}; {mend}") from error
             if "DataLoader worker" not in reason:
                 raise
-            ended = {worker.exitcode for worker in self.iterator._workers} if hasattr(self.iterator, "_workers") else set()
-            where = "shared memory, /dev/shm: enlarge it, or lower" if -signal.SIGBUS in ended else "memory? Lower"
-            raise DataError(f"{reason}; out of {where} train.num_workers, or set it to 0 to see the error itself") from error
+            raise self._died(error) from error
         return parts[0] if len(parts) == 1 else _joined(parts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,7 +135,37 @@ def together(trouble: BaseException | None) -> None:
     for number, found in enumerate(seen):
         if found is not None:
             kind, text = found
-            raise kind(f"process {number}: {text}")
+            try:
+                error = kind(f"process {number}: {text}")
+            except TypeError:  # a type that wants more than a text
+                error = RuntimeError(f"process {number}: {kind.__name__}: {text}")
+            raise error
+
+
+@contextmanager
+def one_for_all() -> Iterator[None]:
+    """Run a block that one rank may fail in and that holds no collective: then all fail, see `together`."""
+    trouble = None
+    try:
+        yield
+    except Exception as error:
+        trouble = error
+    together(trouble)
+
+
+@torch.no_grad()
+def from_main(x: Tensor) -> None:
+    """Make a tensor what it is on rank 0, in place."""
+    if _active():
+        dist.broadcast(x, 0)
+
+
+def gather_before(module: torch.nn.Module, method: str) -> None:
+    """Let a sharded module (FSDP 2) gather its weights before this method too, not only before `forward`; any other stays as it is."""
+    if any(hasattr(p, "full_tensor") for p in module.parameters()):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(module, method)
 
 
 def barrier() -> None:

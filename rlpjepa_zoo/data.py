@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ _MOST_LANES = 64
 _PREFETCH = 4
 """Batches that each worker has on their way, at most."""
 _SHARED_MEMORY = Path("/dev/shm")
+_EPOCH_OF_ROWS = 10**12
 _SHORTEST_LANE = 0.85
 """Of its share of an epoch, that a lane of a stream must hold; it begins again for the rest."""
 
@@ -47,7 +49,7 @@ class Batch(NamedTuple):
     labels: Tensor
     """(b,) with -1 for unknown."""
     rows: Tensor
-    """(b,) numbers of the images; negative where, in a stream, another image stands in."""
+    """(b,) numbers of the images; of one that cannot be read -1 - number, another stands in its place."""
     epoch: int
     bad: list[tuple[int, str]]
     """Images that could not be read, and why."""
@@ -89,7 +91,7 @@ class Decoded(Images):
 
 
 def decoded(source: Images, most_bytes: float, progress: bool = False) -> Images:
-    """The images decoded and in memory, or as they are if they would need more than `most_bytes` (judged by 64 of them)."""
+    """The images decoded and in memory, or as they are if they would need more than `most_bytes` (judged by 64 of them, give or take a quarter)."""
     n, sample = len(source), []
     for i in np.linspace(0, n - 1, min(n, 64)).astype(int):
         try:
@@ -99,16 +101,18 @@ def decoded(source: Images, most_bytes: float, progress: bool = False) -> Images
             pass
     if not sample or sum(sample) / len(sample) * n > most_bytes:
         return source
-    parts, sizes, reasons = [], np.zeros((n, 2), np.int64), dict[int, str]()
+    block, sizes, reasons = bytearray(), np.zeros((n, 2), np.int64), dict[int, str]()
     for i in tqdm(range(n), desc="decode", unit="image", leave=False, disable=not progress):
         try:
-            array = np.asarray(source.read(i))
+            picture = source.read(i)
         except DataError as error:
             reasons[i] = str(error)
             continue
-        sizes[i] = array.shape[:2]
-        parts.append(array.reshape(-1))
-    return Decoded(torch.from_numpy(np.concatenate(parts)), sizes, reasons, source)
+        sizes[i] = picture.height, picture.width
+        block += picture.tobytes()
+        if len(block) > 1.25 * most_bytes:  # the sample was of small ones
+            return source
+    return Decoded(torch.frombuffer(block, dtype=torch.uint8), sizes, reasons, source)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------------------
@@ -145,9 +149,10 @@ class _Indexed(Dataset[Batch]):
         bad: list[tuple[int, str]] = []
         found = [self._first(read, epoch, row, bad) for row in rows]
         taken = [row for _, row in found]
+        numbers = [row if row == instead else -1 - row for row, instead in zip(rows, taken, strict=True)]
         pictures = [picture for picture, _ in found]
         labels = [-1] * len(rows) if self.source.labels is None else self.source.labels[taken].tolist()
-        return self.assemble(pictures if stack is None else stack[pictures].permute(0, 3, 1, 2), labels, taken, epoch, bad)
+        return self.assemble(pictures if stack is None else stack[pictures].permute(0, 3, 1, 2), labels, numbers, epoch, bad)
 
     def _place(self, row: int) -> int:
         """Where an image is in the stack."""
@@ -242,17 +247,23 @@ class _Stream(IterableDataset[Batch]):
         """Rows of one lane in the order of an epoch, with numbers of their own."""
         source = self.source if self.lanes == 1 else self.source.shard(self.lanes, lane)
         seed = streams.key(self.recipe.seed, "stream", epoch) % 2**32
-        source = source.shuffle(seed=seed, buffer_size=self.recipe.data.shuffle_buffer)
+        source = source.shuffle(seed=seed, buffer_size=max(1, self.recipe.data.shuffle_buffer // self.lanes))
         needed = self.per_epoch * self.width
         given = 0
         while True:
-            for i, record in enumerate(_unsharded(source)):
-                yield self.lanes * i + lane, record
+            for record in self._rows(source, lane):
+                yield self.lanes * given + lane, record
                 given += 1
             if given < needed * (1.0 if self.lanes == 1 else _SHORTEST_LANE):
                 of = "the stream" if self.lanes == 1 else f"lane {lane} of {self.lanes} of the stream"
                 promised = self.recipe.data.length or 0
                 raise DataError(f"data.length: {of} ended after {given} images, {promised // self.lanes} were promised")
+
+    def _rows(self, source: Any, lane: int) -> Iterator[dict[str, Any]]:
+        try:
+            yield from _unsharded(source)
+        except Exception as error:  # a file cut short, the network, ...
+            raise DataError(f"stream, lane {lane} of {self.lanes}: {first_line(error)}") from error
 
     def _batch(self, taken: list[tuple[int, list[tuple[int, dict[str, Any]]]]], epoch: int) -> Batch:
         """Decode this rank's rows; an unreadable one is replaced by the next readable one of its lane in this step."""
@@ -262,7 +273,7 @@ class _Stream(IterableDataset[Batch]):
             for place in range(max(self.first - lane * self.width, 0), min(self.last - lane * self.width, self.width)):
                 for at in ((place + i) % self.width for i in range(self.width)):
                     if at not in read:
-                        read[at] = self._decode(*rows[at], bad)
+                        read[at] = self._decode(epoch, *rows[at], bad)
                     picture = read[at]
                     if picture is not None:
                         break
@@ -274,11 +285,11 @@ class _Stream(IterableDataset[Batch]):
                 numbers.append(rows[place][0] if at == place else -1 - rows[place][0])
         return self.assemble(pictures, labels, numbers, epoch, bad)
 
-    def _decode(self, row: int, record: dict[str, Any], bad: list[tuple[int, str]]) -> Image.Image | None:
+    def _decode(self, epoch: int, row: int, record: dict[str, Any], bad: list[tuple[int, str]]) -> Image.Image | None:
         try:
             return images.decode(images.cell(record[self.image]), name=f"row {row} of the stream")
         except DataError as error:
-            bad.append((row, str(error)))
+            bad.append((epoch * _EPOCH_OF_ROWS + row, str(error)))  # another image has this number in another epoch
             return None
 
 
@@ -346,7 +357,8 @@ def _prefetch(recipe: Recipe, share: int, finish: bool) -> int:
     views, workers = recipe.views, recipe.train.num_workers
     pixels = views.count * recipe.data.image_size**2 + (views.local.count * views.local.size**2 if views.local else 0)
     batch = share * 3 * pixels * (4 if finish else 1) + (1 << 16)  # labels and numbers
-    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else math.inf
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, which share it
+    free = shutil.disk_usage(_SHARED_MEMORY).free / ranks if _SHARED_MEMORY.is_dir() else math.inf
     fit = int(min(_PREFETCH, (free / batch - 2) // workers))  # two are in the hands of the loop
     if fit < 1:
         room = f"{(workers + 2) * batch / 1e6:.1f} MB are needed for batches of {workers} workers, {free / 1e6:.1f} MB are free"

@@ -30,6 +30,7 @@ __all__ = [
     "accuracy_table",
     "budget_curve",
     "during_training",
+    "labelled",
     "encode",
     "evaluate",
     "knn_accuracy",
@@ -43,7 +44,8 @@ __all__ = [
 def encode(
     encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards."""
+    """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards.
+    None readable gives n = 0."""
     features, codes, rows = [], [], []
     with encoder.evaluating():
         loader = preprocessed(images, encoder.transform, batch_size, num_workers)
@@ -58,7 +60,7 @@ def encode(
                     codes.append(out.z.float().cpu())
                     rows += [i for i, _ in good]
     if not rows:
-        raise DataError("none of the images can be read")
+        return torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim), torch.zeros(0, dtype=torch.long)
     labels = np.full(len(rows), -1) if images.labels is None else images.labels[rows]
     return torch.cat(features), torch.cat(codes), torch.from_numpy(np.asarray(labels))
 
@@ -209,6 +211,13 @@ def budget_curve(z: Tensor, y: Tensor, test_z: Tensor, test_y: Tensor, k: int = 
     return found
 
 
+def labelled(source: Source) -> bool:
+    """Whether `during_training` can measure kNN."""
+    voting = source.train if isinstance(source.train, Images) else source.eval
+    scored = source.eval if source.eval is not None else voting
+    return all(part is not None and part.labels is not None and bool((part.labels >= 0).any()) for part in (voting, scored))
+
+
 @torch.no_grad()
 def during_training(
     encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -230,10 +239,12 @@ def during_training(
         return images.take(torch.randperm(len(images), generator=streams.generator(recipe.seed, purpose))[:most].sort().values.numpy())
 
     def codes(images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        mine = images.take(range(collectives.rank(), len(images), collectives.world_size()))
+        mine = images.take(np.arange(collectives.rank(), len(images), collectives.world_size()))
         with autocast():
             parts = encode(encoder, mine, batch, recipe.train.num_workers)
         features, z, labels = (collectives.gather_rows(part.to(encoder.device)).cpu() for part in parts)
+        if not len(z):
+            raise DataError("none of the images for evaluation can be read")
         return features, z, labels
 
     if not isinstance(source.train, Images):
@@ -246,8 +257,8 @@ def during_training(
     others = None if held_out is None else codes(some(held_out, probe.eval_images, "eval"))
     seen = z if others is None else others[1]
     found = {"l0_eval": float(l0(seen)), "l1_eval": float(l1(seen)), "dead_eval": float(dead(seen))}
-    if int((y >= 0).sum()) > 1:
-        test_features, test_z, test_y = (features, z, y) if others is None else others
+    test_features, test_z, test_y = (features, z, y) if others is None else others
+    if int((y >= 0).sum()) > 1 and bool((test_y >= 0).any()):
         for name, a, b in (("features", features, test_features), ("z", z, test_z)):
             found[f"knn_{name}"] = knn_accuracy(a, y, b, test_y, probe.knn_k, probe.knn_temperature, leave_one_out=others is None)
     return found

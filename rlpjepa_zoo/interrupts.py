@@ -56,4 +56,4 @@ class Interrupts:
     def _watch(self) -> None:
         while not self._over.wait(1.0):
             if os.getppid() != self._parent and self.stop is None:
-                self.stop = 128 + signal.SIGTERM
+                self.stop, self._asked_at = 128 + signal.SIGTERM, time.monotonic()

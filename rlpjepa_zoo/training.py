@@ -14,7 +14,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
-from . import checkpoint, collectives, journal, record, streams, zoo
+from . import checkpoint, collectives, folder, journal, record, streams, zoo
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, decoded, make_loader, steps_of_an_epoch
 from .distributions import RectifiedGeneralizedGaussian
@@ -44,7 +44,7 @@ from .errors import (
     did_you_mean,
     first_line,
 )
-from .evaluation import during_training
+from .evaluation import during_training, labelled
 from .guard import Guard
 from .images import Images
 from .interrupts import Interrupts
@@ -65,6 +65,9 @@ _DATA = "data"
 _ALL_ZERO = 3
 """Logged steps in a row with nothing but zeros in z, after which a run is over: no gradient reaches a rectified zero."""
 _HIGHER_IS_BETTER = {"knn_z": True, "knn_features": True, "excess": False}
+
+_OF_A_NODE = ("data.path", "data.download", "train.num_workers")
+"""What processes on different machines may have of their own."""
 
 _MAY_CHANGE = (
     "name",
@@ -141,9 +144,12 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
             raise
         raise explained from error
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
         torch.set_rng_state(global_state)
+        for tracker in accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # its server is down; the run is not to fail for that
+                log.warning("tracker: %s: %s", type(error).__name__, error)
 
 
 def _explained(error: BaseException, recipe: Recipe) -> ZooError | None:
@@ -169,9 +175,12 @@ class _Run:
     ) -> None:
         self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
         self.main = accelerator.is_main_process
-        found = self._find(resume, allow_change)
-        self._open_images()
-        self.encoder = build_encoder(recipe)
+        with collectives.one_for_all():
+            found = self._find(resume, allow_change)
+        with collectives.one_for_all():
+            self._open_images()
+        with collectives.one_for_all():
+            self.encoder = build_encoder(recipe)
         self._same_everywhere(found.step if found else 0)
         self._decode_images()
         self.augment = Augment(recipe.views, recipe.data, recipe.seed)
@@ -187,6 +196,7 @@ class _Run:
         self.guard = Guard(self.inner, recipe)
         self.last_metrics: dict[str, float] = {}
         self.best: tuple[int, float] | None = None
+        self.trouble: DataError | None = None
         self.zeros = 0
         self.asked = Interrupts()
         self.saved = self.logged = (0, 0.0)
@@ -194,15 +204,16 @@ class _Run:
         if found is not None:
             self._restore(found, allow_change)
         self.journal = journal.Journal(out, recipe, self.main)
-        self._check_space()
-        self.journal.open(self.step if found else None, self.bad)
-        self._start_trackers()
+        with collectives.one_for_all():
+            self._check_space()
+            self.journal.open(self.step if found else None, self.bad)
+            self._start_trackers()
 
     def _open_images(self) -> None:
         with self.accelerator.local_main_process_first():  # one process downloads
             self.source: Source = open_source(self.recipe.data, self.recipe.seed)
-        if self.recipe.train.best in ("knn_z", "knn_features") and not self.source.classes:
-            raise RecipeError(f"train.best: {self.recipe.train.best} needs images with labels; use excess, or set it to null")
+        if self.recipe.train.best in ("knn_z", "knn_features") and not labelled(self.source):
+            raise RecipeError(f"train.best: {self.recipe.train.best} needs evaluation images with labels; use excess, or set it to null")
         self.data = fingerprint(self.source)
         self.per_epoch = steps_of_an_epoch(self.source, self.recipe)
         self.total, _ = self.recipe.steps(self.source.length)
@@ -231,13 +242,14 @@ class _Run:
             self.encoder.backbone.compile()
         self.inner = model
         if sharded:
-            accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast alone, as with data parallelism: the same numbers
+            accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast alone, in `_forward`: the numbers of data parallelism
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.whole: SparseEncoder | None = None
         if any(hasattr(p, "full_tensor") for p in model.parameters()):  # FSDP: measured and published is a copy that is not sharded
             if self.ema is not None:
                 raise RecipeError("train.ema: not kept for sharded weights; use data parallelism, or set it to null")
             self.whole = build_encoder(recipe).to(accelerator.device)
+            collectives.gather_before(self.encoder, "both")  # which a training step calls
 
     # --- the loop ----------------------------------------------------------------------------------------------------------------
 
@@ -249,7 +261,10 @@ class _Run:
             return self._finish()
         on_device = self.accelerator.device.type != "cpu"
         steps = range(self.step, self.total)
-        loader = make_loader(self.source, recipe, steps, collectives.rank(), collectives.world_size(), finish=not on_device)
+        with collectives.one_for_all():
+            loader = make_loader(self.source, recipe, steps, collectives.rank(), collectives.world_size(), finish=not on_device)
+        if self.best is not None and self.best[0] == self.step:
+            self._publish(again=True)  # in case that the run was killed between this checkpoint and its publication
         self.model.train()
         self._announce()
         self.saved = self.logged = (self.step, time.monotonic())
@@ -263,17 +278,18 @@ class _Run:
                 result = self._forward(batch)
                 terms = self.objective(result.z, self.step)
                 self.accelerator.backward(terms.loss + result.probe_loss)
-                norm = self._update(terms, batch)
+                norm = self._update(terms, result, batch)
                 self.step += 1
                 self.seconds += time.monotonic() - started
                 bar.update(recipe.train.batch_size)
-                self._note_bad(batch)
+                self._note_bad(batch.bad)
 
                 last = self.step == self.total
                 if last or self.step % recipe.train.log_every == 0:
                     self._log_step(terms, result, lr, norm, bar)
                 if last or self.step % max(1, self.per_epoch * recipe.probe.every_epochs) == 0:
                     self._look(bar)
+        collectives.together(self.trouble)
         return self._finish()
 
     def _next(self, batches: Batches) -> Batch:
@@ -283,7 +299,7 @@ class _Run:
             found = batches.next()
         except DataError as error:
             found = error
-        trouble = found if isinstance(found, DataError) else None
+        trouble = self.trouble or (found if isinstance(found, DataError) else None)
         minutes = (time.monotonic() - self.saved[1]) / 60
         wanted = (trouble is not None, self.asked.save or minutes >= self.recipe.train.checkpoint_minutes, self.asked.stop or 0)
         failed, save, code = self._agree(*wanted)
@@ -301,11 +317,11 @@ class _Run:
     def _forward(self, batch: Batch) -> Result:
         device = self.accelerator.device
         views = self.augment([x.to(device, non_blocking=True) for x in batch.images], batch.epoch, batch.rows)
-        return self.model(
-            [x.flatten(0, 1).contiguous(memory_format=self.memory) for x in views], batch.labels.to(device, non_blocking=True)
-        )
+        groups, labels = [x.flatten(0, 1).contiguous(memory_format=self.memory) for x in views], batch.labels.to(device, non_blocking=True)
+        with self.accelerator.autocast():  # which Accelerate's own wrapper leaves out for FSDP 2
+            return self.model(groups, labels)
 
-    def _update(self, terms: Terms, batch: Batch) -> float:
+    def _update(self, terms: Terms, result: Result, batch: Batch) -> float:
         """One step of the optimiser, unless loss or gradient is not finite on any rank; returns the norm of the gradient (clipped if asked)."""
         parameters = [p for p in self.inner.encoder.parameters() if p.grad is not None]
         if self.recipe.optim.clip_grad is not None:
@@ -314,7 +330,9 @@ class _Run:
             self.accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = collectives.whole(norm)
-        broken = ~(terms.loss.detach().isfinite() & norm.isfinite())
+        broken = ~((terms.loss + result.probe_loss).detach().isfinite() & norm.isfinite())
+        if probes := [p.grad for p in self.inner.probes.parameters() if p.grad is not None]:
+            broken |= ~collectives.whole(nn.utils.get_total_norm(probes)).isfinite()
         stop, size = collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
         if stop:
             parts = f"invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}"
@@ -327,11 +345,14 @@ class _Run:
         if not stop and self.ema is not None:
             self.ema.update(self.encoder, self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        return float(size)
+        return math.nan if stop else float(size)
 
     def _look(self, bar: Any) -> None:
         """Measure, save, publish."""
-        found = during_training(self._shown(), self.source, self.recipe, self.accelerator.autocast)
+        shown = self._shown()
+        for buffer in shown.buffers():
+            collectives.from_main(buffer)  # what is saved and published: batch norm on CPU processes keeps statistics of each share
+        found = during_training(shown, self.source, self.recipe, self.accelerator.autocast)
         self.last_metrics |= found
         metric = self.recipe.train.best
         better = metric in self.last_metrics and self._is_best(metric)
@@ -391,11 +412,16 @@ class _Run:
         for name, *values in zip(names, *seen, strict=True):
             if len(set(values)) > 1:
                 raise UsageError(f"processes see different {name}: {values}; put --out and the data on a shared disk")
+        recipes = collectives.gather_objects({k: v for k, v in self.recipe.flat().items() if k not in _OF_A_NODE})
+        for key, *values in ((key, *(recipe[key] for recipe in recipes)) for key in recipes[0]):
+            if any(value != values[0] for value in values):
+                raise UsageError(f"processes have different recipes: {key} is {values}; give all the same file and overrides")
 
     def _restore(self, found: Checkpoint, allow_change: Sequence[str]) -> None:
         state = found.state
         if state["images"] != self.source.length:
-            raise DataError(f"the run in {self.out} trained on {state['images']} images, the data now holds {self.source.length}")
+            counts = f"the run in {self.out} trained on {state['images']} images, the data now holds {self.source.length}"
+            raise DataError(f"{counts}; the number of images cannot change within a run: restore them, or start another --out")
         if state["data"] != self.data and _DATA not in allow_change:
             raise DataError(
                 f"the images are not those that the run in {self.out} trained on (names or contents differ); "
@@ -425,7 +451,7 @@ class _Run:
             log.warning("other versions than before, perhaps not bit for bit: %s", ", ".join(changed))
 
     def _save(self) -> None:
-        trouble = None
+        self._share_bad()
         if self.main or self.whole is not None:
             tensors, scalars = checkpoint.optimizer_state(self.optimizer.optimizer)
             averaged = {} if self.ema is None else {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
@@ -439,26 +465,19 @@ class _Run:
                 "world_size": collectives.world_size(), "threads": torch.get_num_threads(),
             }  # fmt: skip
             also = [self.best[0]] if self.best else []
-            try:
+        with collectives.one_for_all():
+            if self.main:
                 if not (self.out / ".lock").exists():
                     raise OutputError(f"{self.out}: moved or removed while the run went on; go on from its last checkpoint with --resume")
                 checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep, also)
-            except ZooError as error:
-                trouble = error
-        collectives.together(trouble)
         self.saved, self.asked.save = (self.step, time.monotonic()), False
 
     def _check_space(self) -> None:
-        trouble = None
         if self.main:
             held = sum(t.numel() * t.element_size() for m in (self.inner, self.ema) if m is not None for t in m.state_dict().values())
             moments = {"adamw": 2, "lars": 1}[self.recipe.optim.name]
             held += sum(moments * p.numel() * p.element_size() for p in self.inner.parameters() if p.requires_grad)
-            try:
-                checkpoint.check_space(self.out, held)
-            except OutputError as error:
-                trouble = error
-        collectives.together(trouble)
+            checkpoint.check_space(self.out, held)
 
     # --- measuring and telling ---------------------------------------------------------------------------------------------------
 
@@ -506,6 +525,7 @@ class _Run:
         }
         row |= {"lr": lr, "grad_norm": norm, "images_per_second": rate, **batch_metrics(z)}
         row |= dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
+        self._share_bad()
         row |= {k: v for k, v in (("bad_images", len(self.bad)), ("skipped", self.guard.skipped)) if v}
         if math.isfinite(row["l0"] + row["excess"]):
             self.last_metrics |= {"l0_train": row["l0"], "excess": row["excess"]}
@@ -519,22 +539,22 @@ class _Run:
         shown = {"knn": f"{self.last_metrics['knn_features']:.3f}"} if "knn_features" in self.last_metrics else {}
         bar.set_postfix(loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", refresh=False, **shown)
 
-    def _note_bad(self, batch: Batch) -> None:
-        """Count unreadable images (each once), write them down, and stop if there are more than the recipe allows."""
-        new = [record for record in batch.bad if record[0] not in self.bad]
-        if collectives.world_size() > 1 and self.step % self.per_epoch == 0:
-            new = [r for part in collectives.gather_objects(list(self.bad.items())) for r in part if r[0] not in self.bad] + new
+    def _note_bad(self, found: Iterable[tuple[int, str]]) -> None:
+        """Count unreadable images (each once) and write them down; more than the recipe allows are trouble for the next step."""
+        new = [record for record in found if record[0] not in self.bad]
         for row, reason in new:
             self.bad[row] = reason
             self.journal.bad_image(row, reason, quiet=len(self.bad) > 5)
-        epochs = (
-            -(-self.step // self.per_epoch) if self.recipe.data.streaming else 1
-        )  # a stream has no image that is the same in two epochs
-        if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length * epochs:
+        epochs = -(-self.step // self.per_epoch) if self.recipe.data.streaming else 1  # a stream's images are counted in each epoch
+        if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length * max(1, epochs):
             allowed = f"train.max_bad_fraction = {self.recipe.train.max_bad_fraction:g}"
-            raise DataError(
-                f"{len(self.bad)} of {self.source.length} images cannot be read, more than {allowed}; see {self.out / 'bad_images.jsonl'}"
-            )
+            counted = f"{len(self.bad)} of {self.source.length} images cannot be read"
+            self.trouble = DataError(f"{counted}, more than {allowed}; see {self.out / 'bad_images.jsonl'}")
+
+    def _share_bad(self) -> None:
+        """Let every rank know what the others could not read."""
+        for part in collectives.gather_objects(list(self.bad.items())):
+            self._note_bad(part)
 
     def _start_trackers(self) -> None:
         """The recipe's trackers; a resumed run goes on in the tracker's run, by an id that the folder keeps."""
@@ -548,7 +568,10 @@ class _Run:
             "tensorboard": {"purge_step": self.step + 1},
         }
         flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.recipe.flat().items()}
-        self.accelerator.init_trackers("rlpjepa_zoo", flat, {t: options[t] for t in self.recipe.train.trackers if t in options})
+        try:
+            self.accelerator.init_trackers("rlpjepa_zoo", flat, {t: options[t] for t in self.recipe.train.trackers if t in options})
+        except Exception as error:
+            raise RecipeError(f"train.trackers: {type(error).__name__}: {first_line(error)}; log in to it, or leave it out") from error
 
     def _log(self, row: dict[str, Any], bar: Any) -> None:
         if not self.main:
@@ -576,36 +599,31 @@ class _Run:
         return record.describe(self.recipe, self.source, self.encoder, self.last_metrics, training, self.out / "metrics.jsonl")
 
     def _publish(self, again: bool = False, best: bool = False) -> None:
-        trouble = None
         self._shown()
-        if self.main:
-            try:
+        with collectives.one_for_all():
+            if self.main:
                 self.publication.write(self.info(), self.step, self.total, again)
-                if best or (again and self.best and self.best[0] == self.step):
+                if best or (again and self.best is not None and self.best[0] == self.step):
                     self.publication.copy_as("encoder-best")
-            except ZooError as error:
-                trouble = error
-        collectives.together(trouble)
 
     def _finish(self) -> Path:
-        if self.main:
-            wrong = alarms(self.last_metrics, self.recipe.target.density_in_theory())
-            for sentence in wrong:
-                log.warning("%s", sentence)
-            summary = {
-                "steps": self.step,
-                **self.last_metrics,
-                "bad_images": len(self.bad),
-                "skipped": self.guard.skipped,
-                "best": self.best and {"step": self.best[0], str(self.recipe.train.best): self.best[1]},
-                "alarms": wrong,
-                "info": self.info(),
-                "versions": zoo.versions(),
-            }
-            (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-            self.publication.finish()
-        collectives.barrier()
+        with collectives.one_for_all():
+            if self.main:
+                self._summarise()
+                self.publication.finish()
         return self.out / "encoder"
+
+    def _summarise(self) -> None:
+        wrong = alarms(self.last_metrics, self.recipe.target.density_in_theory())
+        for sentence in wrong:
+            log.warning("%s", sentence)
+        summary = {
+            "steps": self.step, **self.last_metrics, "bad_images": len(self.bad), "skipped": self.guard.skipped,
+            "best": self.best and {"step": self.best[0], str(self.recipe.train.best): self.best[1]}, "alarms": wrong, "info": self.info(),
+            "versions": zoo.versions(),
+        }  # fmt: skip
+        with folder.whole_file(self.out / "summary.json") as aside:
+            aside.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _hardware(device: torch.device) -> str:

@@ -17,8 +17,7 @@ from refusals import refused
 from test_faults import alive, gone
 from test_train import TINY, codes, rows, stop_after, tiny, wait_for_step
 
-import rlpjepa_zoo.training as training
-from rlpjepa_zoo import collectives
+from rlpjepa_zoo import collectives, interrupts
 from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.errors import RecipeError, StoppedBySignal
 from rlpjepa_zoo.training import train
@@ -230,7 +229,7 @@ def test_two_ranks_repeat_bit_for_bit_and_one_two_one_agree_to_rounding(
 def test_the_launcher_is_watched_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of one's own may outlive the shell that started it."""
     seen: list[Any] = []
-    monkeypatch.setattr(training._Run, "_watch_launcher", lambda self, over: seen.append(over))
+    monkeypatch.setattr(interrupts.Interrupts, "_watch", lambda self: seen.append(self._over))
     train(tiny("train.epochs=1"), tmp_path / "own", progress=False)
     assert seen == []
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

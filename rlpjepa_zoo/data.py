@@ -6,6 +6,7 @@ the number of processes, of workers, or on where a run was resumed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -308,14 +309,29 @@ class Batches:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._running.__exit__(*error)
-        if isinstance(error[1], RuntimeError) and "DataLoader worker" in str(error[1]):  # torch raises it wherever the program is
-            raise self._died(error[1]) from error[1]
+        found: BaseException | None = error[1]
+        lost = isinstance(found, EOFError | ConnectionError | FileNotFoundError) and any(self._ended())  # half a batch of a dead worker
+        try:
+            self._running.__exit__(*error)
+        except RuntimeError as again:
+            if "DataLoader worker" not in str(again):
+                raise
+        if found is not None and (lost or (isinstance(found, RuntimeError) and "DataLoader worker" in str(found))):
+            raise self._died(found) from found  # torch raises it from a signal handler, wherever the program is
 
-    def _died(self, error: RuntimeError) -> DataError:
-        ended = {worker.exitcode for worker in self.iterator._workers} if hasattr(self.iterator, "_workers") else set()
+    def _ended(self) -> set[int | None]:
+        """Exit codes of the workers; None for those that run."""
+        workers = getattr(self.iterator, "_workers", [])
+        for worker in workers:
+            with contextlib.suppress(RuntimeError):  # of the handler, see above
+                worker.join(0.2)
+        return {worker.exitcode for worker in workers}
+
+    def _died(self, error: BaseException) -> DataError:
+        ended, text = self._ended(), first_line(error)
+        text = text if "DataLoader worker" in text else f"a DataLoader worker died ({text})"
         where = "shared memory, /dev/shm: enlarge it, or lower" if -signal.SIGBUS in ended else "memory? Lower"
-        return DataError(f"{first_line(error)}; out of {where} train.num_workers, or set it to 0 to see the error itself")
+        return DataError(f"{text}; out of {where} train.num_workers, or set it to 0 to see the error itself")
 
     def next(self) -> Batch:
         """The next batch; what went wrong in a worker becomes one line.

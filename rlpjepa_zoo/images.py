@@ -107,10 +107,12 @@ def running(loader: Any) -> Iterator[Iterator[Any]]:
         yield iterator
     finally:
         if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                if worker.is_alive():
-                    worker.kill()
+            try:
+                iterator._shutdown_workers()  # torch may raise in it, from its handler of SIGCHLD
+            finally:
+                for worker in iterator._workers:
+                    if worker.is_alive():
+                        worker.kill()
 
 
 class Images:

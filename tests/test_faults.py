@@ -714,7 +714,7 @@ def test_a_worker_that_is_killed_is_one_line_at_once(where: str) -> None:
     loader = make_loader(photos(), toy("train.num_workers=2"), range(50))
     started, workers = time.monotonic(), list[int]()
     with (
-        refused(DataError, match=r"DataLoader worker \(pid.*out of memory\? Lower train\.num_workers") as caught,
+        refused(DataError, match=r"DataLoader worker .*out of memory\? Lower train\.num_workers") as caught,
         Batches(loader) as batches,
     ):
         batches.next()

@@ -464,8 +464,15 @@ def test_a_corrupt_image_is_substituted_and_counted_at_each_occurrence() -> None
     seen = [record for batch in found for record in batch.bad]
     assert [row for row, _ in seen] == [6, 6, 6] and all("photo-6: cannot be read" in reason for _, reason in seen)
     assert [sum(len(b.bad) for b in found[5 * e : 5 * e + 5]) for e in range(3)] == [1, 1, 1]
-    for batch in found:
-        assert batch.labels.tolist() == [row % 3 for row in batch.rows.tolist()]
+    for batch in found:  # a negative number says that another image stands in
+        assert all(label == row % 3 for label, row in zip(batch.labels.tolist(), batch.rows.tolist(), strict=True) if row >= 0)
+        assert [-1 - row for row in batch.rows.tolist() if row < 0] == [row for row, _ in batch.bad]
+
+
+def test_an_image_that_stands_in_for_another_has_views_of_its_own() -> None:
+    (batch,) = batches(photos(8, broken=(2, 5)), toy(), range(1))
+    flat = batch.images[0].flatten(2).unbind(1)
+    assert len({tuple(x.flatten().tolist()) for x in flat}) == 8
 
 
 def test_the_reason_of_a_corrupt_image_is_the_same_whenever_it_is_read() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import run_ranks
 from test_train import TINY, codes, rows, tiny
 
+import rlpjepa_zoo.training as training
 from rlpjepa_zoo import collectives
 from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.errors import RecipeError
@@ -89,6 +91,8 @@ def test_a_slurm_job_that_is_warned_saves_goes_back_into_the_queue_and_goes_on(t
 
 # --- sharded weights ------------------------------------------------------------------------------------------------------------------
 
+UNIT = 20_000
+"""Parameters from which a module is sharded on its own: the encoder and its backbone are, the projector is not."""
 VIT = [
     "train.channels_last=false",
     "encoder.backbone=test_vit",
@@ -98,28 +102,47 @@ VIT = [
 ]
 
 
-def shard(self: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[torch.nn.Module, Any]:
-    """What Accelerate's `prepare` does for FSDP 2, which it does on GPUs only."""
-    from accelerate.optimizer import AcceleratedOptimizer
-    from torch.distributed.fsdp import fully_shard
+def fsdp(**options: Any) -> Any:
+    """An Accelerator that shards as its launch file says; by itself it does so on GPUs only."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
 
-    before = dict(model.named_parameters())
-    encoder: Any = model.encoder
-    for part in [*encoder.backbone.blocks, encoder.projector, model]:
-        fully_shard(part)
-    after = {id(before[name]): p for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        group["params"] = [after[id(p)] for p in group["params"]]
-    return model, AcceleratedOptimizer(optimizer, device_placement=False)
+    made, asked = Accelerator(**options), yaml.safe_load((RECIPES / "accelerate/fsdp2.yaml").read_text())["fsdp_config"]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=asked["fsdp_version"], auto_wrap_policy=asked["fsdp_auto_wrap_policy"].lower(), min_num_params=UNIT,
+        reshard_after_forward=asked["fsdp_reshard_after_forward"], cpu_ram_efficient_loading=asked["fsdp_cpu_ram_efficient_loading"],
+    )  # fmt: skip
+    made.state.fsdp_plugin, made.state.distributed_type = plugin, DistributedType.FSDP
+    return made
+
+
+def run_half(folder: Path) -> set[torch.dtype]:
+    """What the last layer of the projector gives out in training when the recipe asks for bfloat16."""
+    seen: set[torch.dtype] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        right = training._Run._forward
+
+        def forward(self: Any, batch: Any) -> Any:
+            last = [m for m in self.encoder.projector.modules() if isinstance(m, torch.nn.Linear)][-1]
+            handle = last.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+            try:
+                return right(self, batch)
+            finally:
+                handle.remove()
+
+        patch.setattr(training._Run, "_forward", forward)
+        train(tiny(*VIT, "train.precision=bf16", "train.epochs=1"), folder, progress=False)
+    return seen
 
 
 def run_sharded(folder: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accelerate.Accelerator.prepare", shard)
+        patch.setattr(training, "Accelerator", fsdp)
         seen: list[bool] = []
         original = collectives.whole
         patch.setattr(collectives, "whole", lambda x: (seen.append(hasattr(x, "full_tensor")), original(x))[1])
         train(tiny(*VIT), Path(folder) / "sharded", progress=False)
+        dtypes = run_half(Path(folder) / "half")
         train(tiny(*VIT, "optim.clip_grad=0.5"), Path(folder) / "clipped", progress=False)
         try:
             train(tiny(*VIT, "train.ema=0.9"), Path(folder) / "ema", progress=False)
@@ -133,7 +156,7 @@ def run_sharded(folder: str) -> dict[str, Any]:
     train(tiny(*VIT, "optim.clip_grad=0.5"), Path(folder) / "plain-clipped", progress=False)
     train(half, Path(folder) / "plain-resumed", progress=False)
     train(tiny(*VIT), Path(folder) / "plain-resumed", resume=True, allow_change=["train.epochs"], progress=False)
-    return {"sharded": any(seen), "refused": refused}
+    return {"sharded": any(seen), "refused": refused, "dtypes": dtypes}
 
 
 def close(a: Path, b: Path, steps: int = 1000) -> None:
@@ -148,6 +171,7 @@ def close(a: Path, b: Path, steps: int = 1000) -> None:
 
 def test_sharded_weights_train_as_whole_ones_and_leave_the_same_files(tmp_path: Path) -> None:
     found = run_ranks(run_sharded, 2, str(tmp_path), limit=150)
+    assert all(f["dtypes"] == {torch.bfloat16} for f in found)
     assert all(f["sharded"] and "train.ema: not kept for sharded weights" in f["refused"] for f in found)
     close(tmp_path / "sharded", tmp_path / "plain")
     close(tmp_path / "resumed", tmp_path / "plain-resumed")

@@ -67,11 +67,11 @@ def test_a_skipped_step_changes_nothing_but_the_counter(tmp_path: Path, monkeypa
 
     right = module._Run._update
 
-    def update(self: Any, terms: Any, batch: Any) -> float:
+    def update(self: Any, *given: Any) -> float:
         if self.step == 4:
             seen["before"] = {k: v.clone() for k, v in self.inner.state_dict().items() if "running" not in k and "tracked" not in k}
             seen["remembered"] = [b.clone() for b in self.guard._before]
-        norm = right(self, terms, batch)
+        norm = right(self, *given)
         if self.step == 4:
             seen["after"] = {k: v.clone() for k, v in self.inner.state_dict().items()}
             seen["buffers"] = [b.clone() for b in self.guard._buffers]
@@ -152,8 +152,8 @@ def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, 
 
     right = module._Run._update
 
-    def update(self: Any, terms: Any, batch: Any) -> float:
-        norm = right(self, terms, batch)
+    def update(self: Any, *given: Any) -> float:
+        norm = right(self, *given)
         seen.append(self.encoder.projector.state_dict()["0.weight"].clone() if "0.weight" in self.encoder.projector.state_dict() else
                     next(iter(self.encoder.projector.parameters())).detach().clone())  # fmt: skip
         return norm
@@ -213,7 +213,7 @@ def test_a_best_that_is_not_measured_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     for i in range(24):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    with pytest.raises(RecipeError, match="train.best: knn_z needs images with labels"):
+    with pytest.raises(RecipeError, match="train.best: knn_z needs evaluation images with labels"):
         train(of_folder(folder, "train.best=knn_z", "train.batch_size=8", "train.epochs=1"), tmp_path / "run", progress=False)
 
 

@@ -613,6 +613,23 @@ def test_lanes_give_the_same_batches_to_any_number_of_ranks_and_workers(many_fil
         assert torch.equal(found.rows, expected.rows) and {row for row, _ in found.bad} == {row for row, _ in expected.bad}
 
 
+def test_lanes_share_one_shuffle_buffer(many_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    right = datasets.IterableDataset.shuffle
+    monkeypatch.setattr(datasets.IterableDataset, "shuffle", lambda self, **o: (asked.append(o["buffer_size"]), right(self, **o))[1])
+    stream_batches(many_files, range(2))
+    assert asked == [25 // 4] * 4
+
+
+def test_a_stream_whose_file_is_cut_short_is_one_line(tmp_path: Path) -> None:
+    table(range(400)).to_parquet(str(tmp_path / "train.parquet"), batch_size=20)
+    source, recipe = streamed(tmp_path, "data.length=400", "data.shuffle_buffer=1")
+    whole = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(whole[: len(whole) // 2])
+    with refused("stream, lane 0 of 1"):
+        batches(source, recipe, range(50))
+
+
 def test_a_rank_reads_its_own_files_only(many_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, recipe = streamed(many_files)
     opened = []

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlpjepa_zoo import collectives
 from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.guard import Guard
+from rlpjepa_zoo.interrupts import Interrupts
 from rlpjepa_zoo.loading import load_encoder
 from rlpjepa_zoo.objectives import RectifiedLpJEPALoss
 from rlpjepa_zoo.training import train
@@ -217,6 +219,27 @@ def test_a_best_that_is_not_measured_is_refused(tmp_path: Path) -> None:
         train(of_folder(folder, "train.best=knn_z", "train.batch_size=8", "train.epochs=1"), tmp_path / "run", progress=False)
 
 
+def test_a_best_encoder_whose_publication_was_cut_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, run = tiny("train.best=excess", "probe.every_epochs=1", "train.epochs=3"), tmp_path / "run"
+    from rlpjepa_zoo.record import Publication
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Publication, "copy_as", lambda self, name: (_ for _ in ()).throw(OutputError("killed here")))
+        with pytest.raises(OutputError):
+            train(recipe, run, progress=False)
+    found, _ = latest(run)
+    assert found is not None and found.step == 3 and not (run / "encoder-best").exists()
+    published: list[int] = []
+    right = Publication.copy_as
+    monkeypatch.setattr(
+        Publication,
+        "copy_as",
+        lambda self, name: (right(self, name), published.append(load_encoder(run / name).config.info["training"]["steps"])),
+    )
+    train(recipe, run, resume=True, progress=False)
+    assert published[0] == 3
+
+
 # --- multi-crop -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +299,37 @@ def test_trackers_get_the_id_that_the_folder_keeps(tmp_path: Path, monkeypatch: 
     assert len(rows(run)) == 14  # a server that is down costs nothing
 
 
+def test_a_tracker_that_cannot_start_is_one_line_and_one_that_cannot_end_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from accelerate import Accelerator
+    from accelerate.tracking import TensorBoardTracker
+
+    def broken(*given: Any, **named: Any) -> None:
+        raise ConnectionError("no key")
+
+    recipe = tiny("train.trackers=[tensorboard]", "train.epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "init_trackers", broken)
+        with pytest.raises(RecipeError, match="train.trackers: ConnectionError: no key; log in"):
+            train(recipe, tmp_path / "a", progress=False)
+    monkeypatch.setattr(TensorBoardTracker, "finish", broken)
+    train(recipe, tmp_path / "b", progress=False)
+    assert "tracker: ConnectionError: no key" in caplog.text
+
+
+def test_the_end_of_the_launcher_and_then_a_signal_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Interrupts()
+    asked._parent = -1  # gone
+    monkeypatch.setattr(asked._over, "wait", lambda seconds: asked.stop is not None)
+    asked._watch()
+    asked._stop(signal.SIGTERM, None)  # the scheduler's, a moment later: not an impatient second one
+    assert asked.stop == 143
+    monkeypatch.setattr("time.monotonic", lambda: asked._asked_at + 10)
+    with pytest.raises(KeyboardInterrupt):
+        asked._stop(signal.SIGINT, None)
+
+
 # --- other data, other weights, other versions ------------------------------------------------------------------------------------------
 
 
@@ -288,6 +342,28 @@ def test_other_images_under_the_same_name_are_refused_unless_allowed(image_folde
     with pytest.raises(DataError, match="not those that the run .* trained on.*--allow-change data"):
         train(longer, run, resume=True, allow_change=["train.epochs"], progress=False)
     train(longer, run, resume=True, allow_change=["train.epochs", "data"], progress=False)
+
+
+def test_another_number_of_images_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    train(tiny("train.epochs=1"), tmp_path / "run", progress=False)
+    with pytest.raises(DataError, match="trained on 192 images, the data now holds 128; the number of images cannot change"):
+        train(tiny("train.epochs=1", "data.limit=128"), tmp_path / "run", resume=True, allow_change=["data.limit", "data"], progress=False)
+
+
+def test_held_out_images_without_labels_leave_knn_out(image_folder: Path, tmp_path: Path) -> None:
+    for name in ("train/red", "train/blue", "val"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    for name in ("red", "blue"):
+        for file in sorted((image_folder / name).glob("*.png")):
+            file.rename(tmp_path / "images/train" / name / file.name)
+    for i in range(4):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"images/val/{i}.png")
+    recipe = of_folder(tmp_path / "images", "train.batch_size=8", "train.epochs=1")
+    train(recipe, tmp_path / "run", progress=False)
+    found = rows(tmp_path / "run")[-1]
+    assert found["kind"] == "eval" and "l0_eval" in found and "knn_z" not in found
+    with pytest.raises(RecipeError, match="train.best: knn_z needs evaluation images with labels"):
+        train(recipe.model_copy(update={"train": recipe.train.model_copy(update={"best": "knn_z"})}), tmp_path / "best", progress=False)
 
 
 def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -344,8 +420,18 @@ def run_with(trouble: str, folder: str) -> str:
             patch.setattr(module, "build_encoder", lambda recipe: right(recipe.model_copy(update={"seed": 5})))
         if trouble == "images" and rank == 1:
             patch.setattr(module, "fingerprint", lambda source: "other")
+        if trouble == "journal" and rank == 0:
+            patch.setattr("rlpjepa_zoo.journal.Journal.open", lambda *a: (_ for _ in ()).throw(OutputError("no room")))
+        if trouble == "unreadable" and rank == 1:
+            right_read = rlpjepa_zoo.data.Batches.next
+            patch.setattr(rlpjepa_zoo.data.Batches, "next", lambda self: right_read(self)._replace(bad=[(3, "broken"), (4, "broken")]))
+        more = {
+            "recipe": [f"train.log_every={1 + rank}"],
+            "few": ["probe.eval_images=1", "probe.bank=1"],
+            "unreadable": ["train.max_bad_fraction=0.005"],
+        }
         try:
-            train(tiny("train.epochs=2"), Path(folder), progress=False)
+            train(tiny("train.epochs=2", *more.get(trouble, [])), Path(folder), progress=False)
         except (DataError, OutputError, UsageError) as error:
             return f"{type(error).__name__}: {error}"
     return "finished"
@@ -357,6 +443,10 @@ TROUBLES = {
     "weights": ["processes see different weights", "processes see different weights"],
     "images": ["processes see different images", "processes see different images"],
     "nan": ["finished", "finished"],
+    "journal": ["OutputError: no room", "OutputError: process 0: no room"],
+    "unreadable": ["DataError: 2 of 192 images cannot be read", "DataError: 2 of 192 images cannot be read"],
+    "recipe": ["different recipes: train.log_every is [1, 2]", "different recipes: train.log_every is [1, 2]"],
+    "few": ["finished", "finished"],
 }
 
 

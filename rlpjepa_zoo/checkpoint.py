@@ -32,6 +32,8 @@ from .folder import parse_json, sha256, sync_folder, write_durably
 __all__ = ["Checkpoint", "check_space", "latest", "lock", "optimizer_state", "restore_optimizer", "save"]
 
 _STEP = re.compile(r"step-(\d{8})")
+FORMAT = 1
+"""Of a checkpoint; a newer one is refused by its number."""
 _BESIDE = 16_000_000
 """Bytes that logs and small files of a run need."""
 
@@ -67,7 +69,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
         manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
         for name, data in contents.items():
             write_durably(partial / name, data)
-        write_durably(partial / "MANIFEST.json", json.dumps({"step": checkpoint.step, "files": manifest}).encode())
+        write_durably(partial / "MANIFEST.json", json.dumps({"format": FORMAT, "step": checkpoint.step, "files": manifest}).encode())
         sync_folder(partial)
         if _verifies(checkpoint.step, final):  # saved before at this step: the same, as steps are deterministic
             shutil.rmtree(partial, ignore_errors=True)
@@ -149,7 +151,9 @@ def _read(step: int, path: Path) -> Checkpoint:
     if not manifest_path.is_file():
         raise ModelError(f"{path}: no MANIFEST.json")
     manifest = parse_json(manifest_path.read_bytes(), str(manifest_path))
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
+        raise ModelError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; upgrade rlpjepa_zoo")
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
     if (
         not isinstance(files, dict)
         or manifest.get("step") != step

@@ -259,10 +259,20 @@ def test_manifests_with_other_contents_give_way(tmp_path: Path) -> None:
         {**good, "step": "2"},
         [],
         {},
-        {"step": 2, "files": dict.fromkeys(FILES[:3], 1)},
+        {"format": 1, "step": 2, "files": dict.fromkeys(FILES[:3], 1)},
+        {**good, "format": 0},
     ):
         manifest.write_text(json.dumps(bad))
         assert same(latest(tmp_path)[0], made(1))
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_by_its_number(tmp_path: Path) -> None:
+    two(tmp_path)
+    for path in (tmp_path / "checkpoints").iterdir():
+        manifest = path / "MANIFEST.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "format": 2}))
+    with pytest.raises(ModelError, match="format 2, this version reads 1; upgrade"):
+        latest(tmp_path)
 
 
 def test_when_all_are_damaged_nothing_is_started_anew(tmp_path: Path) -> None:

@@ -42,10 +42,10 @@ __all__ = [
 
 @torch.no_grad()
 def encode(
-    encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False
+    encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False, none_is_fine: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards.
-    None readable gives n = 0."""
+    DataError when none can be read, unless `none_is_fine`."""
     features, codes, rows = [], [], []
     with encoder.evaluating():
         loader = preprocessed(images, encoder.transform, batch_size, num_workers)
@@ -59,6 +59,8 @@ def encode(
                     features.append(out.features.float().cpu())
                     codes.append(out.z.float().cpu())
                     rows += [i for i, _ in good]
+    if not rows and not none_is_fine:
+        raise DataError("none of the images can be read")
     if not rows:
         return torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim), torch.zeros(0, dtype=torch.long)
     labels = np.full(len(rows), -1) if images.labels is None else images.labels[rows]
@@ -241,7 +243,7 @@ def during_training(
     def codes(images: Images) -> tuple[Tensor, Tensor, Tensor]:
         mine = images.take(np.arange(collectives.rank(), len(images), collectives.world_size()))
         with autocast():
-            parts = encode(encoder, mine, batch, recipe.train.num_workers)
+            parts = encode(encoder, mine, batch, recipe.train.num_workers, none_is_fine=True)  # on this rank
         features, z, labels = (collectives.gather_rows(part.to(encoder.device)).cpu() for part in parts)
         if not len(z):
             raise DataError("none of the images for evaluation can be read")

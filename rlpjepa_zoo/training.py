@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,11 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         raise RecipeError(f"train.batch_size: {batch} is not divisible by {world} processes; use {near}")
     global_state = torch.get_rng_state()
     try:
-        if not accelerator.is_main_process:
-            return _Run(recipe, out, accelerator, resume, allow_change, False).go()
-        with checkpoint.lock(out):
-            return _Run(recipe, out, accelerator, resume, allow_change, progress).go()
+        with ExitStack() as held:
+            with collectives.one_for_all():
+                if accelerator.is_main_process:
+                    held.enter_context(checkpoint.lock(out))
+            return _Run(recipe, out, accelerator, resume, allow_change, progress and accelerator.is_main_process).go()
     except (MemoryError, RuntimeError) as error:
         explained = _explained(error, recipe)
         if explained is None:
@@ -177,8 +179,7 @@ class _Run:
         self.main = accelerator.is_main_process
         with collectives.one_for_all():
             found = self._find(resume, allow_change)
-        with collectives.one_for_all():
-            self._open_images()
+        self._open_images()
         with collectives.one_for_all():
             self.encoder = build_encoder(recipe)
         self._same_everywhere(found.step if found else 0)
@@ -210,13 +211,21 @@ class _Run:
             self._start_trackers()
 
     def _open_images(self) -> None:
+        trouble = None
         with self.accelerator.local_main_process_first():  # one process downloads
-            self.source: Source = open_source(self.recipe.data, self.recipe.seed)
-        if self.recipe.train.best in ("knn_z", "knn_features") and not labelled(self.source):
-            raise RecipeError(f"train.best: {self.recipe.train.best} needs evaluation images with labels; use excess, or set it to null")
-        self.data = fingerprint(self.source)
-        self.per_epoch = steps_of_an_epoch(self.source, self.recipe)
-        self.total, _ = self.recipe.steps(self.source.length)
+            try:
+                self.source: Source = open_source(self.recipe.data, self.recipe.seed)
+            except Exception as error:  # not to leave the others waiting for this one
+                trouble = error
+        collectives.together(trouble)
+        with collectives.one_for_all():
+            if self.recipe.train.best in ("knn_z", "knn_features") and not labelled(self.source):
+                raise RecipeError(
+                    f"train.best: {self.recipe.train.best} needs evaluation images with labels; use excess, or set it to null"
+                )
+            self.data = fingerprint(self.source)
+            self.per_epoch = steps_of_an_epoch(self.source, self.recipe)
+            self.total, _ = self.recipe.steps(self.source.length)
 
     def _decode_images(self) -> None:
         """Keep small sets in memory."""

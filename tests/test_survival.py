@@ -425,6 +425,10 @@ def run_with(trouble: str, folder: str) -> str:
         if trouble == "unreadable" and rank == 1:
             right_read = rlpjepa_zoo.data.Batches.next
             patch.setattr(rlpjepa_zoo.data.Batches, "next", lambda self: right_read(self)._replace(bad=[(3, "broken"), (4, "broken")]))
+        if trouble == "source" and rank == 0:
+            patch.setattr(module, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
+        if trouble == "locked" and rank == 0:
+            patch.setattr(rlpjepa_zoo.checkpoint, "lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
         more = {
             "recipe": [f"train.log_every={1 + rank}"],
             "few": ["probe.eval_images=1", "probe.bank=1"],
@@ -447,6 +451,8 @@ TROUBLES = {
     "unreadable": ["DataError: 2 of 192 images cannot be read", "DataError: 2 of 192 images cannot be read"],
     "recipe": ["different recipes: train.log_every is [1, 2]", "different recipes: train.log_every is [1, 2]"],
     "few": ["finished", "finished"],
+    "source": ["DataError: no such folder", "DataError: process 0: no such folder"],
+    "locked": ["UsageError: in use", "UsageError: process 0: in use"],
 }
 
 

@@ -236,7 +236,8 @@ class Augment:
 
 
 def _round(x: Tensor) -> Tensor:
-    return x.add_(0.5).floor_().clamp_(0, 255)
+    """To whole numbers, halves up as in PIL; a little more than a half is added, so that the order of a sum does not decide about them."""
+    return x.add_(0.5 + 1e-4).floor_().clamp_(0, 255)
 
 
 def _apply(x: Tensor, chosen: Numbers, operation: Any, values: Numbers | None = None) -> None:

@@ -132,7 +132,7 @@ class Augment:
 
     def _resample(self, pixels: Tensor, boxes: Numbers, size: int) -> Tensor:
         """Crop and resize by two products with matrices of interpolation weights (n, S, H) and (n, S, W): PIL's filter, with its
-        widening when shrinking, and its rounding to 8 bits after each pass."""
+        widening when shrinking, and its rounding to 8 bits after each pass, rows first (as Pillow before 13 always did)."""
         made = []
         box = torch.from_numpy(boxes).to(pixels.device)
         step = max(1, _CACHED // (3 * max(pixels[0, 0].numel(), size * size))) if pixels.device.type == "cpu" else len(pixels)

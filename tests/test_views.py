@@ -107,7 +107,8 @@ def test_crops_together_are_crops_one_by_one(interpolation: str, height: int, wi
     alone = torch.stack([made.crop_one(Image.fromarray(image), 3, row)[0] for row, image in enumerate(images)], 1)
     difference = (found.int() - alone.int()).abs()
     assert found.shape == (2, 24, 3, size, size) and int(difference.max()) <= 1
-    assert float((difference > 0).float().mean()) < 0.02  # PIL's weights have 22 bits, which decide about some halves
+    # Pillow 13 resizes first along the axis that saves more work, and rounds in between; older ones, and we, along the rows
+    assert float((difference > 0).float().mean()) < (0.1 if size < min(height, width) else 0.003)
 
 
 # --- the distribution, against torchvision's own draws --------------------------------------------------------------------------------

@@ -12,10 +12,7 @@ workers decode and crop, and the device does the rest, which is not part of this
 figures to trust are the ratios of the medians.
 """
 
-import argparse
 import io
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import result
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo import zoo
 from rlpjepa_zoo.data import Batches, decoded, make_loader
 from rlpjepa_zoo.images import Images, deaf_worker
 from rlpjepa_zoo.sources import Source, open_source
@@ -103,13 +100,12 @@ def measure(encoded: list[bytes], recipe: rz.Recipe, seconds: float) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     more = [f"train.num_workers={options.workers}"]
@@ -118,17 +114,13 @@ def main() -> None:
     small = [source._read(i) for i in range(options.images)]
     large = rz.Recipe.load("imagenet100-resnet50", [*more, "train.batch_size=64"])
     found = {
-        "command": f"python benchmarks/data_pipeline.py DATA --workers {options.workers} --batch {options.batch} --images {options.images} --seconds {options.seconds:g}",
         "cifar10": measure(small, cifar, options.seconds),
         "photographs": measure(
             photographs(small, 1000), large.model_copy(update={"data": large.data.model_copy(update={"cache_gb": 0.0})}), options.seconds
         ),
-        "machine": f"{options.workers} workers, {platform.machine()}",
-        "versions": zoo.versions(),
     }
-    print(json.dumps(found, indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    flags = f"--workers {options.workers} --batch {options.batch} --images {options.images} --seconds {options.seconds:g}"
+    result.tell(f"python benchmarks/data_pipeline.py DATA {flags}", found, f"{options.workers} workers", options.json)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,16 @@ slows both; the figure to trust is the ratio of the medians.
 loss of `rlpjepa_zoo.objectives`.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import result
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo import zoo
 from rlpjepa_zoo.optim import make_optimizer
 
 
@@ -68,11 +64,10 @@ def ours(batch: int, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = result.parser(__doc__)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--directions", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
     recipe = rz.Recipe.load("cifar10-resnet18", [f"train.batch_size={options.batch}"])
@@ -88,16 +83,12 @@ def main() -> None:
             print(f"{name}: loss {loss:.3f}, {time.perf_counter() - started:.2f} s", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     found = {
-        "command": f"python benchmarks/training_step.py --batch {options.batch} --directions {options.directions} --repeats {options.repeats}",
         "seconds": {name: [round(v, 3) for v in values] for name, values in seconds.items()},
         "images_per_second": {name: round(options.batch / value, 1) for name, value in medians.items()},
         "ratio": round(medians["plain"] / medians["ours"], 2),
-        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": zoo.versions(),
     }
-    print(json.dumps(found, indent=1))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    flags = f"--batch {options.batch} --directions {options.directions} --repeats {options.repeats}"
+    result.tell(f"python benchmarks/training_step.py {flags}", found, f"{torch.get_num_threads()} threads", options.json)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         UsageError: the folder is in use, or holds a run and `resume` is not set.
         RecipeError: the recipe differs from that of the run, or does not fit the processes or device.
         DataError, ModelError, OutputError: as their names say.
-        NonFiniteError: loss or gradient was not finite in `train.max_skipped` steps in a row, or every embedding became zero.
+        NonFiniteError: loss or gradient was not finite in more than `train.max_skipped` steps in a row, or every embedding became zero.
         StoppedBySignal: SIGTERM or SIGINT; a checkpoint was saved.
     """
     out = Path(out)
@@ -346,7 +346,7 @@ class _Run:
         if stop:
             parts = f"invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}"
             self.guard.skip(self.step + 1, parts, lambda: self._forward(batch))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)  # so that the scaler of fp16 may step below
         else:
             self.guard.in_a_row = 0
         if not stop or self.accelerator.scaler is not None:  # without gradients nothing but the loss scale of fp16 changes

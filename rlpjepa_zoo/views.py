@@ -1,7 +1,7 @@
 """The random views of images, many at a time, each with draws of its own, on whatever device the pixels lie.
 
 What is drawn is a function of (seed, epoch, row, view) alone. What is done with it follows torchvision's transforms of PIL images, 8-bit
-rounding after each operation included, so views equal those of a loop over images to about a grey level, on a CPU and on a GPU.
+rounding after each operation included: each equals PIL's to a grey level (hue to a few, at a few pixels in a thousand).
 
     decoded (b, 3, H, W) uint8  -> crop ->  cropped (V, b, 3, S, S) uint8  -> finish ->  (V, b, 3, S, S) float32, normalised
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import folder, pictures
+from .dial import Dial
 from .errors import ModelError, UsageError
 
 __all__ = ["checked", "files", "render", "rewritten", "set_license"]
@@ -157,6 +158,7 @@ def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, .
         _use(config, block, name),
         _elsewhere(config, block, name),
         _densities(info),
+        _dial(block),
         _results(info, shown),
         _training(config, block, info, shown),
         _LIMITS,
@@ -302,6 +304,19 @@ def _densities(info: dict[str, Any]) -> str:
 
 Random projections pin mean and covariance of the embeddings and only weakly the mass at zero, so the measured density follows the
 asked one without being equal to it. `max_active` bounds it at use."""
+
+
+def _dial(block: dict[str, Any]) -> str:
+    """What is kept of each embedding, of an encoder behind a dial."""
+    saved = block.get("dial")
+    if saved is None:
+        return ""
+    try:
+        return (
+            f"**Dial**: {Dial(**saved).describe(block['projector']['dim'])}. It was set after training; figures of training are without it."
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"config.json: {folder.BLOCK}.dial is not what this version expects ({error})") from error
 
 
 def _results(info: dict[str, Any], shown: tuple[str, ...]) -> str:

@@ -32,7 +32,7 @@ SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, own
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+Workers = Annotated[int, typer.Option(min=0, help="Threads that decode images; 0 decodes between batches.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is when not given.")]
 
@@ -136,53 +136,138 @@ def _facts(recipe: Any) -> dict[str, Any]:
 def embed(
     source: SourceName,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="A folder, image files, or a parquet file with an image column.")
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="File to write: .safetensors, .npz or .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to fill or to go on with.")
+    ],
     batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
+    num_workers: Workers = 4,
     max_active: Annotated[int | None, typer.Option(min=1, help="Keep only this many largest values of each image.")] = None,
-    values: Annotated[str, typer.Option(help="float32 (exact) or float16.")] = "float32",
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them in OUT.failed.jsonl, and go on.")
-    ] = False,
+    min_value: Annotated[float, typer.Option(help="Leave out values below this.")] = 0.0,
+    values: Annotated[str, typer.Option(help="float32 (exact), float16, or uint8 (with a scale for each image).")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16: faster on many processors, codes differ by about a percent.")
+    ] = "float32",
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Folder: images in each file; what is lost, at most, when the program is killed.")
+    ] = 4096,
+    columns: Annotated[
+        str, typer.Option(help="Columns to pass along, as in a,b; of tar files, suffixes such as json. The class label always is.")
+    ] = "",
+    id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers when not given.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; found by type when not given.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them, and go on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write sparse embeddings of images to one file."""
-    if out.suffix not in (".safetensors", ".npz", ".parquet"):
-        raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet")
-    if values not in ("float32", "float16"):
-        raise UsageError(f"--values: expected float32 or float16, got {values}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
-    if not out.parent.is_dir():
-        raise OutputError(f"--out {out}: no folder {out.parent}")
-    from .images import open_images
+    """Write sparse embeddings of images to a file or a folder; into a folder also under `accelerate launch -m rlpjepa_zoo embed ...` and torchrun.
+
+    A folder is written in parts, and the same command goes on where it was stopped.
+    """
+    from . import collectives
+    from .encoder import Budget
+    from .extraction import Extraction, extract, provenance
+    from .feeds import open_feed
     from .loading import load_encoder
 
-    opened = open_images(images[0] if len(images) == 1 else images)
-    encoder = load_encoder(source, revision=revision, device=_device(device))
-    failures: list[tuple[Any, str]] = []
-    found = encoder.embed(
-        opened, batch_size, num_workers, max_active, progress=not quiet, on_error="skip" if skip_bad else "raise", failures=failures
+    if out.suffix and not out.is_dir() and out.suffix not in (".safetensors", ".npz", ".parquet"):
+        raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
+    how = Extraction(values, part_rows, Budget(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
+    _check_out(out, overwrite)
+    feed = open_feed(
+        images,
+        split=split,
+        columns=[c for c in columns.split(",") if c],
+        id_column=id_column,
+        image_column=image_column,
+        revision=data_revision,
     )
-    found.save(out, values=values)  # type: ignore[arg-type]
+    try:
+        collectives.start()
+        encoder = load_encoder(source, revision=revision, device=_device(device))
+        if out.suffix and not out.is_dir():
+            found = _to_file(encoder, feed, out, how, not quiet)
+        else:
+            found = extract(encoder, feed, out, how, model=provenance(encoder, source, revision), overwrite=overwrite, progress=not quiet)
+            found = {"folder": str(out), **found, "model": encoder.fingerprint()}
+            if not as_json:
+                found["reasons"] = "; ".join(f"{n} x {reason}" for reason, n in found["reasons"].items()) or "-"
+        if collectives.rank() == 0:
+            _print(found, as_json)
+    finally:
+        collectives.shut_down()
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: no folder {out.parent}")
+    if not out.suffix or out.is_dir():
+        return
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
+
+
+def _to_file(encoder: Any, feed: Any, out: Path, how: Any, progress: bool) -> dict[str, Any]:
+    """Embed into one file; everything is in memory until it is written."""
+    failures: list[tuple[Any, str]] = []
+    on_error = "skip" if how.skip_bad else "raise"
+    budget = {"max_active": how.budget.max_active, "min_value": how.budget.min_value, "precision": how.budget.precision}
+    found = encoder.embed(feed, how.batch_size, how.num_workers, progress=progress, on_error=on_error, failures=failures, **budget)
+    found.save(out, values=how.values)
     if failures:
         listing = out.with_name(out.name + ".failed.jsonl")
-        listing.write_text("".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures))
-        logging.getLogger("rlpjepa_zoo").warning("%d of %d images could not be read, see %s", len(failures), len(opened), listing)
+        _write(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures))
+        logging.getLogger("rlpjepa_zoo").warning(
+            "%d of %d images could not be read, see %s", len(failures), len(found) + len(failures), listing
+        )
     n, dim = found.shape
-    _print(
-        {
-            "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": found.l0, "bytes": out.stat().st_size,
-            "bytes as dense float32": 4 * n * dim, "model": found.meta["model"],
-        },
-        as_json,
-    )  # fmt: skip
+    return {
+        "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": found.l0, "bytes": out.stat().st_size,
+        "bytes as dense float32": 4 * n * dim, "model": found.meta["model"],
+    }  # fmt: skip
+
+
+@app.command()
+def dial(
+    source: SourceName,
+    out: Annotated[Path, typer.Option(help="Folder for the encoder behind its dial; weights as they are.")],
+    density: Annotated[float | None, typer.Option(help="Wanted fraction of active dimensions.")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Or: at most this many active dimensions.")] = None,
+    mode: Annotated[str, typer.Option(help="top_k keeps each image's largest values; threshold keeps values above one number.")] = "top_k",
+    images: Annotated[str | None, typer.Option(help="What a threshold is calibrated on: a folder, files, ... as embed takes them.")] = None,
+    num_workers: Workers = 4,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a trained encoder sparser, without training; what it then keeps is saved with it."""
+    from .loading import load_encoder
+
+    if (density is None) == (budget is None):
+        raise UsageError("--density and --budget: give one of them")
+    if budget is not None and (mode != "top_k" or images is not None):
+        raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
+    encoder = load_encoder(source, revision=revision, device=_device(device))
+    if budget is not None:
+        twin = encoder.with_budget(budget)
+    else:
+        twin = encoder.with_density(density or 0.0, mode, images, num_workers=num_workers, progress=not quiet)  # type: ignore[arg-type]
+    twin.save_pretrained(out, name=f"local-dir:{out}")
+    how = twin.config.dial
+    _print({"encoder": str(out), "dial": "" if how is None else how.describe(twin.config.dim), "model": twin.fingerprint()}, as_json)
 
 
 @app.command(name="eval")
@@ -518,6 +603,8 @@ def _name(path: Path) -> str:
 def _device(asked: str | None) -> str:
     import torch
 
+    if asked is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

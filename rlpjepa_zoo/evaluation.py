@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from . import collectives, streams
 from .encoder import SparseEncoder
 from .errors import DataError
-from .images import Images, running
+from .images import Images
 from .metrics import dead, l0, l1
-from .preprocess import Preprocessed, preprocessed
+from .preprocess import batched, ready
 from .recipe import Recipe
 from .sources import Source
 from .sparse import SparseEmbeddings
@@ -47,18 +47,17 @@ def encode(
     """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards.
     DataError when none can be read, unless `none_is_fine`."""
     features, codes, rows = [], [], []
-    with encoder.evaluating():
-        loader = preprocessed(images, encoder.transform, batch_size, num_workers)
-        bar = tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
-        with bar, running(loader) as batches:
-            for items in batches:
-                bar.update(len(items))
-                good = [(i, x) for i, x, _ in items if x is not None]
-                if good:
-                    out = encoder.both(torch.stack([x for _, x in good]).to(encoder.device))
-                    features.append(out.features.float().cpu())
-                    codes.append(out.z.float().cpu())
-                    rows += [i for i, _ in good]
+    prepare = encoder.config.preprocess
+    groups = ready(batched(range(len(images)), batch_size), images.read, prepare, num_workers)
+    bar = tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
+    with encoder.evaluating(), bar, closing(groups):
+        for group in groups:
+            bar.update(len(group.items))
+            if group.good:
+                out = encoder.both(prepare.normalised(group.pixels.to(encoder.device)))
+                features.append(out.features.float().cpu())
+                codes.append(out.z.float().cpu())
+                rows += [group.items[i] for i in group.good]
     if not rows and not none_is_fine:
         raise DataError("none of the images can be read")
     if not rows:
@@ -69,11 +68,10 @@ def encode(
 
 def pixels(encoder: SparseEncoder, images: Images) -> tuple[Tensor, Tensor]:
     """Raw pixels in 0..1, resized and cropped like the input, as flat rows (n, 3 H W), and labels: the baseline every embedding should beat."""
-    read = Preprocessed(images, encoder.transform)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.config.preprocess.mean, encoder.config.preprocess.std))
-    kept = [(i, (x * std + mean).flatten()) for i, x, _ in (read[i] for i in range(len(images))) if x is not None]
-    labels = np.full(len(kept), -1) if images.labels is None else images.labels[[i for i, _ in kept]]
-    return torch.stack([x for _, x in kept]), torch.from_numpy(np.asarray(labels))
+    groups = list(ready(batched(range(len(images)), 256), images.read, encoder.config.preprocess))
+    rows = [group.items[i] for group in groups for i in group.good]
+    labels = np.full(len(rows), -1) if images.labels is None else images.labels[rows]
+    return torch.cat([group.pixels for group in groups]).permute(0, 3, 1, 2).flatten(1).float() / 255, torch.from_numpy(np.asarray(labels))
 
 
 def _labelled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

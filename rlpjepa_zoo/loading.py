@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 
 from . import folder, golden, hub, streams, zoo
 from . import resnet as resnet  # registers the small-image ResNets
+from .dial import Dial
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 from .errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from .preprocess import Preprocess
@@ -184,7 +185,8 @@ def load_encoder(
         encoder = create_encoder(config["architecture"], **options)
     block = config[folder.BLOCK]
     text = (path / "recipe.yaml").read_text("utf-8", "replace") if "recipe.yaml" in block["files"] else None
-    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text)
+    dial = _dial(block.get("dial"), where)
+    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text, dial=dial)
     _load_weights(encoder.backbone, path / "model.safetensors")
     _load_weights(encoder.projector, path / "head.safetensors")
     encoder.eval()
@@ -244,6 +246,13 @@ def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
     arguments = config.get("model_args", {})
     _check_arguments(arguments, where)
     return {**options, **arguments}
+
+
+def _dial(saved: Any, where: str) -> Dial | None:
+    try:
+        return None if saved is None else Dial(**saved)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{where}: {folder.BLOCK}.dial is not what this version expects ({first_line(error)})") from error
 
 
 def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) -> None:

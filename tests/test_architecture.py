@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 LEVELS = [
     {"errors", "streams", "collectives", "interrupts"},
     {"distributions", "folder", "metrics", "golden", "network"},
-    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page"},
+    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page", "dial"},
     {"recipe", "preprocess", "pictures", "hub"},
-    {"sources", "views", "card", "publish", "charts", "journal"},
+    {"sources", "views", "card", "publish", "charts", "journal", "feeds"},
     {"encoder"},
     {"loading", "export"},
     {"data", "model", "guard", "optim", "checkpoint", "evaluation", "record"},
-    {"training", "sections"},
+    {"training", "sections", "extraction"},
     {"demo", "report"},
     {"cli"},
 ]

@@ -374,7 +374,7 @@ Notes = Annotated[Path | None, typer.Option(help="Markdown file of your own word
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run or of an encoder, or a zoo name.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run, of an encoder or of embeddings, or a zoo name.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="A new repository is private unless --public; an existing one must agree.")
@@ -389,34 +389,40 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, sizes and the card; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an encoder on the Hugging Face Hub.
+    """Publish an encoder, or embeddings as a data set, on the Hugging Face Hub.
 
-    It is verified, then sent as one commit with what changed. Log in with `hf auth login`, or set HF_TOKEN.
+    An encoder is verified; then what changed is sent as one commit. Log in with `hf auth login`, or set HF_TOKEN.
     """
     import tempfile
 
-    from . import card, folder, hub, publish, zoo
+    from . import card, extraction, folder, hub, publish, zoo
     from .loading import load_encoder
 
     if not zoo.is_repository(repo):
         raise UsageError(f"OWNER/NAME: expected a repository such as you/encoder, got '{repo}'")
-    path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
-    contents = card.rewritten(path, repo, license, _text(notes))
-    with tempfile.TemporaryDirectory() as scratch:
-        load_encoder(folder.write_folder(Path(scratch) / "encoder", contents))  # what does not load is not published
+    contents: dict[str, bytes | Path]
+    if (Path(_plain(source)) / "embeddings.json").is_file():
+        kind, contents = publish.DATASET, extraction.publishable(_plain(source), repo, license, _text(notes))
+    else:
+        kind = publish.MODEL
+        path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
+        made = card.rewritten(path, repo, license, _text(notes))
+        with tempfile.TemporaryDirectory() as scratch:
+            load_encoder(folder.write_folder(Path(scratch) / "encoder", made))  # what does not load is not published
+        contents = {**made}
     if dry_run:
-        rows = {name: len(content) for name, content in sorted(contents.items())}
+        rows = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}
         if as_json:
             _print({"repo": repo, "files": rows}, True)
             return
         print("\n".join(f"{size:>12,}  {name}" for name, size in rows.items()))
         print(f"{sum(rows.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
-        print(contents["README.md"].decode(), end="")
+        print(bytes(contents["README.md"]).decode(), end="")
         return
 
     def send() -> publish.Pushed:
         return publish.push(
-            contents, repo, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
+            contents, repo, kind=kind, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
             overwrite=overwrite,
         )  # fmt: skip
 

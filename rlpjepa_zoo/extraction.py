@@ -34,7 +34,7 @@ from .interrupts import Interrupts
 from .preprocess import Ready, batched, ready
 from .sparse import SparseEmbeddings, Values
 
-__all__ = ["Extraction", "extract", "provenance", "read_record"]
+__all__ = ["Extraction", "card", "extract", "provenance", "publishable", "read_record"]
 
 FORMAT = 1
 _NAMES = {"source", "revision", "folder"}
@@ -171,7 +171,7 @@ def extract(
             _Work(encoder, feed, out, how, record).go(done, asked, progress)
         collectives.barrier()
         with collectives.one_for_all():
-            found = _finish(out, record, feed, how) if collectives.rank() == 0 else {}
+            found = _finish(out, record, feed) if collectives.rank() == 0 else {}
         return dict(collectives.gather_objects(found)[0])
 
 
@@ -357,7 +357,7 @@ def _dtype(kind: Any) -> str:
 # --- the end --------------------------------------------------------------------------------------------------------------------------
 
 
-def _finish(out: Path, record: dict[str, Any], feed: Feed, how: Extraction) -> dict[str, Any]:
+def _finish(out: Path, record: dict[str, Any], feed: Feed) -> dict[str, Any]:
     """Look at all parts, and write down what there is."""
     paths = sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))
     footers = [_footer(path) for path in paths]
@@ -373,15 +373,15 @@ def _finish(out: Path, record: dict[str, Any], feed: Feed, how: Extraction) -> d
     dim, size = record["model"]["dim"], sum(path.stat().st_size for path in paths)
     found = {
         "rows": rows, "skipped": len(failed), "reasons": _reasons(failed), "dim": dim, "density": nnz / (rows * dim), "bytes": size,
-        "bytes as dense float32": 4 * rows * dim, "parts": len(paths),
+        "bytes as dense float32": 4 * rows * dim, "parts": len(paths), "columns": list(feed.columns),
     }  # fmt: skip
     if failed:
         with folder.whole_file(out / "failed.jsonl") as aside:
             aside.write_text("".join(json.dumps({"id": i, "reason": reason}) + "\n" for i, reason in failed))
-    before = read_record(out) or {}
+    record = {**record, "made with": (read_record(out) or {}).get("made with"), "result": found}
     with folder.whole_file(out / "README.md") as aside:
-        aside.write_text(_card(record, found, feed, how))
-    _write_json(out / "embeddings.json", {**record, "made with": before.get("made with"), "result": found})
+        aside.write_text(card(record))
+    _write_json(out / "embeddings.json", record)
     return found
 
 
@@ -396,16 +396,31 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         aside.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def _card(record: dict[str, Any], found: dict[str, Any], feed: Feed, how: Extraction) -> str:
-    model, options = record["model"], record["options"]
+def card(record: dict[str, Any], repo: str | None = None, license: str | None = None, notes: str | None = None) -> str:
+    """The card of a finished folder, a function of its record.
+
+    Args:
+        record: from `read_record`.
+        repo: ``owner/name`` that the examples open; this folder when None.
+        license: SPDX identifier.
+        notes: Markdown of your own.
+    """
+    model, options, found = record["model"], record["options"], record["result"]
     name = model["source"] + (f" at {model['revision']}" if model["revision"] else "")
-    budget = [f"at most {options['max_active']} values an image"] if options["max_active"] else []
-    budget += [f"no values below {options['min_value']:g}"] if options["min_value"] else []
-    scaled = " times `scale` of the row" if how.values == "uint8" else ""
-    passed = "".join(f", `{column}`" for column in feed.columns)
+    budget = f"; at most {options['max_active']} values an image" if options["max_active"] else ""
+    budget += f"; no values below {options['min_value']:g}" if options["min_value"] else ""
+    scaled = " times `scale` of the row" if options["values"] == "uint8" else ""
+    passed = "".join(f", `{column}`" for column in found["columns"])
     smaller = found["bytes as dense float32"] / found["bytes"]
+    failed = f" {found['skipped']:,} images could not be read (`failed.jsonl`)." if found["skipped"] else ""
+    first = (
+        ""
+        if repo is None
+        else f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}", repo_type="dataset")\n'
+    )
+    where = '"."  # this folder' if repo is None else "folder"
     return f"""---
-configs:
+{f"license: {license}" + chr(10) if license else ""}configs:
 - config_name: default
   data_files: data/*.parquet
 tags:
@@ -416,25 +431,40 @@ tags:
 
 # Sparse image embeddings: {found["rows"]:,} x {found["dim"]}
 
-Made by the encoder `{name}` (`{model["architecture"]}`, fingerprint `{model["fingerprint"]}`). {
-        found["density"]:.2%} of the numbers are not zero{"".join(f"; {part}" for part in budget)}.
-{found["bytes"]:,} bytes, {smaller:.1f} times fewer than dense float32. {found["skipped"]:,} images could not be read{
-        " (`failed.jsonl`)" if found["skipped"] else ""
-    }.
+Made by the encoder `{name}` (`{model["architecture"]}`, fingerprint `{model["fingerprint"]}`). {found["density"]:.2%} of the numbers are
+not zero{budget}. {found["bytes"]:,} bytes, {smaller:.1f} times fewer than dense float32.{failed}
 
-Columns: `id`, `indices` (active dimensions, rising), `values` ({how.values}{scaled}, > 0){
-        passed
-    }. `embeddings.json` says what was embedded, and how.
-
-```python
-import rlpjepa_zoo as rz
-
-e = rz.SparseEmbeddings.load("DIR")  # this folder; e.to_scipy() is a CSR matrix
-```
-
+Columns: `id`, `indices` (active dimensions, rising), `values` ({options["values"]}{scaled}, > 0){passed}. `embeddings.json` says what was
+embedded, and how.
+{chr(10) + notes.strip() + chr(10) if notes else ""}
 ```python
 import datasets
 
-rows = datasets.load_dataset("DIR", split="train")
+rows = datasets.load_dataset("{repo or "."}", split="train")
+```
+
+```python
+{first}import rlpjepa_zoo as rz
+
+e = rz.SparseEmbeddings.load({where.split("  #")[0]}){"  #" + where.split("  #")[1] if "#" in where else ""}
+matrix = e.to_scipy()  # CSR
 ```
 """
+
+
+def publishable(out: str | Path, repo: str, license: str | None = None, notes: str | None = None) -> dict[str, bytes | Path]:
+    """The files of a finished folder as a data set on the Hub, by name.
+
+    Raises:
+        UsageError: the folder holds no embeddings, or some that are not finished.
+    """
+    out = Path(out)
+    record = read_record(out)
+    if record is None or "result" not in record:
+        raise UsageError(f"{out}: holds no finished embeddings; run `rlpjepa embed ... --out {out}` to its end first")
+    parts = sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))
+    if len(parts) != record["result"]["parts"]:
+        raise UsageError(f"{out}: {len(parts)} parts, {record['result']['parts']} were written; embed again to make the others")
+    found: dict[str, bytes | Path] = {f"data/{path.name}": path for path in parts}
+    found |= {name: out / name for name in ("embeddings.json", "failed.jsonl") if (out / name).is_file()}
+    return {**found, "README.md": card(record, repo, license, notes).encode()}

@@ -418,3 +418,39 @@ def test_mistakes_on_the_command_line_are_one_line_with_their_code(
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run(*embed, tmp_path / "out.npz")
     assert code == 2 and "several processes write a folder" in err
+
+
+def test_a_finished_folder_is_pushed_as_a_data_set_that_opens_from_the_hub(
+    photos: Path, tmp_path: Path, hub_server: Any, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    enc, out = settled(), tmp_path / "out"
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    code, _, err = run("push", out, "owner/rows")
+    assert code == 4 and "no such folder" in err
+    extract(enc, open_feed(photos), out, HOW)
+    (out / "data/part-000004.parquet").rename(tmp_path / "kept")
+    code, _, err = run("push", out, "owner/rows")
+    assert code == 2 and "4 parts, 5 were written" in err
+    (tmp_path / "kept").rename(out / "data/part-000004.parquet")
+    code, said, _ = run("push", out, "owner/rows", "--dry-run")
+    assert code == 0 and "part-000004.parquet" in said and ("dataset", "owner/rows") not in hub_server.repos
+    code, said, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
+    assert code == 0 and len(json.loads(said)["changed"]) == 7
+    assert [entry.title for entry in hub_server.log("owner/rows", type="dataset")] == ["Upload sparse embeddings", "initial commit"]
+    rows = datasets.load_dataset("owner/rows", split="train", token="hf_writer")
+    assert rows["id"][:] == SparseEmbeddings.load(out).ids.tolist() and rows.features["label"].names == ["blue", "red"]
+    assert SparseEmbeddings.load(snapshot_download("owner/rows", repo_type="dataset")) == SparseEmbeddings.load(out)
+    assert "license: cc-by-4.0" in hub_server.files("owner/rows", type="dataset")["README.md"].decode()
+    extract(enc, open_feed(photos), out, Extraction(part_rows=15, batch_size=3), overwrite=True)
+    code, said, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
+    left = hub_server.files("owner/rows", type="dataset")
+    assert code == 0 and sorted(name for name in left if name.startswith("data/")) == [
+        "data/part-000000.parquet",
+        "data/part-000001.parquet",
+    ]
+    hub_server.put("owner/pictures", {"data/train.parquet": b"of somebody"}, type="dataset")
+    code, _, err = run("push", out, "owner/pictures")
+    assert code == 2 and "holds another dataset" in err

@@ -454,3 +454,71 @@ def test_a_finished_folder_is_pushed_as_a_data_set_that_opens_from_the_hub(
     hub_server.put("owner/pictures", {"data/train.parquet": b"of somebody"}, type="dataset")
     code, _, err = run("push", out, "owner/pictures")
     assert code == 2 and "holds another dataset" in err
+
+
+def test_batch_size_threads_and_part_size_change_no_row(photos: Path, tmp_path: Path) -> None:
+    enc = settled()
+    extract(enc, open_feed(photos), tmp_path / "one", Extraction(num_workers=0))
+    expected = SparseEmbeddings.load(tmp_path / "one")
+    for i, how in enumerate(
+        (Extraction(part_rows=1, batch_size=9), Extraction(part_rows=8, batch_size=1, num_workers=3), Extraction(part_rows=N, batch_size=4))
+    ):
+        extract(enc, open_feed(photos), tmp_path / str(i), how)
+        e = SparseEmbeddings.load(tmp_path / str(i))
+        assert (
+            e.ids.tolist() == expected.ids.tolist()
+            and np.array_equal(e.indptr, expected.indptr)
+            and np.array_equal(e.indices, expected.indices)
+        )
+        np.testing.assert_allclose(e.values, expected.values, rtol=1e-4, atol=1e-6)
+
+
+def test_no_file_stays_open_and_no_thread_runs_on(photos: Path, tmp_path: Path) -> None:
+    import threading
+
+    enc = settled()
+    extract(enc, open_feed(photos), tmp_path / "first", HOW)
+    held, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for i in range(3):
+        extract(enc, open_feed(photos), tmp_path / str(i), HOW)
+    (photos / "red/13.png").write_bytes(b"")
+    with refused(DataError):
+        extract(enc, open_feed(photos), tmp_path / "bad", HOW)
+    assert len(os.listdir("/proc/self/fd")) == held and threading.active_count() == threads
+
+
+def test_more_numbers_than_32_bits_count_and_wide_rows_have_wide_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = SparseEmbeddings([0, 2], [5, 40_000], [1.0, 2.0], 2**16)
+    assert str(wide.to_arrow().schema.field("indices").type) == "list<item: int32>"
+    monkeypatch.setattr(SparseEmbeddings, "nnz", property(lambda self: 2**31))
+    assert wide.to_arrow().schema.field("indices").type == "large_list<item: int32>" and wide.to_scipy().indptr.dtype == np.int64
+
+
+MEASURE = """
+import resource, sys
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
+import rlpjepa_zoo as rz
+from rlpjepa_zoo.extraction import Extraction, extract
+from rlpjepa_zoo.feeds import open_feed
+torch.set_num_threads(1)
+extract(rz.load_encoder("test_resnet.digits"), open_feed(sys.argv[2:]), sys.argv[1], Extraction(num_workers=2, part_rows=1000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    source, peaks = table(), []
+    one = tmp_path / "images.parquet"
+    import datasets
+
+    datasets.concatenate_datasets([source] * 200).to_parquet(str(one))
+    for files in (1, 10):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / str(files)), *[str(one)] * files]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+        assert len(list((tmp_path / str(files) / "data").iterdir())) == -(-FEW * 200 * files // 1000)
+    print(f"largest resident memory: {peaks[0] / 1024:.1f} MB for {FEW * 200} images, {peaks[1] / 1024:.1f} MB for ten times as many")
+    assert peaks[1] < 1.05 * peaks[0]

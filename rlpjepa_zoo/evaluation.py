@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ __all__ = [
     "pixels",
     "with_results",
 ]
+
+
+PART = 1 << 26
+"""Numbers of z that are dense at a time (256 MB)."""
 
 
 @torch.no_grad()
@@ -191,7 +196,7 @@ class _Task:
 
 def _encoded(encoder: SparseEncoder, images: Images, options: dict[str, Any]) -> tuple[Array, SparseEmbeddings, Array]:
     """`encode` in parts, so that z is never dense as a whole."""
-    size = max(1024, (1 << 26) // encoder.config.dim)
+    size = max(1, PART // encoder.config.dim)
     parts = []
     for start in range(0, max(len(images), 1), size):
         features, z, y = encode(encoder, images.take(range(start, min(start + size, len(images)))), **options, none_is_fine=True)
@@ -339,5 +344,15 @@ def with_results(info: dict[str, Any], report: dict[str, Any], data: str) -> dic
             return {k: rounded(v) for k, v in value.items()}
         return [rounded(v) for v in value] if isinstance(value, list) else round(value, 4) if isinstance(value, float) else value
 
+    if "against" in report:  # of paths the last part is enough for others
+        report = {**report, "against": {_public(name): found for name, found in report["against"].items()}}
     density = {**info.get("density", {}), "eval": round(report["l0"], 4), "eval_images": f"test images of {data}"}
     return {**info, "results": rounded({**report, "data": data}), "density": density}
+
+
+def _public(name: str) -> str:
+    """The name of what was compared with, without folders of one machine."""
+    kind, _, place = name.rpartition("local-dir:")
+    if kind or name.startswith("local-dir:") or Path(name).expanduser().exists():
+        return kind + Path(place or name).name
+    return name

@@ -206,7 +206,7 @@ def accuracy_table(report: dict[str, Any]) -> str:
             f"{d['difference']:+.3f} (95 % {d['low']:+.3f} to {d['high']:+.3f}, n = {d['n']})"
             for d in other["differences"]
         ]
-    lines += [f"left out: {heads.get(name, name)}: {why}" for name, why in report.get("skipped", {}).items()]
+    lines += [f"left out: {measure_label(name) or name}: {why}" for name, why in report.get("skipped", {}).items()]
     if curve := report.get("curve"):
         lines += ["", f"{'active of z':<17}" + "".join(f"{k:>7}" for k in curve["active"])]
         lines += [f"{heads[m]:<17}" + "".join(f"{v:>7.3f}" for v in curve[m]) for m in measures if m in curve]

@@ -154,7 +154,7 @@ def evaluate(
     scores = {space: measure(a, y, b, test_y, protocol) for space, (a, b) in spaces.items()}
     for space, found in scores.items():
         report |= found.flat(space)
-    said = [protocol.describe(len(y), len(test_y)), *([note] if note else []), "encoder frozen, one training run"]
+    said = [protocol.describe(len(y), len(test_y), scores["z"].skipped), *([note] if note else []), "encoder frozen, one training run"]
     report |= {"protocol": "; ".join(said), "skipped": skipped | scores["z"].skipped}
     report["chosen_c"] = {space: found.chosen_c for space, found in scores.items() if found.chosen_c}
     if grid:

@@ -1,7 +1,7 @@
 """Protocols of frozen evaluation, as functions of representations and labels: kNN, linear and MLP probes, few-shot, retrieval, clustering.
 
 A representation is what `rows` takes: a dense (n, C) array or tensor, `SparseEmbeddings`, or any scipy sparse matrix. A sparse one is worked
-on as CSR, in tiles of at most 64 MB of float32, except that one of more than a quarter non-zeros is made dense when that takes at most
+on as CSR, in tiles of at most 16 MB of float32, except that one of more than a quarter non-zeros is made dense when that takes at most
 256 MB: measured on one thread (20,000 x 512 and 20,000 x 2048, float32), products with CSR are some 14 times as fast as dense ones at 1 %
 non-zeros, twice as fast at 10 % and half as fast at 50 %; and above a quarter, dense rows need at most twice the memory of CSR.
 
@@ -31,8 +31,10 @@ __all__ = [
 
 GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 """Inverse strengths C that `choose_c` tries."""
-TILE = 1 << 24
-"""Numbers in a tile of cosines."""
+TILE = 1 << 22
+"""Numbers in a tile of cosines; blocks of this size are handed back and out again by the allocator without new pages."""
+SMALL = 1 << 24
+"""Numbers of a matrix that scikit-learn fits in one thread."""
 DENSE_SHARE, DENSE_SIZE = 0.25, 1 << 26
 """A sparse matrix is made dense above this share of non-zeros, when it then has at most this many numbers."""
 HIDDEN, EPOCHS = 256, 50
@@ -312,12 +314,15 @@ def _logistic(c: float, max_iter: int, warm_start: bool = False) -> Any:
     return LogisticRegression(C=c, max_iter=max_iter, warm_start=warm_start)
 
 
-def _fit(probe: Any, x: Rows, y: Array) -> Any:
+def _fit(model: Any, x: Rows, y: Array) -> Any:
+    """Fit a model of scikit-learn; a small one in one thread: several gain nothing there, and on a busy machine they wait for each other
+    (twenty times as long was measured with two threads on two busy cores)."""
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1 if x.shape[0] * x.shape[1] <= SMALL else None):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the limit of iterations is part of the protocol
-        return probe.fit(x, y)
+        return model.fit(x, y)
 
 
 def few_shot(x: Any, y: Any, test_x: Any, test_y: Any, shots: int = 1, draws: int = 100, seed: int = 0) -> Array:
@@ -422,7 +427,7 @@ def retrieval(x: Any, y: Any, test_x: Any, test_y: Any, queries: int | None = No
         test_x, test_y = test_x[chosen], test_y[chosen]
     labels, precision = torch.as_tensor(y), []
     rank = torch.arange(1, len(y) + 1, dtype=torch.float64)
-    for start, cosine in _tiles(test_x, x, TILE // 4):  # sorting and counting take eight bytes a number
+    for start, cosine in _tiles(test_x, x, TILE):
         wanted = torch.as_tensor(test_y[start : start + len(cosine)])[:, None]
         hits = labels[cosine.sort(dim=1, descending=True, stable=True).indices] == wanted
         share = hits.cumsum(1) / rank

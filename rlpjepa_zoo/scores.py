@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,25 +62,28 @@ class Protocol:
         if not self.temperature > 0 or not self.grid or min(self.grid) <= 0:
             raise UsageError("temperature and every C of the grid: expected numbers > 0")
 
-    def describe(self, images: int, queries: int) -> str:
-        """One sentence for each protocol.
+    def describe(self, images: int, queries: int, skipped: Collection[str] = ()) -> str:
+        """One sentence for each protocol that was followed.
 
         Args:
             images: training images, which bound k.
             queries: test images, which bound those of retrieval.
+            skipped: measures that were left out.
         """
         mean = f"mean of {self.seeds} seeds (± their standard deviation)" if self.seeds > 1 else "one seed"
         asked = min(self.queries, queries)
+        shots = [n for n in self.shots if shot_name(n) not in skipped]
+        silent = {*skipped, *(() if shots else ("few_shot",))}
         said = {
             "knn": f"kNN: k = {min(self.k, images)}, cosine, T = {self.temperature:g}, deterministic",
             "linear": f"linear: logistic regression, L-BFGS of at most 300 iterations, {self._chosen(mean)}",
-            "few_shot": f"{', '.join(map(str, self.shots))}-shot: nearest by cosine of the class means of so many random training images per class, "
+            "few_shot": f"{', '.join(map(str, shots))}-shot: nearest by cosine of the class means of so many random training images per class, "
             f"mean of {self.seeds * self.draws} draws (± their standard deviation)",
             "mlp": f"MLP: one hidden layer of {probes.HIDDEN}, Adam, {probes.EPOCHS} epochs, {mean}",
             "retrieval": f"mAP: all training images ranked by cosine for each of {asked} test images{' drawn at random' if asked < queries else ''}",
             "clustering": f"NMI: k-means of the test images by direction, as many clusters as classes, {mean}",
         }
-        return "; ".join(said[name] for name in self.probes)
+        return "; ".join(said[name] for name in self.probes if name not in silent)
 
     def _chosen(self, mean: str) -> str:
         if len(self.grid) == 1:
@@ -162,7 +165,7 @@ def _few_shot(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, pro
         try:
             draws = [probes.few_shot(x, y, test_x, test_y, shots, protocol.draws, seed) for seed in range(protocol.seeds)]
         except DataError as error:
-            found.skipped[shot_name(shots)] = str(error)
+            found.skipped[shot_name(shots)] = str(error).removeprefix(f"{shots}-shot: ")
         else:
             found.add(shot_name(shots), np.concatenate(draws))
 

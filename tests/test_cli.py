@@ -190,10 +190,10 @@ def test_eval_writes_its_report_its_picture_and_the_card(capsys: pytest.CaptureF
     shutil.copytree(encoder, mine)
     files = {"--out": tmp_path / "report.json", "--plot": tmp_path / "curve.png"}
     options = [str(word) for pair in files.items() for word in pair]
-    command = ["eval", str(mine), "--data", "digits", "data.limit=60", "--budgets", "2,4", "--shots", "1,5,20", "--no-pixels", "--card"]
+    command = ["eval", str(mine), "--data", "digits", "data.limit=150", "--budgets", "2,4", "--shots", "1,5,20", "--no-pixels", "--card"]
     assert cli.run([*command, *options, "--against", str(encoder), "--quiet"]) == 0
     table = capsys.readouterr().out
-    for words in ("5-shot", "active of z", "z - its z, kNN", "left out: 20-shot", "60 training and 360 test images"):
+    for words in ("5-shot", "active of z", "z - its z, kNN", "left out: 20-shot: class", "150 training and 360 test images"):
         assert words in table, words
     report = json.loads(files["--out"].read_text())
     assert report["curve"]["active"] == [2, 4] and report["data"] == "digits" and list(report["against"]) == [str(encoder)]

@@ -155,7 +155,7 @@ def test_a_damaged_encoder_and_unreadable_images_are_refused(halves: tuple[Image
 
 def test_the_protocol_says_what_was_done(encoder: SparseEncoder, halves: tuple[Images, Images]) -> None:
     report = evaluate(encoder, *halves, limit=12, k=3, seeds=1, shots=[2, 50], note="from a drawer")
-    for words in ("12 of 20 training images, drawn at random", "from a drawer", "k = 3", "one seed", "2, 50-shot", "mean of 100 draws"):
+    for words in ("12 of 20 training images, drawn at random", "from a drawer", "k = 3", "one seed", "; 2-shot: nearest", "mean of 100 draws"):
         assert words in report["protocol"], words
     assert "kNN" not in evaluate(encoder, *halves, probes=["clustering"])["protocol"]
     assert list(report["skipped"]) == ["shot_50"] and "linear_std_z" not in report and report["shot_2_std_z"] >= 0

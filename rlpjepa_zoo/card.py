@@ -31,7 +31,7 @@ def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
         drawn["training.png"] = pictures.training(info["history"], theory)
-    if (info.get("results") or {}).get("curve"):
+    if any(((info.get("results") or {}).get("curve") or {}).get(kind) for kind in _ACCURACIES):
         drawn["accuracy.png"] = pictures.accuracy(info["results"])
     return {"README.md": render(config, name, tuple(drawn)).encode(), **drawn}
 

@@ -231,7 +231,9 @@ def evaluate(
     asked = budgets or ("auto" if plot is not None else "")
     wanted: Any = asked if asked == "auto" else _numbers("--budgets", asked) if asked else ()
     names, counts = tuple(name.strip() for name in probes.split(",")), tuple(_numbers("--shots", shots))
-    Protocol(names, counts, seeds, queries=queries)  # refuses before anything is read
+    protocol = Protocol(names, counts, seeds, queries=queries)  # refuses before anything is read
+    if plot is not None and not {"knn", "linear", "few_shot" if 1 in counts else ""} & set(protocol.probes):
+        raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
     for file in (out, plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise OutputError(f"{file}: no folder {file.parent}")

@@ -103,6 +103,7 @@ def test_recipe_mistakes_exit_2(capsys: pytest.CaptureFixture[str], override: st
         (["eval", "ENCODER", "--data", "digits", "--seeds", "0"], 2, ["--seeds"]),
         (["eval", "ENCODER", "--data", "digits", "--plot", "OUT.pdf"], 2, ["--plot", ".png"]),
         (["eval", "ENCODER", "--data", "digits", "--plot", "/no/such/dir/p.png"], 6, ["/no/such/dir"]),
+        (["eval", "ENCODER", "--data", "digits", "--plot", "OUT.png", "--probes", "mlp"], 2, ["--plot", "--probes"]),
         (["eval", "ENCODER", "--data", "digits", "--against", "pixels", "--no-pixels"], 2, ["pixels"]),
         (["eval", "ENCODER", "--data", "digits", "--against", "timm:resnet81"], 4, ["resnet81"]),
         (["eval", "ENCODER", "--data", "digits", "--against", "nobody"], 2, ["nobody"]),
@@ -185,21 +186,21 @@ def test_train_embed_eval_list(capsys: pytest.CaptureFixture[str], image_folder:
     assert json.loads((tmp_path / "report.json").read_text())["n_train"] == 200
 
 
-def test_eval_writes_its_report_its_picture_and_the_card(capsys: pytest.CaptureFixture[str], encoder: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "mine"
+def test_eval_writes_its_report_its_picture_and_the_card(
+    capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    mine, out, plot = tmp_path / "mine", tmp_path / "report.json", tmp_path / "curve.png"
     shutil.copytree(encoder, mine)
-    files = {"--out": tmp_path / "report.json", "--plot": tmp_path / "curve.png"}
-    options = [str(word) for pair in files.items() for word in pair]
-    command = ["eval", str(mine), "--data", "digits", "data.limit=150", "--budgets", "2,4", "--shots", "1,5,20", "--no-pixels", "--card"]
-    assert cli.run([*command, *options, "--against", str(encoder), "--quiet"]) == 0
+    command = ["eval", mine, "--data", image_folder, "--budgets", "2,4", "--shots", "1,5,20", "--no-pixels", "--card", "--quiet"]
+    assert cli.run([str(word) for word in (*command, "--out", out, "--plot", plot, "--against", encoder)]) == 0
     table = capsys.readouterr().out
-    for words in ("5-shot", "active of z", "z - its z, kNN", "left out: 20-shot: class", "150 training and 360 test images"):
+    for words in ("5-shot", "active of z", "z - its z, kNN", "left out: 20-shot: class", "32 training and 8 test images"):
         assert words in table, words
-    report = json.loads(files["--out"].read_text())
-    assert report["curve"]["active"] == [2, 4] and report["data"] == "digits" and list(report["against"]) == [str(encoder)]
-    assert Image.open(files["--plot"]).format == "PNG" and sorted(p.name for p in tmp_path.glob("*.*")) == ["curve.png", "report.json"]
+    report = json.loads(out.read_text())
+    assert report["curve"]["active"] == [2, 4] and report["data"] == str(image_folder) and list(report["against"]) == [str(encoder)]
+    assert Image.open(plot).format == "PNG" and sorted(p.name for p in tmp_path.glob("*.*")) == ["curve.png", "report.json"]
     text = (mine / "README.md").read_text()
-    assert "5-shot" in text and "paired bootstrap" in text and str(tmp_path) not in text.split("## Results")[1].split("## Training")[0]
+    assert "5-shot" in text and "paired bootstrap" in text and str(tmp_path) not in text
 
 
 def test_eval_of_a_folder_without_a_test_part_says_how_it_was_split(

@@ -86,7 +86,7 @@ def pixels(encoder: SparseEncoder, images: Images) -> tuple[Tensor, Tensor]:
 
 def evaluate(
     encoder: SparseEncoder, train: Images, test: Images, batch_size: int = 256, num_workers: int = 0, k: int = 20, temperature: float = 0.07,
-    progress: bool = False, with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] = DEFAULT_PROBES,
+    progress: bool = False, with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | str = DEFAULT_PROBES,
     budgets: Sequence[int] | str = (), shots: Sequence[int] = (1, 5, 10), seeds: int = 3, queries: int = 2000, against: Sequence[str] = (),
     note: str = "",
 ) -> dict[str, Any]:  # fmt: skip
@@ -132,7 +132,7 @@ def evaluate(
         >>> report["n_train"], 0 <= report["knn_z"] <= 1, report["protocol"].split(";")[0]
         (100, True, 'kNN: k = 20, cosine, T = 0.07, deterministic')
     """
-    protocol = Protocol(tuple(probes), tuple(shots), seeds, k, temperature, queries=queries)
+    protocol = Protocol((probes,) if isinstance(probes, str) else tuple(probes), tuple(shots), seeds, k, temperature, queries=queries)
     grid = checked_budgets(budgets, encoder.config.dim)
     if "pixels" in against and not with_pixels:
         raise UsageError("against: pixels are to be compared with but not measured; leave one of the two out")

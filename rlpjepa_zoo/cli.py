@@ -228,7 +228,7 @@ def _to_file(encoder: Any, feed: Any, out: Path, how: Any, progress: bool) -> di
     found.save(out, values=how.values)
     if failures:
         listing = out.with_name(out.name + ".failed.jsonl")
-        _write(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures))
+        _write(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures).encode())
         logging.getLogger("rlpjepa_zoo").warning(
             "%d of %d images could not be read, see %s", len(failures), len(found) + len(failures), listing
         )
@@ -276,15 +276,27 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, a folder (train/ and val/ with a folder per class, or parquet files), or a recipe whose data section to use."
+            help="digits, cifar10, cifar100, dtd, flowers102, food101, pets, a folder (a folder per class, in train/ and val/ where there "
+            "are, or parquet files), or a recipe whose data section to use."
         ),
     ],
     overrides: Overrides = None,
+    probes: Annotated[str, typer.Option(help="Of knn,linear,few_shot,mlp,retrieval,clustering; or all.")] = "knn,linear,few_shot",
+    budgets: Annotated[
+        str | None, typer.Option(help="Measure z also with only this many largest values of each image: 4,8,16, or auto: 1, 2, 4, ... 64.")
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Images per class of few_shot.")] = "1,5,10",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of what is random.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="Test images that search in retrieval, at most.")] = 2000,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare on the same images: pixels, random (fresh weights), timm:NAME, or another SOURCE; may be repeated."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images, drawn at random.")] = None,
     pixels: Annotated[bool, typer.Option(help="Measure raw pixels too.")] = True,
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
-    curve: Annotated[bool, typer.Option("--curve", help="Measure also with only the 1, 2, 4, ... largest values of each image.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against active dimensions into this PNG (budgets: auto).")] = None,
     on_card: Annotated[bool, typer.Option("--card", help="Write the results into the card of SOURCE, a folder.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
     revision: Revision = None,
@@ -292,38 +304,41 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """kNN, linear and 1-shot accuracy of the sparse embedding, the dense features and raw pixels."""
-    from .errors import DataError
-    from .evaluation import accuracy_table, with_results
+    """Measure the sparse embedding, the dense features and raw pixels: kNN, linear, few-shot and MLP probes, retrieval, clustering."""
+    from .evalsets import open_set
+    from .evaluation import accuracy_table, checked_budgets, with_results
     from .evaluation import evaluate as run
     from .loading import load_encoder
-    from .recipe import Data, Recipe
-    from .sources import open_source
+    from .scores import Protocol
 
-    if Path(data).is_dir():
-        parquet = any(Path(data).rglob("*.parquet"))
-        section = Data(source="hf", path=data, eval_split="test") if parquet else Data(source="folder", path=data)
-        if overrides:
-            raise UsageError(f"'{overrides[0]}': overrides belong to a recipe, and --data {data} is a folder")
-    else:
-        section = Recipe.load(data, overrides or []).data
-    if section.streaming:
-        raise UsageError(f"--data {data}: evaluation needs all images at once; set data.streaming=false and data.length=null")
-    opened = open_source(section)
-    if opened.eval is None:
-        raise DataError(
-            f"--data {data}: no evaluation images; expected a folder val/ or test/ beside train/, or a recipe with data.eval_split"
-        )
+    if plot is not None and plot.suffix != ".png":
+        raise UsageError(f"--plot {plot}: expected a file ending in .png")
+    asked = budgets or ("auto" if plot is not None else "")
+    wanted: Any = asked if asked == "auto" else _numbers("--budgets", asked) if asked else ()
+    names, counts = tuple(name.strip() for name in probes.split(",")), tuple(_numbers("--shots", shots))
+    protocol = Protocol(names, counts, seeds, queries=queries)  # refuses before anything is read
+    if plot is not None and not {"knn", "linear", "few_shot" if 1 in counts else ""} & set(protocol.probes):
+        raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
+    for file in (out, plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise OutputError(f"{file}: no folder {file.parent}")
     place = _own_folder(source, "--card") if on_card else None
+    found = open_set(data, overrides or [])
     encoder = load_encoder(source, revision=revision, device=_device(device))
+    checked_budgets(wanted, encoder.config.dim)
     report = run(
-        encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, curve=curve
-    )
+        encoder, found.train, found.test, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, probes=names,
+        budgets=wanted, shots=counts, seeds=seeds, queries=queries, against=against or (), note=found.note,
+    )  # fmt: skip
     if place is not None:
-        info = with_results(encoder.config.info, report, section.name or section.label())
+        info = with_results(encoder.config.info, report, found.name)
         encoder.save_pretrained(place, info=info, name=_name(place))
     if out is not None:
-        _write(out, json.dumps({"source": source, "data": data, **report}, indent=1) + "\n")
+        _write(out, (json.dumps({"source": source, "data": data, **report}, indent=1) + "\n").encode())
+    if plot is not None:
+        from .pictures import accuracy
+
+        _write(plot, accuracy(report))
     if as_json:
         _print(report, True)
         return
@@ -620,11 +635,18 @@ def _device(asked: str | None) -> str:
     return asked
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
+    from .folder import whole_file
+
+    with whole_file(path) as aside:
+        aside.write_bytes(content)
+
+
+def _numbers(option: str, text: str) -> list[int]:
     try:
-        path.write_text(text)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option}: expected whole numbers such as 4,8,16, got '{text}'") from error
 
 
 def _short(value: Any) -> str:

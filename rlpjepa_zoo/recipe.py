@@ -19,7 +19,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from . import zoo
 from .errors import RecipeError, UsageError, did_you_mean
 
-__all__ = ["Data", "Encoder", "Hub", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "find_recipe", "list_recipes"]
+__all__ = [
+    "Data", "Encoder", "Hub", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "data_section", "find_recipe", "list_recipes",
+]  # fmt: skip
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -494,6 +496,33 @@ class Recipe(Section):
             raise RecipeError(f"{where}: {_explain(error)}") from error
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
+
+
+def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
+    """A data section alone, with ``"data.key=value"`` overrides.
+
+    Raises:
+        RecipeError: naming the key, what was given and what was expected.
+
+    Example:
+        >>> data_section({"source": "hf", "name": "uoft-cs/cifar10"}, ["data.eval_split=test"]).eval_split
+        'test'
+    """
+    whole: dict[str, Any] = {"data": dict(values)}
+    for override in overrides:
+        _override(whole, override)
+    if extra := sorted(whole.keys() - {"data"}):
+        raise UsageError(
+            f"override of '{extra[0]}': only data.KEY=VALUE has a meaning here; overrides of other sections belong to a recipe"
+        )
+    try:
+        return _DataAlone.model_validate(whole).data
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+class _DataAlone(Section):
+    data: Data
 
 
 # --- finding ------------------------------------------------------------------------------------------------------------------------

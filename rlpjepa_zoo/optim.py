@@ -10,7 +10,7 @@ import timm.optim
 import torch
 import torch.nn as nn
 
-from .recipe import Recipe
+from .recipe import Plan, Recipe
 
 __all__ = ["learning_rate", "make_optimizer", "set_learning_rates"]
 
@@ -63,7 +63,7 @@ def _split(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list
     return weights, others
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, total: int, per_epoch: int) -> float:
+def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Plan, step: int, total: int, per_epoch: int) -> float:
     """Put the rates of `step` into the groups; returns that of the encoder."""
     options = recipe.optim
     warmup = round(options.warmup_epochs * per_epoch)

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +19,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from . import zoo
 from .errors import RecipeError, UsageError, did_you_mean
 
-__all__ = ["Data", "Encoder", "Hub", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "find_recipe", "list_recipes"]
+__all__ = [
+    "Data",
+    "Encoder",
+    "Hub",
+    "Objective",
+    "Optim",
+    "Plan",
+    "Probe",
+    "Recipe",
+    "Target",
+    "Train",
+    "Views",
+    "find_recipe",
+    "list_recipes",
+]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -383,7 +397,90 @@ class Hub(Section):
         return self
 
 
-class Recipe(Section):
+KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
+"""Commands that take a recipe, and the sections that such a recipe alone has."""
+
+
+def kind_of(values: dict[str, Any]) -> str:
+    """The command that a recipe is for, by its sections."""
+    return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
+
+
+class Plan(Section):
+    """What the recipes of all kinds of run have in common."""
+
+    kind: ClassVar[str]
+    """Command that takes such a recipe."""
+
+    if TYPE_CHECKING:
+        name: str
+        seed: int
+        data: Data
+        views: Views
+        optim: Optim
+        train: Train
+        hub: Hub
+
+        def shareable(self) -> str: ...
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate used: optim.lr * batch / reference batch."""
+        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
+
+    def steps(self, images: int) -> tuple[int, int]:
+        """(steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
+        per_epoch = images // self.train.batch_size
+        return max(1, round(self.train.epochs * per_epoch)), per_epoch
+
+    def dump(self) -> str:
+        """Canonical YAML, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """Every value under its dotted key."""
+
+        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in values.items():
+                found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            return found
+
+        return dotted(self.model_dump(mode="json"), "")
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides (target.mu replaces target.density).
+
+        Raises:
+            RecipeError: naming the key, what was given and what was expected.
+        """
+        path = find_recipe(source)
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
+        return cls.parse(text, overrides, where=str(source))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Self:
+        """A recipe from YAML text; see `load`."""
+        values = _read_yaml(text, where)
+        for override in overrides:
+            _override(values, override)
+        _one_dial(values, overrides)
+        if (kind := kind_of(values)) != cls.kind:
+            mark = next(section for section in KINDS[kind] if section in values)
+            raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error, cls)}") from error
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+class Recipe(Plan):
     """A complete run.
 
     Example:
@@ -391,6 +488,8 @@ class Recipe(Section):
         >>> recipe.train.epochs, round(recipe.target.law()[0], 3), Recipe.parse(recipe.dump()) == recipe
         (30.0, -0.648, True)
     """
+
+    kind = "train"
 
     name: str
     seed: Annotated[int, Field(ge=0)] = 0
@@ -424,34 +523,9 @@ class Recipe(Section):
         return self
 
     @property
-    def lr(self) -> float:
-        """Peak learning rate used: optim.lr * batch / reference batch."""
-        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
-
-    @property
     def probe_lr(self) -> float:
         """Peak learning rate of the online probes."""
         return self.probe.lr * self.train.batch_size / self.optim.reference_batch
-
-    def steps(self, images: int) -> tuple[int, int]:
-        """(steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
-        per_epoch = images // self.train.batch_size
-        return max(1, round(self.train.epochs * per_epoch)), per_epoch
-
-    def dump(self) -> str:
-        """Canonical YAML, every field written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def flat(self) -> dict[str, Any]:
-        """Every value under its dotted key."""
-
-        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-            found: dict[str, Any] = {}
-            for key, value in values.items():
-                found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-            return found
-
-        return dotted(self.model_dump(mode="json"), "")
 
     def shareable(self) -> str:
         """`dump` without what is of one person or machine: of paths the last part is kept, or nothing where the data have a name, and
@@ -466,34 +540,6 @@ class Recipe(Section):
             "hub": Hub(license=self.hub.license),
         }
         return self.model_copy(update=parts).dump()
-
-    @classmethod
-    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides (target.mu replaces target.density).
-
-        Raises:
-            RecipeError: naming the key, what was given and what was expected.
-        """
-        path = find_recipe(source)
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
-        return cls.parse(text, overrides, where=str(source))
-
-    @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
-        """A recipe from YAML text; see `load`."""
-        values = _read_yaml(text, where)
-        for override in overrides:
-            _override(values, override)
-        _one_dial(values, overrides)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise RecipeError(f"{where}: {_explain(error)}") from error
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
 
 
 # --- finding ------------------------------------------------------------------------------------------------------------------------
@@ -590,7 +636,7 @@ _ACCUMULATION = (
 )
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, recipe: type[Plan]) -> str:
     """The first problem in one line: dotted key, what was given, what was expected."""
     problems = error.errors()
     first = problems[0]
@@ -601,7 +647,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         if "accum" in location[-1]:
             return f"{name}: {_ACCUMULATION}"
-        section: Any = Recipe
+        section: Any = recipe
         for part in location[:-1]:
             section = section.model_fields[part].annotation
         hint = did_you_mean(location[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}"

@@ -18,22 +18,23 @@ LEVELS = [
     {"sources", "views", "card", "publish", "charts", "journal"},
     {"encoder"},
     {"loading", "export"},
-    {"data", "model", "guard", "optim", "checkpoint", "evaluation", "record"},
-    {"training", "sections"},
+    {"data", "model", "guard", "optim", "checkpoint", "evaluation", "record", "task"},
+    {"engine", "sections"},
+    {"training"},
     {"demo", "report"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 OWNERS = {
     "torch.distributed": {"collectives"},
-    "accelerate": {"training"},
+    "accelerate": {"engine"},
     "huggingface_hub": {"hub", "publish", "network"},
     "pickle": set(),
     "typer": {"cli"},
     "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
-TRAINING = {"training", "objectives", "optim", "data", "sources"}
+TRAINING = {"training", "engine", "objectives", "optim", "data", "sources"}
 LONG = {"go"}
 
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 
 from .recipe import Plan, Recipe
+from .tuning_recipe import TuningRecipe
 
-__all__ = ["learning_rate", "make_optimizer", "set_learning_rates"]
+__all__ = ["learning_rate", "make_optimizer", "make_tuner", "set_learning_rates"]
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, start: float = 3e-5, final: float = 0.0) -> float:
@@ -52,6 +53,26 @@ def make_optimizer(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe)
         return timm.optim.create_optimizer_v2(
             groups, opt="larc", lr=recipe.lr, momentum=options.momentum, trust_coeff=options.trust_coefficient
         )
+    return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
+
+
+def make_tuner(head: nn.Module, backbone: nn.Module, projector: nn.Module | None, recipe: TuningRecipe) -> torch.optim.Optimizer:
+    """Groups: the linear layer (its own factor), the projector, and the backbone by its layers, each `optim.layer_decay` below the one above
+    it (timm's `param_groups_layer_decay`); one-dimensional parameters are not decayed unless asked. sgd is plain momentum."""
+    options = recipe.optim
+    weights = {True: options.weight_decay, False: options.weight_decay if options.decay_bias_and_norm else 0.0}
+    groups: list[dict[str, Any]] = []
+    for module, peak in ((head, recipe.lr * options.head_lr), (projector, recipe.lr)):
+        parts = _split(p for p in module.parameters() if p.requires_grad) if module is not None else ([], [])
+        groups += [{"params": part, "weight_decay": weights[i == 0], "peak": peak} for i, part in enumerate(parts)]
+    if any(p.requires_grad for p in backbone.parameters()):
+        skip: set[str] = getattr(backbone, "no_weight_decay", set)()
+        for group in timm.optim.param_groups_layer_decay(backbone, 1.0, skip, layer_decay=options.layer_decay):
+            decay = weights[group["weight_decay"] > 0]
+            groups.append({"params": group["params"], "weight_decay": decay, "peak": recipe.lr * group["lr_scale"]})
+    groups = [group for group in groups if group["params"]]
+    if options.name == "sgd":
+        return timm.optim.create_optimizer_v2(groups, opt="momentum", lr=recipe.lr, momentum=options.momentum)
     return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
 
 

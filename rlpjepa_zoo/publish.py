@@ -172,7 +172,7 @@ def _commit(
     info = _info(api, repo, revision=revision, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings}
     changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
-    stale = [name for name in folder.OPTIONAL if name in there and name not in contents]
+    stale = [name for name in folder.NAMES if name in there and name not in contents]
     if tagged is not None and (tagged != info.sha or changed or stale):
         raise HubError(f"{repo}: the tag exists already, on commit {tagged[:8]}; choose another tag")
     if not changed and not stale:

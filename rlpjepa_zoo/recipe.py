@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -42,12 +42,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Text scalars of a free-form mapping, as YAML would read them."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, str):
         try:
             return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else yaml.safe_load(value)
@@ -203,7 +203,7 @@ class Views(Section):
     def describe(self) -> str:
         """In one line, for cards."""
         parts = [
-            f"{self.count} views"
+            f"{self.count} view{'s' if self.count > 1 else ''}"
             if self.local is None
             else f"{self.count} views and {self.local.count} local ones of {self.local.size} pixels",
             "whole image" if self.crop_scale is None else "crop of {:g} to {:g} of the area".format(*self.crop_scale),
@@ -224,7 +224,7 @@ class Encoder(Section):
 
     backbone: str
     """Any timm name, or resnet18_small, resnet34_small, resnet50_small, resnet10_small_narrow."""
-    args: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
+    args: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
     """Arguments of timm.create_model, such as {img_size: 32, patch_size: 4}."""
     pretrained: bool = False
     freeze_backbone: bool = False
@@ -316,7 +316,11 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        others = {"adamw": ("momentum", "trust_coefficient"), "lars": ("betas", "decay_bias_and_norm")}[self.name]
+        others = {
+            "adamw": ("momentum", "trust_coefficient"),
+            "lars": ("betas", "decay_bias_and_norm"),
+            "sgd": ("betas", "trust_coefficient"),
+        }[self.name]
         for name in others:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"optim.{name}: has no meaning for {self.name}; remove it")
@@ -465,7 +469,7 @@ class Plan(Section):
     @classmethod
     def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Self:
         """A recipe from YAML text; see `load`."""
-        values = _read_yaml(text, where)
+        values = read_yaml(text, where)
         for override in overrides:
             _override(values, override)
         _one_dial(values, overrides)
@@ -591,7 +595,7 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
+def read_yaml(text: str, where: str) -> dict[str, Any]:
     if len(text) > 1 << 20:
         raise RecipeError(f"{where}: {len(text)} characters; a recipe has at most {1 << 20}")
     try:
@@ -650,6 +654,7 @@ def _explain(error: ValidationError, recipe: type[Plan]) -> str:
         section: Any = recipe
         for part in location[:-1]:
             section = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(section) if kind is not type(None)), section)  # of an optional one
         hint = did_you_mean(location[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}"
         return f"{name}: unknown key.{hint}{more}"
     if first["type"] == "missing":

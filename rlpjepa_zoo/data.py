@@ -30,7 +30,7 @@ from .recipe import Plan
 from .sources import Source
 from .views import Augment
 
-__all__ = ["Batch", "Batches", "Decoded", "decoded", "lanes", "make_loader", "steps_of_an_epoch"]
+__all__ = ["Batch", "Batches", "Decoded", "decoded", "lanes", "make_loader", "rows_loader", "steps_of_an_epoch", "views_of"]
 
 _SUBSTITUTES = 50
 _MOST_LANES = 64
@@ -407,3 +407,22 @@ def make_loader(source: Source, recipe: Plan, steps: range, rank: int = 0, world
     sampler: Any = _Steps(source.length, recipe, steps, rank, world)
     limit = 60 * recipe.train.loader_timeout_minutes if workers else 0  # not for streams, which may skip for hours when they are resumed
     return DataLoader(_Indexed(source.train, recipe, finish), sampler=sampler, timeout=limit, **common)
+
+
+def views_of(source: Images, recipe: Plan, rows: range, batch: int) -> DataLoader[Batch]:
+    """Finished views of the named rows as in epoch 0, in order, so many images at a time; iterate inside `Batches`."""
+    keys: Any = [(0, list(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+    workers = recipe.train.num_workers
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "worker_init_fn": images.deaf_worker if workers else None,
+        "generator": torch.Generator(),
+    }
+    ahead = _prefetch(recipe, batch, True) if workers else None
+    return DataLoader(_Indexed(source, recipe, True), batch_size=None, sampler=keys, prefetch_factor=ahead, **common)
+
+
+def rows_loader(dataset: Dataset[Batch], n: int, recipe: Plan, steps: range, rank: int, world: int) -> DataLoader[Batch]:
+    """Batches of the given steps, for one rank, from a data set that makes them of (epoch, rows) in no time."""
+    sampler: Any = _Steps(n, recipe, steps, rank, world)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from . import checkpoint, collectives, folder, journal, record, streams, zoo
 from .checkpoint import Checkpoint
-from .data import Batch, Batches, decoded, make_loader, steps_of_an_epoch
+from .data import Batch, Batches, decoded, steps_of_an_epoch
 from .errors import (
     DataError,
     HubError,
@@ -241,8 +241,9 @@ class Run:
             return self._finish()
         on_device = self.accelerator.device.type != "cpu"
         steps = range(self.step, self.total)
+        self._note_bad(self.task.ready(self.core, self.source, self.accelerator.autocast, self.memory, self.progress))
         with collectives.one_for_all():
-            loader = make_loader(self.source, recipe, steps, collectives.rank(), collectives.world_size(), finish=not on_device)
+            loader = self.task.loader(self.source, steps, finish=not on_device)
         if self.best is not None and self.best[0] == self.step:
             self._publish(again=True)  # in case that the run was killed between this checkpoint and its publication
         self.model.train()
@@ -298,7 +299,8 @@ class Run:
     def _forward(self, batch: Batch) -> Any:
         device = self.accelerator.device
         views = self.augment([x.to(device, non_blocking=True) for x in batch.images], batch.epoch, batch.rows)
-        groups, labels = [x.flatten(0, 1).contiguous(memory_format=self.memory) for x in views], batch.labels.to(device, non_blocking=True)
+        flat, labels = [x.flatten(0, 1) for x in views], batch.labels.to(device, non_blocking=True)
+        groups = [x.contiguous(memory_format=self.memory) if x.dim() == 4 else x for x in flat]
         with self.accelerator.autocast():  # which Accelerate's own wrapper leaves out for FSDP 2
             return self.model(*self.task.inputs(groups, labels, self.step))
 

@@ -229,6 +229,9 @@ class Encoder(Section):
     pretrained: bool = False
     freeze_backbone: bool = False
     """Train the projector only."""
+    cached_views: Count | None = None
+    """With a frozen backbone: encode so many random views of each image once, keep their features in memory (within data.cache_gb), and
+    draw views.count of them in every step. Null encodes new views in every step."""
     dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     hidden_dim: Count = 512
     projector_depth: Count = 3
@@ -311,6 +314,8 @@ class Optim(Section):
     warmup_epochs: NonNegative = 10.0
     warmup_start_lr: NonNegative = 3e-5
     min_lr: NonNegative = 0.0
+    backbone_lr: Positive = 1.0
+    """Factor of the rate of the backbone, such as 0.01 for one that is pretrained and is to stay nearly what it is."""
     clip_grad: Positive | None = None
     """Largest norm of the gradient; null does not clip."""
 
@@ -517,6 +522,7 @@ class Recipe(Plan):
         for name, size in sizes.items():
             if self.views.blur and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
+        self._frozen()
         self.target.law()
         from .objectives import parse_directions
 
@@ -525,6 +531,27 @@ class Recipe(Plan):
         except ValueError as error:
             raise ValueError(f"objective.{error}") from error
         return self
+
+    def _frozen(self) -> None:
+        """What has a meaning only with, or only without, a frozen backbone."""
+        encoder = self.encoder
+        if encoder.freeze_backbone and self.optim.backbone_lr != 1:
+            raise ValueError("optim.backbone_lr: has no meaning with encoder.freeze_backbone=true; remove one of them")
+        if encoder.cached_views is None:
+            return
+        refused = {
+            "needs encoder.freeze_backbone=true, as features of a backbone that learns do not last": not encoder.freeze_backbone,
+            "has no meaning with data.streaming=true; set it to null": self.data.streaming,
+            "keeps views of one size; set views.local to null": self.views.local is not None,
+            f"{encoder.cached_views} is fewer than views.count = {self.views.count}": encoder.cached_views < self.views.count,
+        }
+        for reason, wrong in refused.items():
+            if wrong:
+                raise ValueError(f"encoder.cached_views: {reason}")
+
+    def with_views(self, count: int) -> Recipe:
+        """The recipe with so many views of an image."""
+        return self.model_copy(update={"views": self.views.model_copy(update={"count": count})})
 
     @property
     def probe_lr(self) -> float:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from . import collectives
+from .data import Batch, make_loader
 from .sources import Source
 
 __all__ = ["Loss", "Task", "agree"]
@@ -68,6 +70,23 @@ class Task:
 
     def optimizer(self, core: Any, module: nn.Module) -> torch.optim.Optimizer:
         raise NotImplementedError
+
+    def ready(
+        self, core: Any, source: Source, autocast: Callable[[], AbstractContextManager[Any]], memory: Any, progress: bool
+    ) -> list[tuple[int, str]]:
+        """Called once before the first step; returns images that this rank could not read, and why.
+
+        Args:
+            core, source: of the run.
+            autocast: a context for the precision of forward passes.
+            memory: memory format of images.
+            progress: show a progress bar on stderr.
+        """
+        return []
+
+    def loader(self, source: Source, steps: range, finish: bool) -> DataLoader[Batch]:
+        """This rank's batches of some steps; `finish`: make the views there."""
+        return make_loader(source, self.recipe, steps, collectives.rank(), collectives.world_size(), finish)
 
     def before(self, core: Any, step: int, per_epoch: int) -> None:
         """Called before each step."""

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from . import collectives, record, streams
+from .cached import cache_views
+from .data import Batch, rows_loader
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
 from .engine import run
@@ -84,6 +87,21 @@ class _Pretraining(Task):
         self.floor = self.objective.floor(self.recipe.train.batch_size, self.recipe.encoder.dim)
         with streams.seeded(self.recipe.seed, "init-probes"):
             return Watched(core, source.classes if self.recipe.probe.online else 0)
+
+    def ready(
+        self, core: SparseEncoder, source: Source, autocast: Callable[[], AbstractContextManager[Any]], memory: Any, progress: bool
+    ) -> list[tuple[int, str]]:
+        if self.recipe.encoder.cached_views is None:
+            return []
+        if any(hasattr(p, "full_tensor") for p in core.parameters()):
+            raise RecipeError("encoder.cached_views: not for sharded weights; use data parallelism, or set it to null")
+        self.cached, bad = cache_views(core, source, self.recipe, autocast, memory, progress)
+        return bad
+
+    def loader(self, source: Source, steps: range, finish: bool) -> DataLoader[Batch]:
+        if self.recipe.encoder.cached_views is None:
+            return super().loader(source, steps, finish)
+        return rows_loader(self.cached, source.length, self.recipe, steps, collectives.rank(), collectives.world_size())
 
     def optimizer(self, core: SparseEncoder, module: Any) -> torch.optim.Optimizer:
         return make_optimizer(core, module.probes, self.recipe)

@@ -159,15 +159,10 @@ def _facts(recipe: Any) -> dict[str, Any]:
 
 def _facts_of_tuning(recipe: Any) -> tuple[Any, dict[str, Any]]:
     """The recipe with what it leaves to the encoder it starts from, which is loaded, and derived numbers."""
-    from .errors import RecipeError
     from .tuning import start_encoder
 
     encoder = start_encoder(recipe)
-    try:
-        settled = recipe.settled(encoder.config.preprocess)
-    except ValueError as error:
-        raise RecipeError(first_line(error)) from error
-    return settled, {
+    return recipe.settled(encoder.config.preprocess), {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",

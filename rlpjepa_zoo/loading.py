@@ -293,7 +293,8 @@ def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
     block = config[folder.BLOCK]
     try:
         saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()}
-        head = block["projector"] or {"dim": 1, "hidden_dim": 1, "depth": 1}  # a classifier of features has none
+        none = {"dim": 1, "hidden_dim": 1, "depth": 1} if folder.is_classifier(config) else {}  # of features
+        head = block["projector"] or none
         options: dict[str, Any] = {
             "preprocess": Preprocess(**saved),
             "dim": head["dim"],

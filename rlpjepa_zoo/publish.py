@@ -188,12 +188,17 @@ def _commit(
     done = api.create_commit(
         repo,
         [*operations, *(CommitOperationDelete(name) for name in stale)],
-        commit_message=message or ("Update sparse encoder" if "config.json" in there else "Upload sparse encoder"),
+        commit_message=message or f"{'Update' if 'config.json' in there else 'Upload'} {_kind(contents)}",
         revision=revision,
         parent_commit=info.sha,
         create_pr=create_pr,
     )
     return Pushed(repo, done.oid, (), done.pr_url or done.commit_url)
+
+
+def _kind(contents: Mapping[str, bytes]) -> str:
+    config = folder.parse_json(contents["config.json"], "config.json") if "config.json" in contents else {folder.BLOCK: {}}
+    return "image classifier" if folder.is_classifier(config) else "sparse encoder"
 
 
 def _same(content: bytes, there: Any) -> bool:

@@ -37,7 +37,15 @@ log = logging.getLogger("rlpjepa_zoo")
 def finetune(recipe: TuningRecipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
     """Fine-tune an encoder on labelled images; returns the folder its classifier is published in (`out/classifier`).
 
-    Resuming, signals, steps that are not finite and checkpoints are those of `rlpjepa_zoo.train`, and so are arguments and errors.
+    Signals, steps that are not finite, checkpoints and exact resuming are those of `rlpjepa_zoo.train`.
+
+    Args:
+        recipe: the run; `recipe.start.source` is loaded and verified.
+        out, resume, allow_change, progress: as of `rlpjepa_zoo.train`.
+
+    Raises:
+        UsageError, RecipeError, DataError, ModelError, HubError, OutputError, NonFiniteError, StoppedBySignal: as of `rlpjepa_zoo.train`;
+            DataError also when there are no labels, or fewer than `data.per_class` of a class.
     """
     return run(_Tuning(recipe), Path(out), resume, allow_change, progress)
 
@@ -205,10 +213,7 @@ class _Tuning(Task):
 
     def settle(self) -> None:
         self.encoder = start_encoder(self.recipe)
-        try:
-            self.recipe = self.recipe.settled(self.encoder.config.preprocess)
-        except ValueError as error:
-            raise RecipeError(first_line(error)) from error
+        self.recipe = self.recipe.settled(self.encoder.config.preprocess)
 
     def accept(self, source: Source) -> Source:
         if self.recipe.train.best is not None and source.eval is None:

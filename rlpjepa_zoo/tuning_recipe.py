@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from .errors import RecipeError
 from .preprocess import Preprocess
 from .recipe import (
     Count,
@@ -190,19 +193,18 @@ class TuningRecipe(Plan):
         return self
 
     def settled(self, preprocess: Preprocess) -> TuningRecipe:
-        """The recipe with the preprocessing of an encoder where it gives none itself."""
+        """The recipe with the preprocessing of an encoder where it gives none itself.
+
+        Raises:
+            RecipeError: views cannot have it.
+        """
         height, width = preprocess.size
         if self.data.image_size is None and height != width:
-            raise ValueError(f"data.image_size: the encoder takes {height} x {width} pixels; give one size, as views are square")
-        found = {
-            "image_size": height,
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "interpolation": preprocess.interpolation,
-            "crop_pct": preprocess.crop_pct,
-        }
-        values = {**self.data.model_dump(), **{k: v for k, v in found.items() if getattr(self.data, k) is None}}
-        return TuningRecipe.model_validate({**self.model_dump(), "data": values})
+            raise RecipeError(f"data.image_size: the encoder takes {height} x {width} pixels; give one size, as views are square")
+        found = {**dataclasses.asdict(preprocess), "image_size": height}
+        values = self.model_dump(mode="json")
+        values["data"] |= {k: found[k] for k in ("image_size", "mean", "std", "interpolation", "crop_pct") if values["data"][k] is None}
+        return TuningRecipe.parse(json.dumps(values), where=self.name)
 
     def shareable(self) -> str:
         """`dump` without what is of one person or machine."""

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from encoders import settled
+from fakehub import FakeHub, User
 from PIL import Image
 from ranks import run_ranks
 from refusals import refused
 from test_train import stop_after
+from test_train import tiny as tiny_encoder
 from torch import Tensor
 
 import rlpjepa_zoo as rz
@@ -45,7 +47,7 @@ def rows(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read]
 
 
-def logits(folder: Path) -> Tensor:
+def logits(folder: Path | str) -> Tensor:
     return rz.load_classifier(folder)(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).detach()
 
 
@@ -317,19 +319,22 @@ def test_fresh_weights_are_those_of_the_seed_and_not_of_the_encoder(vit: Path) -
 
 
 def on_two_ranks(folder: str, source: str) -> str:
-    """A transformer has no batch statistics, so processes must agree with one."""
-    finetune(tiny(f"start.source={source}", "train.epochs=2"), Path(folder), progress=False)
+    """A transformer, and a single linear layer on cached features, have no batch statistics, so processes must agree with one."""
+    finetune(tiny(f"start.source={source}", "train.epochs=2"), Path(folder) / "tuned", progress=False)
+    more = ["encoder.cached_views=3", "encoder.projector_depth=1", "train.epochs=2", "encoder.freeze_backbone=true"]
+    rz.train(tiny_encoder(*more), Path(folder) / "cached", progress=False)
     return f"{collectives.rank()} of {collectives.world_size()}"
 
 
 def test_two_processes_learn_what_one_does(vit: Path, tmp_path: Path) -> None:
-    assert run_ranks(on_two_ranks, 2, str(tmp_path / "two"), str(vit)) == ["0 of 2", "1 of 2"]
+    assert run_ranks(on_two_ranks, 2, str(tmp_path / "two"), str(vit), limit=120) == ["0 of 2", "1 of 2"]
     on_two_ranks(str(tmp_path / "one"), str(vit))
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert a.keys() == b.keys() and a.get("n_test") == b.get("n_test")
-        for name in {"loss", "lr", "grad_norm"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
-    assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-3)
+    for kind in ("tuned", "cached"):
+        for a, b in zip(rows(tmp_path / "one" / kind), rows(tmp_path / "two" / kind), strict=True):
+            assert a.keys() == b.keys() and a.get("n_test") == b.get("n_test")
+            for name in {"loss", "lr", "grad_norm", "matching", "knn_features"} & a.keys():
+                assert a[name] == pytest.approx(b[name], rel=2e-4), (kind, a["step"], name)
+    assert torch.allclose(logits(tmp_path / "one/tuned"), logits(tmp_path / "two/tuned"), atol=1e-3)
 
 
 # --- the published folder ---------------------------------------------------------------------------------------------------------------
@@ -447,6 +452,18 @@ def test_card_and_push_take_a_classifier(whole: Path, capsys: pytest.CaptureFixt
     top1 = rz.load_classifier(whole).config.info["results"]["top1"]
     assert f"{100 * top1:.2f} %" in said and "n = 360 held-out images; trained on n = 192 labelled images" in said
     assert cli(["card", str(whole)]) == 0
+
+
+def test_a_classifier_goes_to_the_hub_and_comes_back(whole: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_server.users["hf_me"] = User("me")
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+    settled("test_resnet").eval().push_to_hub("me/model")
+    assert cli(["push", str(whole), "me/model"]) == 0
+    assert hub_server.log("me/model")[0].title == "Update image classifier"
+    assert torch.equal(logits("me/model"), logits(whole))
+    from huggingface_hub import HfApi
+
+    assert "head.safetensors" not in HfApi().list_repo_files("me/model")  # of the encoder that was there before
 
 
 @pytest.mark.parametrize(

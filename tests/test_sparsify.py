@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from encoders import settled
-from ranks import run_ranks
 from refusals import refused
 from test_train import codes, of_folder, rows, stop_after, tiny
 
@@ -69,18 +68,6 @@ def test_every_step_draws_different_views_of_an_image_by_seed_epoch_and_row() ->
     assert batch.labels.tolist() == [4, 2] and batch.images[0].shape == (3, 2, 1)
     assert batch.images[0][:, 0, 0].tolist() == [24 + v for v in cached.drawn(7, torch.tensor([4]))[0].tolist()]
     assert torch.equal(cached.drawn(7, torch.tensor([4, 2])), cached.drawn(7, rows_)[[4, 2]])
-
-
-def on_two_ranks(folder: str) -> None:
-    train(tiny("encoder.cached_views=3", "encoder.projector_depth=1", "train.epochs=2", *FROZEN), Path(folder), progress=False)
-
-
-def test_two_processes_share_the_work_and_learn_what_one_does(tmp_path: Path) -> None:
-    run_ranks(on_two_ranks, 2, str(tmp_path / "two"))
-    on_two_ranks(str(tmp_path / "one"))
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in {"loss", "invariance", "matching", "lr", "grad_norm", "knn_features"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
 
 
 def test_half_precision_keeps_what_does_not_fit_and_more_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,9 @@ __all__ = ["choose", "count_right", "finetune", "merged", "mixed", "start_encode
 
 log = logging.getLogger("rlpjepa_zoo")
 
+_NEAR = 5
+"""Of the most probable classes, one that must be right for top-5; it says nothing of as many classes."""
+
 
 def finetune(recipe: TuningRecipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
     """Fine-tune an encoder on labelled images; returns the folder its classifier is published in (`out/classifier`).
@@ -185,13 +188,13 @@ def count_right(classifier: Classifier, images: Images, batch_size: int = 256, n
             if good:
                 logits = classifier(torch.stack([x for _, x in good]).to(classifier.device)).float().cpu().double()
                 y = torch.from_numpy(labels[[i for i, _ in good]])
-                best = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+                best = logits.topk(min(_NEAR, logits.shape[1])).indices == y[:, None]
                 n, right, near = n + len(y), right + int(best[:, 0].sum()), near + int(best.sum())
                 loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
     n, right, near, loss = (sum(part) for part in zip(*collectives.gather_objects((n, right, near, loss)), strict=True))
     if not n:
         raise DataError("none of the images for evaluation can be read")
-    return {"top1": right / n, **({"top5": near / n} if len(classifier.classes) > 5 else {}), "loss": loss / n, "n_test": n}
+    return {"top1": right / n, **({"top5": near / n} if len(classifier.classes) > _NEAR else {}), "loss": loss / n, "n_test": n}
 
 
 # --- the task ---------------------------------------------------------------------------------------------------------------------------
@@ -216,8 +219,9 @@ class _Tuning(Task):
         self.recipe = self.recipe.settled(self.encoder.config.preprocess)
 
     def accept(self, source: Source) -> Source:
-        if self.recipe.train.best is not None and source.eval is None:
-            raise RecipeError(f"train.best: {self.recipe.train.best} needs evaluation images; give data.eval_split, or set it to null")
+        best, names = self.recipe.train.best, source.train.classes or []
+        if best is not None and source.eval is None:
+            raise RecipeError(f"train.best: {best} needs evaluation images; give data.eval_split, or set it to null")
         train = choose(source.train, self.recipe.data.per_class, self.recipe.seed)
         held_out = None if source.eval is None else choose(source.eval, None, self.recipe.seed)
         images: Any
@@ -225,7 +229,9 @@ class _Tuning(Task):
             without = 0 if images is None else int((images.labels < 0).sum())
             if without:
                 log.info("%d of %d %s images have no label and are left out", without, len(images), part)
-        self.classes = list(train.classes or map(str, range(source.classes)))
+        self.classes = [*names, *map(str, range(len(names), source.classes))]
+        if best == "top5" and len(self.classes) <= _NEAR:
+            raise RecipeError(f"train.best: top5 is always 1 with {len(self.classes)} classes; use top1 or loss")
         self.n_train = len(train)
         return Source(train, held_out, len(train), len(self.classes))
 

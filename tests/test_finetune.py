@@ -337,6 +337,25 @@ def test_two_processes_learn_what_one_does(vit: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(tmp_path / "one/tuned"), logits(tmp_path / "two/tuned"), atol=1e-3)
 
 
+def test_the_best_by_a_figure_that_says_nothing_or_is_not_measured_is_refused(image_folder: Path, tmp_path: Path) -> None:
+    more = [f"data.path={image_folder}", "train.batch_size=8", "start.source=test_resnet.digits", "train.precision=no", "train.epochs=8", "optim.lr=0.1"]
+    with refused(RecipeError, match="train.best: top1 needs evaluation images"):
+        finetune(TuningRecipe.load("finetune-folder", [*more, "train.best=top1"]), tmp_path / "a", progress=False)
+    for part in ("train", "val"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for name in ("red", "blue"):
+            (tmp_path / "data" / part / name).symlink_to(image_folder / name)
+    more[0] = f"data.path={tmp_path / 'data'}"
+    with refused(RecipeError, match="train.best: top5 is always 1 with 2 classes"):
+        finetune(TuningRecipe.load("finetune-folder", [*more, "train.best=top5"]), tmp_path / "b", progress=False)
+    found = rz.load_classifier(
+        finetune(TuningRecipe.load("finetune-folder", [*more, "train.num_workers=0"]), tmp_path / "c", progress=False)
+    )
+    assert found.classes == ("blue", "red") and set(found.config.info["results"]) == {"top1", "loss", "n_test", "n_train", "protocol"}
+    prediction = found.predict(image_folder)
+    assert [name.partition("/")[0] for name in prediction.ids] == prediction.labels  # reddish and bluish noise
+
+
 # --- the published folder ---------------------------------------------------------------------------------------------------------------
 
 PLAIN = """

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from . import classifier_card, folder, pictures
+from .dial import Dial
 from .errors import ModelError, UsageError
+from .probes import measure_label, measures_of
 
 __all__ = ["checked", "files", "render", "rewritten", "set_license"]
 
 _SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
-_MEASURES = {"knn": "kNN", "linear": "linear probe", "one_shot": "1-shot"}
+_ACCURACIES = ("knn", "linear", "one_shot")
 
 
 def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
@@ -30,7 +32,7 @@ def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
         drawn["training.png"] = pictures.training(info["history"], theory)
-    if (info.get("results") or {}).get("curve"):
+    if any(((info.get("results") or {}).get("curve") or {}).get(kind) for kind in _ACCURACIES):
         drawn["accuracy.png"] = pictures.accuracy(info["results"])
     return {"README.md": render(config, name, tuple(drawn)).encode(), **drawn}
 
@@ -95,10 +97,31 @@ class _Row(_Open):
 
 
 class _Curve(_Open):
+    """Budgets, and for each a measure or its spread."""
+
+    __pydantic_extra__: dict[str, list[float] | None]
     active: list[int]
-    knn: list[float] | None = None
-    linear: list[float] | None = None
-    one_shot: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        for name, values in self.__pydantic_extra__.items():
+            if values is not None and len(values) != len(self.active):
+                raise ValueError(f"{name} has {len(values)} numbers for {len(self.active)} budgets")
+        return self
+
+
+class _Difference(_Open):
+    measure: str
+    space: str
+    minus: str
+    difference: float
+    low: float
+    high: float
+    n: int
+
+
+class _Against(_Open):
+    differences: list[_Difference] = []
 
 
 class _Results(_Open):
@@ -107,6 +130,8 @@ class _Results(_Open):
     protocol: str | None = None
     data: str | None = None
     curve: _Curve | None = None
+    skipped: dict[str, str] | None = None
+    against: dict[str, _Against] | None = None
 
 
 class _Info(_Open):
@@ -138,12 +163,21 @@ def checked(info: Mapping[str, Any]) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"info.{where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}") from error
-    scores = {k: v for k, v in (found.get("results") or {}).items() if k.startswith(("knn_", "linear_", "one_shot_"))}
-    for key, value in scores.items():
-        if value is not None and not isinstance(value, int | float):
-            raise UsageError(f"info.results.{key}: expected a number, got {str(value)[:60]!r}")
-        found["results"][key] = None if value is None else float(value)
+    results = found.get("results") or {}
+    for where, part in [("results", results), *((f"results.against.{k}", v) for k, v in (results.get("against") or {}).items())]:
+        for key, value in part.items():
+            if not _is_score(key):
+                continue
+            if value is not None and not isinstance(value, int | float):
+                raise UsageError(f"info.{where}.{key}: expected a number, got {str(value)[:60]!r}")
+            part[key] = None if value is None else float(value)
     return found
+
+
+def _is_score(key: str) -> bool:
+    """Whether a key of results is measure_space or measure_std_space."""
+    stem = next((key.removesuffix(f"_{space}") for space in _SPACES if key.endswith(f"_{space}")), "")
+    return measure_label(stem.removesuffix("_std")) is not None
 
 
 def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, ...] = ()) -> str:
@@ -159,6 +193,7 @@ def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, .
         _use(config, block, name),
         _elsewhere(config, block, name),
         _densities(info),
+        _dial(block),
         _results(info, shown),
         _training(config, block, info, shown),
         _LIMITS,
@@ -172,9 +207,9 @@ def _front(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any], 
     """YAML metadata as the Hub reads it."""
     results = info.get("results") or {}
     metrics = [
-        {"type": "accuracy", "name": f"{measure}, {_SPACES[space]}", "value": round(results[f"{kind}_{space}"], 4)}
+        {"type": "accuracy", "name": f"{measure_label(kind)}, {_SPACES[space]}", "value": round(results[f"{kind}_{space}"], 4)}
         for space in ("z", "features")
-        for kind, measure in _MEASURES.items()
+        for kind in _ACCURACIES
         if isinstance(results.get(f"{kind}_{space}"), float)
     ]
     plain = not block.get("needs_package")
@@ -232,7 +267,7 @@ def _head(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any]) -
 
 def _best(info: dict[str, Any], space: str) -> float:
     results = info.get("results") or {}
-    return max([results.get(f"{kind}_{space}") or 0.0 for kind in _MEASURES])
+    return max([results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES])
 
 
 def _use(config: dict[str, Any], block: dict[str, Any], name: str) -> str:
@@ -306,35 +341,85 @@ Random projections pin mean and covariance of the embeddings and only weakly the
 asked one without being equal to it. `max_active` bounds it at use."""
 
 
+def _dial(block: dict[str, Any]) -> str:
+    """What is kept of each embedding, of an encoder behind a dial."""
+    saved = block.get("dial")
+    if saved is None:
+        return ""
+    try:
+        return (
+            f"**Dial**: {Dial(**saved).describe(block['projector']['dim'])}. It was set after training; figures of training are without it."
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"config.json: {folder.BLOCK}.dial is not what this version expects ({error})") from error
+
+
 def _results(info: dict[str, Any], shown: tuple[str, ...]) -> str:
     results = info.get("results") or {}
-    kinds = [kind for kind in _MEASURES if any(f"{kind}_{space}" in results for space in _SPACES)]
+    kinds = measures_of(results)
     if not kinds:
         return ""
-    lines = ["## Results", "", "| top-1 accuracy | " + " | ".join(_MEASURES[k] for k in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for space, label in _SPACES.items():
-        if any(f"{kind}_{space}" in results for kind in kinds):
-            lines.append(f"| {label} | " + " | ".join(_score(results, kind, space) for kind in kinds) + " |")
+    heading = "top-1 accuracy" if set(kinds) <= set(_ACCURACIES) else "representation"
+    lines = ["## Results", "", f"| {heading} | " + " | ".join(_label(k) for k in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    lines += _rows(results, kinds, "")
+    for name, other in (results.get("against") or {}).items():
+        lines += _rows(other, kinds, f"{_cell(name)}: ")
     counts = ", ".join(
         f"{results[key]:,} {what}" for key, what in (("n_train", "training images"), ("n_test", "test images")) if key in results
     )
     note = "; ".join(part for part in (counts, str(results.get("protocol", ""))) if part)
     lines += ["", note] if note else []
+    lines += _differences(results)
     curve = results.get("curve")
     if curve:
-        measured = [kind for kind in _MEASURES if curve.get(kind)]
+        measured = [kind for kind in kinds if curve.get(kind)]
         lines += ["", "Accuracy of z when only the largest values of each image are kept:", ""]
         lines += ["| active dimensions | " + " | ".join(map(str, curve["active"])) + " |", "|---" * (len(curve["active"]) + 1) + "|"]
-        lines += [f"| {_MEASURES[kind]} | " + " | ".join(f"{100 * v:.1f} %" for v in curve[kind]) + " |" for kind in measured]
+        for kind in measured:
+            spreads = curve.get(f"{kind}_std") or [None] * len(curve["active"])
+            cells = (_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))
+            lines.append(f"| {_label(kind)} | " + " | ".join(cells) + " |")
     if "accuracy.png" in shown:
         lines += ["", "![Accuracy against active dimensions](accuracy.png)"]
     return "\n".join(lines)
 
 
+def _label(kind: str) -> str:
+    return measure_label(kind) or kind
+
+
+def _cell(text: str) -> str:
+    """Free text that stays in its cell and is no markup."""
+    return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
+
+
+def _rows(scores: dict[str, Any], kinds: list[str], before: str) -> list[str]:
+    spaces = [space for space in _SPACES if any(f"{kind}_{space}" in scores for kind in kinds)]
+    return [f"| {before}{_SPACES[space]} | " + " | ".join(_score(scores, kind, space) for kind in kinds) + " |" for space in spaces]
+
+
+def _differences(results: dict[str, Any]) -> list[str]:
+    rows = [(name, row) for name, other in (results.get("against") or {}).items() for row in other.get("differences", [])]
+    if not rows:
+        return []
+    lines = ["", "Differences of accuracy on the same test images, with 95 % intervals of a paired bootstrap over images:", ""]
+    lines += ["| this encoder | minus | measure | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
+    for name, row in rows:
+        other = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"
+        found = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
+        lines.append(
+            f"| {_cell(row['space'])} | {other} | {measure_label(row['measure']) or _cell(row['measure'])} | {100 * row['difference']:+.1f} % | {found} % "
+            f"| {row['n']:,} |"
+        )
+    return lines
+
+
 def _score(results: dict[str, Any], kind: str, space: str) -> str:
-    value, spread = results.get(f"{kind}_{space}"), results.get(f"{kind}_std_{space}")
-    if value is None:
-        return "-"
+    value = results.get(f"{kind}_{space}")
+    return "-" if value is None else _percent(value, results.get(f"{kind}_std_{space}"))
+
+
+def _percent(value: float, spread: float | None) -> str:
     return f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
 

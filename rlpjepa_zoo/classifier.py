@@ -7,9 +7,10 @@ the backbone and head.safetensors the projector (``projector.*``) and the linear
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +23,10 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import card, folder, golden, images, resnet, zoo
-from .encoder import EncoderConfig, Output, SparseEncoder
+from . import card, feeds, folder, golden, resnet, zoo
+from .encoder import EncoderConfig, SparseEncoder
 from .errors import DataError, NonFiniteError, OutputError, UsageError, first_line
-from .preprocess import Preprocess, preprocessed
+from .preprocess import Preprocess, batched, ready
 
 __all__ = ["Classifier", "ClassifierConfig", "Prediction", "head_name", "make_classifier", "plain_timm", "split_head"]
 
@@ -115,20 +116,20 @@ class Classifier(nn.Module):
                     part.eval()  # batch statistics stay as they were
         return self
 
-    def both(self, x: Tensor) -> Output:
-        """What the linear layer sees, and the logits, in one pass."""
+    def features(self, x: Tensor) -> Tensor:
+        """What the linear layer sees, (B, F) from features and (B, D) from z."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.backbone(x)
             if self.projector is not None:
                 features = self.projector(features)
-        return Output(features, self.head(features))
+        return features
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C) of a preprocessed float batch x (B, 3, H, W)."""
         if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
             given = f"{x.dtype} of shape {tuple(x.shape)}"
             raise UsageError(f"expected a float batch (B, 3, H, W), got {given}; preprocess images with classifier.transform")
-        return self.both(x).z
+        return self.head(self.features(x))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -142,17 +143,21 @@ class Classifier(nn.Module):
                 module.training = mode
 
     def fingerprint(self) -> str:
-        """Hex digest of weights and preprocessing."""
-        return SparseEncoder.fingerprint(self)  # type: ignore[arg-type]
+        """Hex digest of weights and preprocessing: two classifiers with equal fingerprints give the same logits."""
+        digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def predict(self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False) -> Prediction:
         """Classify images, in evaluation mode.
 
         Args:
-            source: a folder, paths, PIL images, a Hugging Face dataset, or a preprocessed float tensor (B, 3, H, W).
+            source: what `SparseEncoder.embed` takes: a folder, paths, PIL images, a Hugging Face dataset, a preprocessed float tensor (B, 3, H, W), ...
             batch_size: images at a time, >= 1.
-            num_workers: processes that decode images; 0 decodes in this one.
+            num_workers: threads that decode images; 0 decodes in this one.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -160,8 +165,9 @@ class Classifier(nn.Module):
             NonFiniteError: the classifier gave NaN or infinity.
         """
         ids, parts = [], [torch.zeros(0, len(self.classes))]
-        with self.evaluating():
-            for names, x in self._batches(source, batch_size, num_workers, progress):
+        batches = self._batches(source, batch_size, num_workers, progress)
+        with self.evaluating(), closing(batches):
+            for names, x in batches:
                 logits = self(x.to(self.device)).float().cpu()
                 if not logits.isfinite().all():
                     raise NonFiniteError(f"the classifier gave NaN or infinity for the batch that starts at {names[0]!r}")
@@ -170,21 +176,20 @@ class Classifier(nn.Module):
         found = torch.cat(parts)
         return Prediction(ids, [self.classes[i] for i in found.argmax(1).tolist()], found.numpy())
 
-    def _batches(self, source: Any, batch_size: int, num_workers: int, progress: bool) -> Iterator[tuple[list[Any], Tensor]]:
+    def _batches(self, source: Any, batch_size: int, num_workers: int, progress: bool) -> Generator[tuple[list[Any], Tensor], None, None]:
         if isinstance(source, Tensor):
-            yield from (
-                (list(range(i, min(i + batch_size, len(source)))), source[i : i + batch_size]) for i in range(0, len(source), batch_size)
-            )
+            for start in range(0, len(source), batch_size):
+                x = source[start : start + batch_size]
+                yield list(range(start, start + len(x))), x
             return
-        opened = images.open_images(source)
-        loader = preprocessed(opened, self.transform, batch_size, num_workers)
-        with tqdm(total=len(opened), desc="predict", unit="image", disable=not progress) as bar, images.running(loader) as batches:
-            for items in batches:
-                bar.update(len(items))
-                for _, x, reason in items:
-                    if x is None:
-                        raise DataError(str(reason))
-                yield [opened.ids[i] for i, _, _ in items], torch.stack([x for _, x, _ in items])
+        feed = feeds.open_feed(source)
+        groups = ready(batched(feed.rows(0), batch_size), lambda row: row.read(), self.config.preprocess, num_workers)
+        with tqdm(total=feed.length, desc="predict", unit="image", disable=not progress) as bar, closing(groups):
+            for group in groups:
+                if group.bad:
+                    raise DataError(group.bad[0][1])
+                bar.update(len(group.items))
+                yield [row.id for row in group.items], self.config.preprocess.normalised(group.pixels.to(self.device))
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
@@ -250,7 +255,9 @@ def make_classifier(encoder: SparseEncoder, classes: Sequence[str], input: str =
     """
     if len(classes) < 2:
         raise UsageError(f"classes: expected at least two, got {len(classes)}")
-    config = ClassifierConfig(encoder.config, input, tuple(map(str, classes)))
+    if input == "z" and encoder.config.dial is not None:
+        raise UsageError("start.input: the encoder has a dial, behind which nothing learns; use features, or the encoder as it was before")
+    config = ClassifierConfig(dataclasses.replace(encoder.config, dial=None), input, tuple(map(str, classes)))
     if input == "features":
         with torch.device("meta"):
             head_name(plain_timm(encoder.config, len(classes)), encoder.backbone.state_dict())

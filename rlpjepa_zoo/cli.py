@@ -32,7 +32,7 @@ SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, own
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that decode images; 0 decodes in this one.")]
+Workers = Annotated[int, typer.Option(min=0, help="Threads that decode images; 0 decodes between batches.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best there is when not given.")]
 
@@ -174,53 +174,138 @@ def _facts_of_tuning(recipe: Any) -> tuple[Any, dict[str, Any]]:
 def embed(
     source: SourceName,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="A folder, image files, or a parquet file with an image column.")
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="File to write: .safetensors, .npz or .parquet.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to fill or to go on with.")
+    ],
     batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
+    num_workers: Workers = 4,
     max_active: Annotated[int | None, typer.Option(min=1, help="Keep only this many largest values of each image.")] = None,
-    values: Annotated[str, typer.Option(help="float32 (exact) or float16.")] = "float32",
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them in OUT.failed.jsonl, and go on.")
-    ] = False,
+    min_value: Annotated[float, typer.Option(help="Leave out values below this.")] = 0.0,
+    values: Annotated[str, typer.Option(help="float32 (exact), float16, or uint8 (with a scale for each image).")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, or bf16: faster on many processors, codes differ by about a percent.")
+    ] = "float32",
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Folder: images in each file; what is lost, at most, when the program is killed.")
+    ] = 4096,
+    columns: Annotated[
+        str, typer.Option(help="Columns to pass along, as in a,b; of tar files, suffixes such as json. The class label always is.")
+    ] = "",
+    id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers when not given.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; found by type when not given.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them, and go on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write sparse embeddings of images to one file."""
-    if out.suffix not in (".safetensors", ".npz", ".parquet"):
-        raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet")
-    if values not in ("float32", "float16"):
-        raise UsageError(f"--values: expected float32 or float16, got {values}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
-    if not out.parent.is_dir():
-        raise OutputError(f"--out {out}: no folder {out.parent}")
-    from .images import open_images
+    """Write sparse embeddings of images to a file or a folder; into a folder also under `accelerate launch -m rlpjepa_zoo embed ...` and torchrun.
+
+    A folder is written in parts, and the same command goes on where it was stopped.
+    """
+    from . import collectives
+    from .encoder import Budget
+    from .extraction import Extraction, extract, provenance
+    from .feeds import open_feed
     from .loading import load_encoder
 
-    opened = open_images(images[0] if len(images) == 1 else images)
-    encoder = load_encoder(source, revision=revision, device=_device(device))
-    failures: list[tuple[Any, str]] = []
-    found = encoder.embed(
-        opened, batch_size, num_workers, max_active, progress=not quiet, on_error="skip" if skip_bad else "raise", failures=failures
+    if out.suffix and not out.is_dir() and out.suffix not in (".safetensors", ".npz", ".parquet"):
+        raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
+    how = Extraction(values, part_rows, Budget(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
+    _check_out(out, overwrite)
+    feed = open_feed(
+        images,
+        split=split,
+        columns=[c for c in columns.split(",") if c],
+        id_column=id_column,
+        image_column=image_column,
+        revision=data_revision,
     )
-    found.save(out, values=values)  # type: ignore[arg-type]
+    try:
+        collectives.start()
+        encoder = load_encoder(source, revision=revision, device=_device(device))
+        if out.suffix and not out.is_dir():
+            found = _to_file(encoder, feed, out, how, not quiet)
+        else:
+            found = extract(encoder, feed, out, how, model=provenance(encoder, source, revision), overwrite=overwrite, progress=not quiet)
+            found = {"folder": str(out), **found, "model": encoder.fingerprint()}
+            if not as_json:
+                found["reasons"] = "; ".join(f"{n} x {reason}" for reason, n in found["reasons"].items()) or "-"
+        if collectives.rank() == 0:
+            _print(found, as_json)
+    finally:
+        collectives.shut_down()
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: no folder {out.parent}")
+    if not out.suffix or out.is_dir():
+        return
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
+
+
+def _to_file(encoder: Any, feed: Any, out: Path, how: Any, progress: bool) -> dict[str, Any]:
+    """Embed into one file; everything is in memory until it is written."""
+    failures: list[tuple[Any, str]] = []
+    on_error = "skip" if how.skip_bad else "raise"
+    budget = {"max_active": how.budget.max_active, "min_value": how.budget.min_value, "precision": how.budget.precision}
+    found = encoder.embed(feed, how.batch_size, how.num_workers, progress=progress, on_error=on_error, failures=failures, **budget)
+    found.save(out, values=how.values)
     if failures:
         listing = out.with_name(out.name + ".failed.jsonl")
-        listing.write_text("".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures))
-        logging.getLogger("rlpjepa_zoo").warning("%d of %d images could not be read, see %s", len(failures), len(opened), listing)
+        _write(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures).encode())
+        logging.getLogger("rlpjepa_zoo").warning(
+            "%d of %d images could not be read, see %s", len(failures), len(found) + len(failures), listing
+        )
     n, dim = found.shape
-    _print(
-        {
-            "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": found.l0, "bytes": out.stat().st_size,
-            "bytes as dense float32": 4 * n * dim, "model": found.meta["model"],
-        },
-        as_json,
-    )  # fmt: skip
+    return {
+        "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": found.l0, "bytes": out.stat().st_size,
+        "bytes as dense float32": 4 * n * dim, "model": found.meta["model"],
+    }  # fmt: skip
+
+
+@app.command()
+def dial(
+    source: SourceName,
+    out: Annotated[Path, typer.Option(help="Folder for the encoder behind its dial; weights as they are.")],
+    density: Annotated[float | None, typer.Option(help="Wanted fraction of active dimensions.")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Or: at most this many active dimensions.")] = None,
+    mode: Annotated[str, typer.Option(help="top_k keeps each image's largest values; threshold keeps values above one number.")] = "top_k",
+    images: Annotated[str | None, typer.Option(help="What a threshold is calibrated on: a folder, files, ... as embed takes them.")] = None,
+    num_workers: Workers = 4,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a trained encoder sparser, without training; what it then keeps is saved with it."""
+    from .loading import load_encoder
+
+    if (density is None) == (budget is None):
+        raise UsageError("--density and --budget: give one of them")
+    if budget is not None and (mode != "top_k" or images is not None):
+        raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
+    encoder = load_encoder(source, revision=revision, device=_device(device))
+    if budget is not None:
+        twin = encoder.with_budget(budget)
+    else:
+        twin = encoder.with_density(density or 0.0, mode, images, num_workers=num_workers, progress=not quiet)  # type: ignore[arg-type]
+    twin.save_pretrained(out, name=f"local-dir:{out}")
+    how = twin.config.dial
+    _print({"encoder": str(out), "dial": "" if how is None else how.describe(twin.config.dim), "model": twin.fingerprint()}, as_json)
 
 
 @app.command(name="eval")
@@ -229,15 +314,27 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="digits, a folder (train/ and val/ with a folder per class, or parquet files), or a recipe whose data section to use."
+            help="digits, cifar10, cifar100, dtd, flowers102, food101, pets, a folder (a folder per class, in train/ and val/ where there "
+            "are, or parquet files), or a recipe whose data section to use."
         ),
     ],
     overrides: Overrides = None,
+    probes: Annotated[str, typer.Option(help="Of knn,linear,few_shot,mlp,retrieval,clustering; or all.")] = "knn,linear,few_shot",
+    budgets: Annotated[
+        str | None, typer.Option(help="Measure z also with only this many largest values of each image: 4,8,16, or auto: 1, 2, 4, ... 64.")
+    ] = None,
+    shots: Annotated[str, typer.Option(help="Images per class of few_shot.")] = "1,5,10",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of what is random.")] = 3,
+    queries: Annotated[int, typer.Option(min=1, help="Test images that search in retrieval, at most.")] = 2000,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare on the same images: pixels, random (fresh weights), timm:NAME, or another SOURCE; may be repeated."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many training images, drawn at random.")] = None,
     pixels: Annotated[bool, typer.Option(help="Measure raw pixels too.")] = True,
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
-    curve: Annotated[bool, typer.Option("--curve", help="Measure also with only the 1, 2, 4, ... largest values of each image.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against active dimensions into this PNG (budgets: auto).")] = None,
     on_card: Annotated[bool, typer.Option("--card", help="Write the results into the card of SOURCE, a folder.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
     revision: Revision = None,
@@ -245,38 +342,41 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """kNN, linear and 1-shot accuracy of the sparse embedding, the dense features and raw pixels."""
-    from .errors import DataError
-    from .evaluation import accuracy_table, with_results
+    """Measure the sparse embedding, the dense features and raw pixels: kNN, linear, few-shot and MLP probes, retrieval, clustering."""
+    from .evalsets import open_set
+    from .evaluation import accuracy_table, checked_budgets, with_results
     from .evaluation import evaluate as run
     from .loading import load_encoder
-    from .recipe import Data, Recipe
-    from .sources import open_source
+    from .scores import Protocol
 
-    if Path(data).is_dir():
-        parquet = any(Path(data).rglob("*.parquet"))
-        section = Data(source="hf", path=data, eval_split="test") if parquet else Data(source="folder", path=data)
-        if overrides:
-            raise UsageError(f"'{overrides[0]}': overrides belong to a recipe, and --data {data} is a folder")
-    else:
-        section = Recipe.load(data, overrides or []).data
-    if section.streaming:
-        raise UsageError(f"--data {data}: evaluation needs all images at once; set data.streaming=false and data.length=null")
-    opened = open_source(section)
-    if opened.eval is None:
-        raise DataError(
-            f"--data {data}: no evaluation images; expected a folder val/ or test/ beside train/, or a recipe with data.eval_split"
-        )
+    if plot is not None and plot.suffix != ".png":
+        raise UsageError(f"--plot {plot}: expected a file ending in .png")
+    asked = budgets or ("auto" if plot is not None else "")
+    wanted: Any = asked if asked == "auto" else _numbers("--budgets", asked) if asked else ()
+    names, counts = tuple(name.strip() for name in probes.split(",")), tuple(_numbers("--shots", shots))
+    protocol = Protocol(names, counts, seeds, queries=queries)  # refuses before anything is read
+    if plot is not None and not {"knn", "linear", "few_shot" if 1 in counts else ""} & set(protocol.probes):
+        raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
+    for file in (out, plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise OutputError(f"{file}: no folder {file.parent}")
     place = _own_folder(source, "--card") if on_card else None
+    found = open_set(data, overrides or [])
     encoder = load_encoder(source, revision=revision, device=_device(device))
+    checked_budgets(wanted, encoder.config.dim)
     report = run(
-        encoder, opened.train, opened.eval, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, curve=curve
-    )
+        encoder, found.train, found.test, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, probes=names,
+        budgets=wanted, shots=counts, seeds=seeds, queries=queries, against=against or (), note=found.note,
+    )  # fmt: skip
     if place is not None:
-        info = with_results(encoder.config.info, report, section.name or section.label())
+        info = with_results(encoder.config.info, report, found.name)
         encoder.save_pretrained(place, info=info, name=_name(place))
     if out is not None:
-        _write(out, json.dumps({"source": source, "data": data, **report}, indent=1) + "\n")
+        _write(out, (json.dumps({"source": source, "data": data, **report}, indent=1) + "\n").encode())
+    if plot is not None:
+        from .pictures import accuracy
+
+        _write(plot, accuracy(report))
     if as_json:
         _print(report, True)
         return
@@ -327,7 +427,7 @@ Notes = Annotated[Path | None, typer.Option(help="Markdown file of your own word
 
 @app.command()
 def push(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run or of an encoder, or a zoo name.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run, of an encoder or of embeddings, or a zoo name.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; made if missing.")],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="A new repository is private unless --public; an existing one must agree.")
@@ -342,34 +442,40 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, sizes and the card; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an encoder or a classifier on the Hugging Face Hub.
+    """Publish an encoder, a classifier, or embeddings as a data set, on the Hugging Face Hub.
 
-    It is verified, then sent as one commit with what changed. Log in with `hf auth login`, or set HF_TOKEN.
+    An encoder is verified; then what changed is sent as one commit. Log in with `hf auth login`, or set HF_TOKEN.
     """
     import tempfile
 
-    from . import card, folder, hub, publish, zoo
+    from . import card, extraction, folder, hub, publish, zoo
     from .loading import load_published
 
     if not zoo.is_repository(repo):
         raise UsageError(f"OWNER/NAME: expected a repository such as you/encoder, got '{repo}'")
-    path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
-    contents = card.rewritten(path, repo, license, _text(notes))
-    with tempfile.TemporaryDirectory() as scratch:
-        load_published(folder.write_folder(Path(scratch) / "model", contents))  # what does not load is not published
+    contents: dict[str, bytes | Path]
+    if (Path(_plain(source)) / "embeddings.json").is_file():
+        kind, contents = publish.DATASET, extraction.publishable(_plain(source), repo, license, _text(notes))
+    else:
+        kind = publish.MODEL
+        path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
+        made = card.rewritten(path, repo, license, _text(notes))
+        with tempfile.TemporaryDirectory() as scratch:
+            load_published(folder.write_folder(Path(scratch) / "model", made))  # what does not load is not published
+        contents = {**made}
     if dry_run:
-        rows = {name: len(content) for name, content in sorted(contents.items())}
+        rows = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}
         if as_json:
             _print({"repo": repo, "files": rows}, True)
             return
         print("\n".join(f"{size:>12,}  {name}" for name, size in rows.items()))
         print(f"{sum(rows.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
-        print(contents["README.md"].decode(), end="")
+        print(bytes(contents["README.md"]).decode(), end="")
         return
 
     def send() -> publish.Pushed:
         return publish.push(
-            contents, repo, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
+            contents, repo, kind=kind, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
             overwrite=overwrite,
         )  # fmt: skip
 
@@ -556,6 +662,8 @@ def _name(path: Path) -> str:
 def _device(asked: str | None) -> str:
     import torch
 
+    if asked is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -565,11 +673,18 @@ def _device(asked: str | None) -> str:
     return asked
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: bytes) -> None:
+    from .folder import whole_file
+
+    with whole_file(path) as aside:
+        aside.write_bytes(content)
+
+
+def _numbers(option: str, text: str) -> list[int]:
     try:
-        path.write_text(text)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option}: expected whole numbers such as 4,8,16, got '{text}'") from error
 
 
 def _short(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -172,6 +174,16 @@ def barrier() -> None:
     """Wait until all ranks are here."""
     if _active():
         dist.barrier()
+
+
+def start(patience: timedelta = timedelta(days=30)) -> None:
+    """Join the other processes of the launch (torchrun, accelerate), if there are any, to talk about small things on the CPU.
+
+    Args:
+        patience: how long to wait for one that is still at work; a launcher ends all when one dies.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=patience)
 
 
 def shut_down() -> None:

@@ -1,12 +1,13 @@
-"""Frozen evaluation: kNN, linear probe and one-shot accuracy of embeddings, of dense features and of raw pixels, on one split."""
+"""Frozen evaluation of an encoder on one split: its embeddings, its dense features and raw pixels, by the protocols of `probes`."""
 
 from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from tqdm.auto import tqdm
 
 from . import collectives, streams
 from .encoder import SparseEncoder
-from .errors import DataError
-from .images import Images, running
+from .errors import DataError, NonFiniteError, UsageError
+from .images import Images
+from .loading import create_encoder, load_encoder
 from .metrics import dead, l0, l1
-from .preprocess import Preprocessed, preprocessed
+from .preprocess import batched, ready
+from .probes import Array, knn_accuracy, paired
 from .recipe import Recipe
+from .scores import DEFAULT_PROBES, Protocol, Scores, accuracy_table, measure
 from .sources import Source
 from .sparse import SparseEmbeddings
 
@@ -29,15 +33,19 @@ log = logging.getLogger("rlpjepa_zoo")
 __all__ = [
     "accuracy_table",
     "budget_curve",
+    "checked_budgets",
     "during_training",
     "labelled",
     "encode",
     "evaluate",
     "knn_accuracy",
-    "linear_accuracy",
-    "one_shot_accuracy",
+    "pixels",
     "with_results",
 ]
+
+
+PART = 1 << 26
+"""Numbers of z that are dense at a time (256 MB)."""
 
 
 @torch.no_grad()
@@ -47,18 +55,17 @@ def encode(
     """Features (n, F), embeddings z (n, D) and labels (n,) of all readable images, float32 on the CPU; evaluation mode, put back afterwards.
     DataError when none can be read, unless `none_is_fine`."""
     features, codes, rows = [], [], []
-    with encoder.evaluating():
-        loader = preprocessed(images, encoder.transform, batch_size, num_workers)
-        bar = tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
-        with bar, running(loader) as batches:
-            for items in batches:
-                bar.update(len(items))
-                good = [(i, x) for i, x, _ in items if x is not None]
-                if good:
-                    out = encoder.both(torch.stack([x for _, x in good]).to(encoder.device))
-                    features.append(out.features.float().cpu())
-                    codes.append(out.z.float().cpu())
-                    rows += [i for i, _ in good]
+    prepare = encoder.config.preprocess
+    groups = ready(batched(range(len(images)), batch_size), images.read, prepare, num_workers)
+    bar = tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
+    with encoder.evaluating(), bar, closing(groups):
+        for group in groups:
+            bar.update(len(group.items))
+            if group.good:
+                out = encoder.both(prepare.normalised(group.pixels.to(encoder.device)))
+                features.append(out.features.float().cpu())
+                codes.append(out.z.float().cpu())
+                rows += [group.items[i] for i in group.good]
     if not rows and not none_is_fine:
         raise DataError("none of the images can be read")
     if not rows:
@@ -69,147 +76,208 @@ def encode(
 
 def pixels(encoder: SparseEncoder, images: Images) -> tuple[Tensor, Tensor]:
     """Raw pixels in 0..1, resized and cropped like the input, as flat rows (n, 3 H W), and labels: the baseline every embedding should beat."""
-    read = Preprocessed(images, encoder.transform)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.config.preprocess.mean, encoder.config.preprocess.std))
-    kept = [(i, (x * std + mean).flatten()) for i, x, _ in (read[i] for i in range(len(images))) if x is not None]
-    labels = np.full(len(kept), -1) if images.labels is None else images.labels[[i for i, _ in kept]]
-    return torch.stack([x for _, x in kept]), torch.from_numpy(np.asarray(labels))
-
-
-def _labelled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return x[y >= 0], y[y >= 0]
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of unit length; a row of zeros stays zero, so its cosine with anything is 0."""
-    return x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
-
-
-@torch.no_grad()
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, x: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07, leave_one_out: bool = False
-) -> float:
-    """Top-1 accuracy of a vote of the k nearest by cosine, weighted by exp(cosine / T); labels < 0 are left out.
-
-    Args:
-        bank, bank_labels: (m, C), (m,) voters.
-        x, labels: (n, C), (n,) queries.
-        k: voters, at most m.
-        temperature: T > 0.
-        leave_one_out: the queries are the bank itself; nobody votes for itself.
-    """
-    bank, bank_labels = _labelled(bank.float(), bank_labels)
-    x, labels = _labelled(x.float(), labels)
-    if not len(bank) or not len(x):
-        raise DataError("kNN: no labelled images")
-    bank, x = _unit(bank), _unit(x)
-    k = min(k, len(bank) - int(leave_one_out))
-    if k < 1:
-        raise DataError("kNN: a single labelled image has nobody to vote for it")
-    classes = int(max(bank_labels.max(), labels.max())) + 1
-    right = 0
-    for start in range(0, len(x), 1024):
-        cosine = x[start : start + 1024] @ bank.T
-        if leave_one_out:
-            cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
-        near, which = cosine.topk(k, dim=1)
-        votes = torch.zeros(len(cosine), classes).scatter_add_(1, bank_labels[which], ((near - near[:, :1]) / temperature).exp())
-        right += int((votes.argmax(1) == labels[start : start + 1024]).sum())
-    return right / len(x)
-
-
-def linear_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, c: float = 1.0, max_iter: int = 300) -> float:
-    """Test accuracy of multinomial logistic regression (scikit-learn, L2 with inverse strength c) on features divided by their overall
-    standard deviation on the training set; fixed, so that it is not tuned on the test images."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    (x, y), (test_x, test_y) = _labelled(x.float(), y), _labelled(test_x.float(), test_y)
-    if len(y.unique()) < 2 or not len(test_y):
-        raise DataError("linear probe: needs labelled images of at least two classes for training and some for testing")
-    scale = (x - x.mean(0)).square().mean().sqrt().clamp(min=1e-12)
-    probe = LogisticRegression(C=c, max_iter=max_iter)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        probe.fit((x / scale).numpy(), y.numpy())
-    return float(probe.score((test_x / scale).numpy(), test_y.numpy()))
-
-
-def one_shot_accuracy(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, draws: int = 100, seed: int = 0) -> tuple[float, float]:
-    """Accuracy of the nearest (cosine) of one random example per class: mean and standard deviation over draws.
-
-    The same draws are made whatever x is, so representations of one data set compare pairwise.
-    """
-    (x, y), (test_x, test_y) = _labelled(x.float(), y), _labelled(test_x.float(), test_y)
-    if not len(y) or not len(test_y):
-        raise DataError("1-shot: no labelled images")
-    rows = [torch.nonzero(y == c).flatten() for c in y.unique()]
-    cosine = _unit(test_x) @ _unit(x).T
-    scores = []
-    for draw in range(draws):
-        source = streams.generator(seed, "one-shot", draw)
-        chosen = torch.stack([r[torch.randint(len(r), (1,), generator=source)] for r in rows]).flatten()
-        scores.append(float((y[chosen][cosine[:, chosen].argmax(1)] == test_y).float().mean()))
-    return float(np.mean(scores)), float(np.std(scores, ddof=1)) if draws > 1 else 0.0
+    groups = list(ready(batched(range(len(images)), 256), images.read, encoder.config.preprocess))
+    rows = [group.items[i] for group in groups for i in group.good]
+    labels = np.full(len(rows), -1) if images.labels is None else images.labels[rows]
+    return torch.cat([group.pixels for group in groups]).permute(0, 3, 1, 2).flatten(1).float() / 255, torch.from_numpy(np.asarray(labels))
 
 
 def evaluate(
     encoder: SparseEncoder, train: Images, test: Images, batch_size: int = 256, num_workers: int = 0, k: int = 20, temperature: float = 0.07,
-    progress: bool = False, with_pixels: bool = True, limit: int | None = None, curve: bool = False,
+    progress: bool = False, with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | str = DEFAULT_PROBES,
+    budgets: Sequence[int] | str = (), shots: Sequence[int] = (1, 5, 10), seeds: int = 3, queries: int = 2000, against: Sequence[str] = (),
+    note: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """kNN, linear and one-shot accuracy of z, of features and of raw pixels, and the density of z.
+    """Measure the sparse embedding z, the dense features and raw pixels of a frozen encoder on one split, and the density of z.
 
     Args:
         encoder: frozen; used in evaluation mode.
-        train, test: labelled images; the first fits and votes, the second is scored.
+        train, test: labelled images; the first fits and votes, the second is scored. Rows with a label < 0 take no part.
+        batch_size, num_workers: of encoding.
+        k, temperature: of the kNN vote.
+        with_pixels: measure raw pixels too.
         limit: use at most this many training images, drawn at random.
-        curve: measure z also with only its 1, 2, 4, ... largest values kept.
+        probes: of `scores.PROBES`: knn, linear, few_shot, mlp, retrieval, clustering; or "all".
+        budgets: measure z also with only this many largest values of each image kept; "auto" is 1, 2, 4, ... up to 64 or D.
+        shots: images per class of few_shot.
+        seeds: repetitions of what is random.
+        queries: test images that search in retrieval, at most.
+        against: what to compare with on the same images: "pixels", "random" (the same architecture, fresh weights), "timm:NAME" (pretrained
+            features), or any source of `load_encoder`; each with its own preprocessing.
+        note: how the split was made, for the protocol.
 
     Returns:
-        JSON-able: n_train, n_test, protocol, l0, l1, dead, for each of z, features, pixels the keys knn_*, linear_*, one_shot_*, one_shot_std_*,
-        and curve: lists active, knn, linear, one_shot.
+        JSON-able. Always: n_train, n_test, l0, l1, dead (of z on the test images), seeds, protocol (text). For each space of z, features, pixels and each
+        measure of knn, linear, one_shot, shot_5, shot_10, mlp, map, precision_at_1, precision_at_10, nmi that was asked for: measure_space, a
+        mean, and measure_std_space, its standard deviation, where there are repetitions: over draws for few-shot, over seeds for the
+        others (kNN and retrieval are deterministic). Where they apply:
+        chosen_c: space -> C of the linear probe for each seed; skipped: measure -> why it was left out;
+        curve: lists of equal length, active and measures and measure_std of z;
+        against: name -> l0, measures as above, and differences: a list of measure, space, minus (the other's space), difference, low,
+        high (95 % paired bootstrap over test images), n.
 
     Raises:
-        DataError: no labels.
+        DataError: no labels, or the other encoders cannot read the same images.
+        UsageError: an unknown probe or a number out of range.
+
+    Example:
+        >>> import rlpjepa_zoo
+        >>> from rlpjepa_zoo.recipe import Data
+        >>> from rlpjepa_zoo.sources import open_source
+        >>> digits = open_source(Data(source="digits"))
+        >>> encoder = rlpjepa_zoo.create_encoder("test_resnet", dim=16)
+        >>> report = evaluate(encoder, digits.train.take(range(100)), digits.eval.take(range(50)), probes=["knn"])
+        >>> report["n_train"], 0 <= report["knn_z"] <= 1, report["protocol"].split(";")[0]
+        (100, True, 'kNN: k = 20, cosine, T = 0.07, deterministic')
     """
+    protocol = Protocol((probes,) if isinstance(probes, str) else tuple(probes), tuple(shots), seeds, k, temperature, queries=queries)
+    grid = checked_budgets(budgets, encoder.config.dim)
+    if "pixels" in against and not with_pixels:
+        raise UsageError("against: pixels are to be compared with but not measured; leave one of the two out")
     if train.labels is None or test.labels is None:
         raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
+    others = {name: _other(name, encoder) for name in dict.fromkeys(against) if name != "pixels"}
     if limit is not None and limit < len(train):
+        note = "; ".join(part for part in (f"{limit} of {len(train)} training images, drawn at random", note) if part)
         train = train.take(torch.randperm(len(train), generator=streams.generator(0, "evaluate"))[:limit].numpy())
-    features, z, y = encode(encoder, train, batch_size, num_workers, progress)
-    test_features, test_z, test_y = encode(encoder, test, batch_size, num_workers, progress)
-    spaces = {"z": (z, test_z), "features": (features, test_features)}
+    task = _Task(train, test, protocol, {"batch_size": batch_size, "num_workers": num_workers, "progress": progress})
+    spaces, y, test_y = task.encoded(encoder)
+    report: dict[str, Any] = _density(spaces["z"][1]) | {"n_train": len(y), "n_test": len(test_y), "seeds": seeds}
+    skipped = {}
     if with_pixels and (len(y) + len(test_y)) * 3 * math.prod(encoder.config.preprocess.size) > 1 << 30:
-        log.warning("raw pixels left out: more than 4 GB; measure them on fewer images with limit")
+        skipped["pixels"] = "more than 4 GB of raw pixels; measure them on fewer images with limit"
+        log.warning("raw pixels left out: %s", skipped["pixels"])
     elif with_pixels:
         spaces["pixels"] = (pixels(encoder, train)[0], pixels(encoder, test)[0])
-    k = min(k, len(y))
-    report: dict[str, Any] = {
-        "n_train": len(y), "n_test": len(test_y), "l0": float(l0(test_z)), "l1": float(l1(test_z)), "dead": float(dead(test_z)),
-        "protocol": f"kNN: k = {k}, cosine, T = {temperature:g}; linear: logistic regression, C = 1; 1-shot: nearest by cosine of one image "
-        "per class, mean of 100 draws (± their standard deviation); encoder frozen, one seed",
-    }  # fmt: skip
-    for name, (a, b) in spaces.items():
-        report[f"knn_{name}"] = knn_accuracy(a, y, b, test_y, k, temperature)
-        report[f"linear_{name}"] = linear_accuracy(a, y, b, test_y)
-        report[f"one_shot_{name}"], report[f"one_shot_std_{name}"] = one_shot_accuracy(a, y, b, test_y)
-    if curve:
-        report["curve"] = budget_curve(z, y, test_z, test_y, k, temperature)
-    return report
+    scores = {space: measure(a, y, b, test_y, protocol) for space, (a, b) in spaces.items()}
+    for space, found in scores.items():
+        report |= found.flat(space)
+    said = [protocol.describe(len(y), len(test_y), scores["z"].skipped), *([note] if note else []), "encoder frozen, one training run"]
+    report |= {"protocol": "; ".join(said), "skipped": skipped | scores["z"].skipped}
+    report["chosen_c"] = {space: found.chosen_c for space, found in scores.items() if found.chosen_c}
+    if grid:
+        report["curve"] = budget_curve(*spaces["z"], y, test_y, protocol, grid)
+    report["against"] = {name: task.compared(other, scores, (y, test_y)) for name, other in others.items()}
+    if "pixels" in against and "pixels" in scores:
+        report["against"]["pixels"] = {"differences": _differences(scores, {"pixels": scores["pixels"]})}
+    return {key: value for key, value in report.items() if value not in ({}, [])}
 
 
-def budget_curve(z: Tensor, y: Tensor, test_z: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07) -> dict[str, list[Any]]:
-    """Accuracy when only the largest values of each embedding are kept: 1, 2, 4, ... up to 64 or D.
+@dataclass(frozen=True)
+class _Task:
+    """The images on which several encoders are measured, and how."""
+
+    train: Images
+    test: Images
+    protocol: Protocol
+    options: dict[str, Any]
+
+    def encoded(self, encoder: SparseEncoder) -> tuple[dict[str, tuple[Any, Any]], Array, Array]:
+        """Training and test rows of z (sparse) and of features (dense), and the labels of both."""
+        (features, z, y), (test_features, test_z, test_y) = (_encoded(encoder, part, self.options) for part in (self.train, self.test))
+        return {"z": (z, test_z), "features": (features, test_features)}, y, test_y
+
+    def compared(
+        self, other: tuple[SparseEncoder, tuple[str, ...]], ours: dict[str, Scores], labels: tuple[Array, Array]
+    ) -> dict[str, Any]:
+        """What `evaluate` reports of another encoder, measured on the same images."""
+        encoder, names = other
+        spaces, y, test_y = self.encoded(encoder)
+        if not (np.array_equal(y, labels[0]) and np.array_equal(test_y, labels[1])):
+            raise DataError("evaluation: the encoders that are compared could not read the same images")
+        theirs = {name: measure(spaces[name][0], y, spaces[name][1], test_y, self.protocol) for name in names}
+        found: dict[str, Any] = {"l0": spaces["z"][1].l0} if "z" in names else {}
+        for name, scores in theirs.items():
+            found |= scores.flat(name)
+        return found | {"differences": _differences(ours, theirs)}
+
+
+def _encoded(encoder: SparseEncoder, images: Images, options: dict[str, Any]) -> tuple[Array, SparseEmbeddings, Array]:
+    """`encode` in parts, so that z is never dense as a whole."""
+    size = max(1, PART // encoder.config.dim)
+    parts = []
+    for start in range(0, max(len(images), 1), size):
+        features, z, y = encode(encoder, images.take(range(start, min(start + size, len(images)))), **options, none_is_fine=True)
+        if not torch.isfinite(z).all() or not torch.isfinite(features).all():
+            raise NonFiniteError("the encoder gave NaN or infinity; its weights are damaged or diverged")
+        parts.append((features.numpy(), SparseEmbeddings.from_dense(z), y.numpy()))
+    features, z, y = zip(*parts, strict=True)
+    found = np.concatenate(features), SparseEmbeddings.concat(z), np.concatenate(y)
+    if not len(found[2]):
+        raise DataError("none of the images can be read")
+    return found
+
+
+def _density(z: SparseEmbeddings) -> dict[str, float]:
+    """l0, l1 and dead as `rlpjepa_zoo.metrics` defines them, of sparse rows."""
+    n, dim = z.shape
+    of_row, values = np.repeat(np.arange(n), np.diff(z.indptr)), z.values.astype(np.float64)
+    sums, squares = np.bincount(of_row, values, n), np.bincount(of_row, values**2, n)
+    effective = sums**2 / np.where(squares > 0, squares, 1)
+    return {"l0": z.l0, "l1": float(effective.mean() / dim), "dead": 1 - len(np.unique(z.indices)) / dim}
+
+
+def _other(name: str, encoder: SparseEncoder) -> tuple[SparseEncoder, tuple[str, ...]]:
+    """An encoder to compare with, and which of its representations mean something."""
+    config = encoder.config
+    if name == "random":
+        with streams.seeded(0, "against-random"):
+            made = create_encoder(
+                config.architecture, config.dim, config.hidden_dim, projector_depth=config.projector_depth, preprocess=config.preprocess,
+                **config.model_args,
+            )  # fmt: skip
+        return made.to(encoder.device), ("z", "features")
+    if name.startswith("timm:"):  # its projector is fresh, so only the backbone's features mean something
+        return create_encoder(name.removeprefix("timm:"), dim=1, hidden_dim=1, pretrained=True).to(encoder.device), ("features",)
+    return load_encoder(name, device=str(encoder.device)), ("z", "features")
+
+
+def _differences(ours: dict[str, Scores], theirs: dict[str, Scores]) -> list[dict[str, Any]]:
+    """z and features, each minus the other's counterpart, or minus what the other has."""
+    found = []
+    for space in ("z", "features"):
+        minus = space if space in theirs else next(iter(theirs))
+        for name in ours[space].right:
+            interval = paired(ours[space].right[name], theirs[minus].right[name])
+            found.append({"measure": name, "space": space, "minus": minus, **interval})
+    return found
+
+
+def checked_budgets(asked: Sequence[int] | str, dim: int) -> list[int]:
+    """Numbers of active dimensions, rising; "auto" is 1, 2, 4, ... up to 64 or D.
+
+    Raises:
+        UsageError: not in 1 .. D.
+
+    Example:
+        >>> checked_budgets("auto", 20), checked_budgets([8, 4], 20)
+        ([1, 2, 4, 8, 16], [4, 8])
+    """
+    if asked == "auto":
+        return [2**i for i in range(7) if 2**i <= dim]
+    if isinstance(asked, str):
+        raise UsageError(f"budgets: expected auto or numbers such as 4,8,16, got '{asked}'")
+    for active in asked:
+        if not 1 <= active <= dim:
+            raise UsageError(f"budgets: expected numbers of active dimensions in 1 .. {dim}, the width of z, got {active}")
+    return sorted(set(asked))
+
+
+def budget_curve(
+    z: SparseEmbeddings, test_z: SparseEmbeddings, y: Array, test_y: Array, protocol: Protocol, budgets: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Measures of z when only the largest values of each image are kept, in training and test images alike.
 
     Returns:
-        Lists of equal length: active, knn, linear, one_shot.
+        Lists of equal length: active, and for each measure its mean and, as measure_std, its spread.
     """
-    found: dict[str, list[Any]] = {"active": [2**i for i in range(7) if 2**i <= z.shape[1]], "knn": [], "linear": [], "one_shot": []}
-    for active in found["active"]:
-        a, b = (torch.from_numpy(SparseEmbeddings.from_dense(x).top_k(active).to_dense()) for x in (z, test_z))
-        found["knn"].append(knn_accuracy(a, y, b, test_y, k, temperature))
-        found["linear"].append(linear_accuracy(a, y, b, test_y))
-        found["one_shot"].append(one_shot_accuracy(a, y, b, test_y)[0])
+    found: dict[str, list[Any]] = {"active": list(budgets)}
+    for active in budgets:
+        scores = measure(z.top_k(active), y, test_z.top_k(active), test_y, protocol)
+        for name, value in scores.mean.items():
+            found.setdefault(name, []).append(value)
+            if name in scores.spread:
+                found.setdefault(f"{name}_std", []).append(scores.spread[name])
     return found
 
 
@@ -274,14 +342,15 @@ def with_results(info: dict[str, Any], report: dict[str, Any], data: str) -> dic
             return {k: rounded(v) for k, v in value.items()}
         return [rounded(v) for v in value] if isinstance(value, list) else round(value, 4) if isinstance(value, float) else value
 
+    if "against" in report:  # of paths the last part is enough for others
+        report = {**report, "against": {_public(name): found for name, found in report["against"].items()}}
     density = {**info.get("density", {}), "eval": round(report["l0"], 4), "eval_images": f"test images of {data}"}
     return {**info, "results": rounded({**report, "data": data}), "density": density}
 
 
-def accuracy_table(report: dict[str, Any]) -> str:
-    """kNN, linear and 1-shot accuracy of each representation and how they were measured, as text."""
-    lines = [f"{'':<16}{'kNN':>9}{'linear':>9}{'1-shot':>9}"]
-    for name, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
-        if f"knn_{name}" in report:
-            lines.append(f"{label:<16}" + "".join(f"{report[f'{kind}_{name}']:>9.3f}" for kind in ("knn", "linear", "one_shot")))
-    return "\n".join([*lines, f"{report['n_train']} training and {report['n_test']} test images; {report['protocol']}"])
+def _public(name: str) -> str:
+    """The name of what was compared with, without folders of one machine."""
+    kind, _, place = name.rpartition("local-dir:")
+    if kind or name.startswith("local-dir:") or Path(name).expanduser().exists():
+        return kind + Path(place or name).name
+    return name

@@ -29,7 +29,7 @@ from typing import Any
 
 from .errors import ModelError, OutputError, UsageError, first_line
 
-FORMAT = 2  # 1 had no sha256 of config.json itself
+FORMAT = 3  # 1 had no sha256 of config.json itself; 3 is written for an encoder with a dial, which readers of 2 would leave out
 BLOCK = "rlpjepa_zoo"
 REQUIRED = ("model.safetensors", "head.safetensors", "golden.safetensors", "README.md")
 OPTIONAL = ("recipe.yaml", "training.png", "accuracy.png")
@@ -79,7 +79,8 @@ def seal(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, byt
         UsageError: `config` is not JSON.
     """
     listed = {name: {"sha256": sha256(content), "size": len(content)} for name, content in sorted(files.items())}
-    config = {**config, BLOCK: {**config[BLOCK], "format": FORMAT, "files": listed, "sha256": _BLANK}}
+    number = FORMAT if "dial" in config[BLOCK] else 2
+    config = {**config, BLOCK: {**config[BLOCK], "format": number, "files": listed, "sha256": _BLANK}}
     try:
         text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:

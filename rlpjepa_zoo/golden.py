@@ -37,8 +37,10 @@ def make(encoder: Any) -> dict[str, Tensor]:
 
 def _evaluate(encoder: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     with encoder.evaluating(), torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
-        out = encoder.both(inputs.to(encoder.device))
-    return out.features.float().cpu(), out.z.float().cpu()
+        features = encoder.features(inputs.to(encoder.device))
+        last = encoder.head if hasattr(encoder, "head") else encoder.projector  # logits; or codes
+        z = last(features)  # before a dial, which would make a difference in rounding one of zero or not
+    return features.float().cpu(), z.float().cpu()
 
 
 def check_header(found: dict[str, tuple[str, tuple[int, ...]]], config: Any, where: Path) -> None:

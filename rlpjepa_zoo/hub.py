@@ -18,7 +18,7 @@ from . import folder, zoo
 from .errors import HubError, ModelError, UsageError, did_you_mean
 from .network import GaveUp, Patience, access, away, cause, explain, network_error
 
-__all__ = ["fetch", "resolve"]
+__all__ = ["dataset_commit", "fetch", "resolve"]
 
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
@@ -248,6 +248,21 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
         if _SHA256.fullmatch(blob) and folder.sha256(path) != blob and folder.sha256(get(path.name, force=True)) != blob:
             raise ModelError(f"{path}: differs from the sha256 that the Hub lists for it; try again later")
     return get.done(paths[0].parent)
+
+
+def dataset_commit(repo: str, revision: str | None = None, token: str | None = None) -> str:
+    """The commit that a revision of a data set stands for now (main when None).
+
+    Raises:
+        HubError: the Hub refused or could not be reached.
+    """
+    from huggingface_hub import HfApi
+
+    where = f"data: {repo}" + (f"@{revision}" if revision else "")
+    try:
+        return str(Patience(where)(lambda: HfApi(token=access(token)).dataset_info(repo, revision=revision).sha))
+    except Exception as error:
+        raise explain(error, where) from error
 
 
 def _no_file(name: str, found: Sequence[str], where: str) -> NoReturn:

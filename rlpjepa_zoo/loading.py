@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 from . import folder, golden, hub, streams, zoo
 from . import resnet as resnet  # registers the small-image ResNets
 from .classifier import Classifier, ClassifierConfig, head_name, plain_timm, split_head
+from .dial import Dial
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 from .errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from .preprocess import Preprocess
@@ -187,7 +188,8 @@ def load_encoder(
         encoder = create_encoder(config["architecture"], **options)
     block = config[folder.BLOCK]
     text = (path / "recipe.yaml").read_text("utf-8", "replace") if "recipe.yaml" in block["files"] else None
-    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text)
+    dial = _dial(block.get("dial"), where)
+    encoder.config = dataclasses.replace(encoder.config, info=block.get("info", {}), recipe=text, dial=dial)
     _load_weights(encoder.backbone, path / "model.safetensors")
     _load_weights(encoder.projector, path / "head.safetensors")
     encoder.eval()
@@ -322,6 +324,13 @@ def _labels(config: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     if not isinstance(classes, list) or not 2 <= len(classes) <= 2**20 or not all(isinstance(name, str) for name in classes):
         raise ModelError(f"{where}: {folder.BLOCK}.classifier.classes: expected a list of at least two names")
     return block["input"], tuple(classes)
+
+
+def _dial(saved: Any, where: str) -> Dial | None:
+    try:
+        return None if saved is None else Dial(**saved)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{where}: {folder.BLOCK}.dial is not what this version expects ({first_line(error)})") from error
 
 
 def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) -> None:

@@ -139,6 +139,9 @@ def _curve(axes: Any, results: dict[str, Any]) -> None:
         if not curve.get(kind):
             continue
         axes.plot(curve["active"], curve[kind], "o-", color=color, ms=4, lw=1.8, label=f"sparse z, {label}")
+        if spread := curve.get(f"{kind}_std"):
+            low, high = ([v + sign * s for v, s in zip(curve[kind], spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(curve["active"], low, high, color=color, alpha=0.15, lw=0)
         for space, style in (("features", ":"), ("pixels", "--")):
             if results.get(f"{kind}_{space}") is not None:
                 axes.axhline(results[f"{kind}_{space}"], color=color, ls=style, lw=1, alpha=0.7, label=f"{space}, {label}")

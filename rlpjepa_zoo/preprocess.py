@@ -1,19 +1,33 @@
-"""Evaluation preprocessing: from an RGB image to the input of a backbone, one by one or through a loader."""
+"""Evaluation preprocessing: from an RGB image to the input of a backbone, one by one or many at a time.
+
+Resizing and cropping are Pillow's, which leaves the interpreter to others while it works, so threads do it; the rest is arithmetic on whole
+batches, on the device that encodes them.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import timm
+import torch
 import torch.nn as nn
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from . import images, streams
 from .errors import DataError
 
-__all__ = ["Preprocess", "Preprocessed", "preprocessed"]
+__all__ = ["Preprocess", "Ready", "batched", "ready"]
+
+T = TypeVar("T")
+_CHUNK = 32
+"""Images that a thread takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,24 @@ class Preprocess:
         """A callable: PIL image -> float32 tensor (3, H, W)."""
         return timm.data.create_transform(**self.data_config(), is_training=False)
 
+    @cached_property
+    def _shape(self) -> Any:
+        """The part of `transform` that is done on the image itself."""
+        *steps, _, _ = self.transform().transforms  # the last two make a tensor and normalise it
+        return steps
+
+    def pixels(self, image: Image.Image) -> np.ndarray[Any, Any]:
+        """An RGB image resized and cropped: (H, W, 3) uint8. `normalised` is the rest of `transform`."""
+        if image.size != self.size[::-1] or self.crop_pct != 1:
+            for step in self._shape:
+                image = step(image)
+        return np.asarray(image)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in the memory format channels_last; equal to `transform` bit for bit."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
     def __post_init__(self) -> None:
         lists = (self.size, self.mean, self.std)
         numbers = [x for values in lists for x in values] + [self.crop_pct] if all(isinstance(x, tuple) for x in lists) else [""]
@@ -67,26 +99,68 @@ class Preprocess:
         )
 
 
-class Preprocessed(Dataset[tuple[int, Tensor | None, str | None]]):
-    """Items (row number, input or None, reason why it could not be read)."""
+class Ready(NamedTuple, Generic[T]):
+    """Some items and their images, as far as those can be read."""
 
-    def __init__(self, source: images.Images, transform: Any) -> None:
-        self.source, self.transform = source, transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | None, str | None]:
-        try:
-            return i, self.transform(self.source.read(i)), None
-        except DataError as error:
-            return i, None, str(error)
+    items: list[T]
+    good: list[int]
+    """Places of those that can be read, rising."""
+    pixels: Tensor
+    """(len(good), H, W, 3) uint8"""
+    bad: list[tuple[int, str]]
+    """Places of the others, and why."""
 
 
-def preprocessed(source: images.Images, transform: Any, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """Lists of items of `Preprocessed`, in order."""
-    quiet = streams.generator(0, "loader")  # else every pass draws a seed from the global generator
-    return DataLoader(
-        Preprocessed(source, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list, generator=quiet,
-        worker_init_fn=images.deaf_worker if num_workers else None,
-    )  # fmt: skip
+def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` rows, the last perhaps shorter."""
+    rows = iter(rows)
+    while found := list(islice(rows, size)):
+        yield found
+
+
+def ready(
+    groups: Iterable[list[T]], read: Callable[[T], Image.Image], preprocess: Preprocess, num_workers: int = 0
+) -> Generator[Ready[T], None, None]:
+    """Decode, resize and crop groups of items in order, some groups ahead of the one that is asked for.
+
+    Args:
+        groups: lists of items; of few of them at a time the images are in memory.
+        read: from an item to its RGB image, in any thread; DataError where there is none.
+        preprocess: of the encoder.
+        num_workers: threads; 0 works in this one, when asked.
+    """
+    height, width = preprocess.size
+
+    def some(items: list[T]) -> list[np.ndarray[Any, Any] | str]:
+        found: list[np.ndarray[Any, Any] | str] = []
+        for item in items:
+            try:
+                found.append(preprocess.pixels(read(item)))
+            except DataError as error:
+                found.append(str(error))
+        return found
+
+    def joined(items: list[T], found: list[np.ndarray[Any, Any] | str]) -> Ready[T]:
+        good = [i for i, x in enumerate(found) if not isinstance(x, str)]
+        stack = np.stack([found[i] for i in good]) if good else np.zeros((0, height, width, 3), np.uint8)
+        return Ready(items, good, torch.from_numpy(stack), [(i, x) for i, x in enumerate(found) if isinstance(x, str)])
+
+    if not num_workers:
+        yield from (joined(items, some(items)) for items in groups)
+        return
+    pool, waiting = ThreadPoolExecutor(num_workers, "decode"), deque[tuple[list[T], list[Future[Any]]]]()
+
+    def first() -> Ready[T]:
+        items, parts = waiting.popleft()
+        return joined(items, [x for part in parts for x in part.result()])
+
+    try:
+        for items in groups:
+            size = max(1, min(_CHUNK, -(-len(items) // num_workers)))
+            waiting.append((items, [pool.submit(some, items[i : i + size]) for i in range(0, len(items), size)]))
+            if len(waiting) > 2 and sum(len(parts) for _, parts in waiting) > 2 * num_workers:
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -20,20 +20,8 @@ from . import zoo
 from .errors import RecipeError, UsageError, did_you_mean
 
 __all__ = [
-    "Data",
-    "Encoder",
-    "Hub",
-    "Objective",
-    "Optim",
-    "Plan",
-    "Probe",
-    "Recipe",
-    "Target",
-    "Train",
-    "Views",
-    "find_recipe",
-    "list_recipes",
-]
+    "Data", "Encoder", "Hub", "Objective", "Optim", "Plan", "Probe", "Recipe", "Target", "Train", "Views", "data_section", "find_recipe", "list_recipes",
+]  # fmt: skip
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -464,12 +452,7 @@ class Plan(Section):
         Raises:
             RecipeError: naming the key, what was given and what was expected.
         """
-        path = find_recipe(source)
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
-        return cls.parse(text, overrides, where=str(source))
+        return cls.parse(text_of(source), overrides, where=str(source))
 
     @classmethod
     def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Self:
@@ -573,6 +556,33 @@ class Recipe(Plan):
         return self.model_copy(update=parts).dump()
 
 
+def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
+    """A data section alone, with ``"data.key=value"`` overrides.
+
+    Raises:
+        RecipeError: naming the key, what was given and what was expected.
+
+    Example:
+        >>> data_section({"source": "hf", "name": "uoft-cs/cifar10"}, ["data.eval_split=test"]).eval_split
+        'test'
+    """
+    whole: dict[str, Any] = {"data": dict(values)}
+    for override in overrides:
+        _override(whole, override)
+    if extra := sorted(whole.keys() - {"data"}):
+        raise UsageError(
+            f"override of '{extra[0]}': only data.KEY=VALUE has a meaning here; overrides of other sections belong to a recipe"
+        )
+    try:
+        return _DataAlone.model_validate(whole).data
+    except ValidationError as error:
+        raise RecipeError(_explain(error, _DataAlone)) from error
+
+
+class _DataAlone(Section):
+    data: Data
+
+
 # --- finding ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -593,6 +603,15 @@ def find_recipe(source: str | Path) -> Path:
     known = list_recipes()
     hint = did_you_mean(str(source), known) or f" Known recipes: {', '.join(known)}"
     raise RecipeError(f"'{source}' is neither a file nor a recipe.{hint}")
+
+
+def text_of(source: str | Path) -> str:
+    """The YAML of a recipe given by path or by name."""
+    path = find_recipe(source)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------------
@@ -667,7 +686,7 @@ _ACCUMULATION = (
 )
 
 
-def _explain(error: ValidationError, recipe: type[Plan]) -> str:
+def _explain(error: ValidationError, recipe: type[Section]) -> str:
     """The first problem in one line: dotted key, what was given, what was expected."""
     problems = error.errors()
     first = problems[0]

@@ -15,6 +15,10 @@ from .folder import whole_file
 __all__ = ["SparseEmbeddings"]
 
 _FORMAT = "rlpjepa_zoo.sparse/1"
+_QUANTISED = "rlpjepa_zoo.sparse/2"
+"""Of files with uint8 values, which readers of the first format would take for the values themselves."""
+
+Values = Literal["float32", "float16", "uint8"]
 
 
 class SparseEmbeddings:
@@ -228,6 +232,12 @@ class SparseEmbeddings:
         indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(self.indptr), k))])
         return self._with(indptr, entries, self.ids)
 
+    def at_least(self, value: float) -> SparseEmbeddings:
+        """Keep the values that are not below `value`."""
+        kept = self.values >= value
+        indptr = np.concatenate([[0], np.cumsum(kept)])[self.indptr]
+        return self._with(indptr, np.flatnonzero(kept), self.ids)
+
     # --- converting ------------------------------------------------------------------------------------------------------------------
 
     def to_dense(self) -> np.ndarray[Any, Any]:
@@ -263,93 +273,106 @@ class SparseEmbeddings:
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
             return torch.sparse_csr_tensor(torch.from_numpy(self.indptr.copy()), columns, values, self.shape, check_invariants=True)
 
-    def to_arrow(self, values: Literal["float32", "float16"] = "float32") -> Any:
-        """A `pyarrow.Table` with columns id, indices (lists of int16 or int32) and values (lists of floats)."""
+    def to_arrow(self, values: Values = "float32") -> Any:
+        """A `pyarrow.Table` with columns id, indices (lists of int16 or int32) and values (lists of numbers), as `save` writes it."""
         import pyarrow as pa
 
         try:
             names = pa.array(self.ids.tolist(), pa.string() if self.ids.dtype.kind == "U" else pa.int64())
         except UnicodeEncodeError as error:
             raise DataError("an id is not valid UTF-8 text, which Arrow and Parquet need; save as .npz or .safetensors") from error
-        offsets = pa.array(self.indptr)
-        columns = pa.array(self.indices.astype(_index_dtype(self.dim)))
-        table = pa.table(
-            {
-                "id": names,
-                "indices": pa.LargeListArray.from_arrays(offsets, columns),
-                "values": pa.LargeListArray.from_arrays(offsets, pa.array(self._cast(values))),
-            }
+        lists, offsets = (
+            (pa.ListArray, pa.array(self.indptr.astype(np.int32))) if self.nnz < 2**31 else (pa.LargeListArray, pa.array(self.indptr))
         )
-        return table.replace_schema_metadata({"rlpjepa_zoo": json.dumps(self._header())})
+        columns = {name: pa.array(array) for name, array in self._stored(values).items()}
+        for name in ("indices", "values"):
+            columns[name] = lists.from_arrays(offsets, columns[name])
+        return pa.table({"id": names, **columns}).replace_schema_metadata({"rlpjepa_zoo": json.dumps(self._header(values))})
 
-    def _cast(self, values: str) -> np.ndarray[Any, Any]:
+    def _stored(self, values: str) -> dict[str, np.ndarray[Any, Any]]:
+        """Columns and values as they are written; with uint8, value = stored * scale of the row, and the smallest stored value is 1."""
+        columns = {"indices": self.indices.astype(_index_dtype(self.dim))}
+        if values == "uint8":
+            counts = np.diff(self.indptr)
+            largest = np.zeros(len(self), np.float32)
+            largest[counts > 0] = np.maximum.reduceat(self.values, self.indptr[:-1][counts > 0]) if self.nnz else 0
+            scale = np.maximum(largest / np.float32(255), np.float32(1e-38))
+            return {**columns, "values": np.clip(np.rint(self.values / np.repeat(scale, counts)), 1, 255).astype(np.uint8), "scale": scale}
         if values not in ("float32", "float16"):
-            raise UsageError(f"values: expected 'float32' or 'float16', got {values!r}")
+            raise UsageError(f"values: expected 'float32', 'float16' or 'uint8', got {values!r}")
         with np.errstate(over="ignore"):
             out = self.values.astype(values)
         if not np.isfinite(out).all() or (out == 0).any():
             raise DataError("values do not fit into float16 (range 6e-8 .. 65504); save as float32")
-        return out
+        return {**columns, "values": out}
 
     # --- files -----------------------------------------------------------------------------------------------------------------------
 
-    def _header(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "dim": self.dim, "meta": self.meta}
+    def _header(self, values: str) -> dict[str, Any]:
+        return {"format": _QUANTISED if values == "uint8" else _FORMAT, "dim": self.dim, "meta": self.meta}
 
-    def save(self, path: str | Path, values: Literal["float32", "float16"] = "float32") -> Path:
+    def save(self, path: str | Path, values: Values = "float32") -> Path:
         """Write one file, atomically; the ending chooses the format: ``.safetensors``, ``.npz`` (scipy.sparse.load_npz opens it too) or ``.parquet``.
 
         Args:
-            values: ``float32`` keeps every bit; ``float16`` halves the values and refuses what it cannot hold.
+            values: ``float32`` keeps every bit; ``float16`` halves the values and refuses what it cannot hold; ``uint8`` stores 1 .. 255 times
+                a scale of each row (not in .npz): an error of at most 1/510 of the row's largest value, 1/255 for the smallest, which stay above 0.
 
         Raises:
             UsageError: another ending.
             OutputError: the folder is missing, full or read-only.
         """
         path = Path(path)
-        if path.suffix not in (".safetensors", ".npz", ".parquet"):
-            raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
-        cast = self._cast(values)
+        _check_ending(path)
+        if values == "uint8" and path.suffix == ".npz":
+            raise UsageError(f"{path}: scipy would read uint8 values as they are; use float16, or .parquet or .safetensors")
+        stored = self._stored(values)
         with whole_file(path) as aside:
-            getattr(self, f"_write_{path.suffix[1:]}")(aside, cast)
+            getattr(self, f"_write_{path.suffix[1:]}")(aside, stored, values)
         return path
 
-    def _arrays(self, cast: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        return {"indptr": self.indptr, "indices": self.indices.astype(_index_dtype(self.dim)), "values": cast}
-
-    def _write_safetensors(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
+    def _write_safetensors(self, path: Path, stored: dict[str, np.ndarray[Any, Any]], values: str) -> None:
         from safetensors.numpy import save
 
         strings = self.ids.dtype.kind == "U"
-        arrays = self._arrays(cast) if strings else self._arrays(cast) | {"ids": self.ids.astype(np.int64)}
-        header = self._header() | ({"ids": self.ids.tolist()} if strings else {})
+        arrays = {"indptr": self.indptr, **stored} | ({} if strings else {"ids": self.ids.astype(np.int64)})
+        header = self._header(values) | ({"ids": self.ids.tolist()} if strings else {})
         path.write_bytes(save(arrays, metadata={"rlpjepa_zoo": json.dumps(header)}))
 
-    def _write_npz(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
-        arrays = self._arrays(cast)
-        arrays["data"] = arrays.pop("values")  # scipy's names, so scipy.sparse.load_npz reads the file
-        arrays["indices"], arrays["indptr"] = self.indices, self.indptr
-        extra = {"ids": self.ids, "header": np.array(json.dumps(self._header()))}
+    def _write_npz(self, path: Path, stored: dict[str, np.ndarray[Any, Any]], values: str) -> None:
+        arrays = {
+            "data": stored["values"],
+            "indices": self.indices,
+            "indptr": self.indptr,
+        }  # scipy's names, so scipy.sparse.load_npz reads it
+        extra = {"ids": self.ids, "header": np.array(json.dumps(self._header(values)))}
         with open(path, "wb") as file:
             parts: dict[str, Any] = {"format": b"csr", "shape": np.array(self.shape), **arrays, **extra}
             np.savez_compressed(file, **parts)
 
-    def _write_parquet(self, path: Path, cast: np.ndarray[Any, Any]) -> None:
+    def _write_parquet(self, path: Path, stored: dict[str, np.ndarray[Any, Any]], values: Values) -> None:
         import pyarrow.parquet as pq
 
-        pq.write_table(self.to_arrow("float16" if cast.dtype == np.float16 else "float32"), path, compression="zstd")
+        pq.write_table(self.to_arrow(values), path, compression="zstd")
 
     @classmethod
     def load(cls, path: str | Path) -> SparseEmbeddings:
-        """Read what `save` wrote; every file is checked as the constructor checks.
+        """Read what `save` wrote, or all parts of a folder that `rlpjepa embed --out DIR` wrote; every file is checked as the constructor checks.
 
         Raises:
             DataError: no such file, or one that is damaged.
             ModelError: a file of another kind or a newer format.
+            UsageError: parts of different encoders.
         """
         path = Path(path)
-        if path.suffix not in (".safetensors", ".npz", ".parquet"):
-            raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
+        if path.is_dir():
+            parts = sorted(path.glob("data/*.parquet"))
+            if not parts:
+                raise DataError(
+                    f"{path}: no data/*.parquet, so not a folder of embeddings; expected one that `rlpjepa embed --out DIR` wrote"
+                )
+            return cls.concat([cls.load(part) for part in parts])
+        _check_ending(path)
         if not path.is_file():
             raise DataError(f"{path}: no such file")
         try:
@@ -362,10 +385,19 @@ class SparseEmbeddings:
             ) from error
         if not isinstance(header, dict) or not isinstance(header.get("meta"), dict) or not {"indptr", "indices", "values"} <= set(arrays):
             raise DataError(f"{path}: damaged or not a file of sparse embeddings (its header or its arrays are not theirs)")
-        if header.get("format") != _FORMAT:
-            raise ModelError(f"{path}: format {header.get('format')!r}, this version reads {_FORMAT!r}; update rlpjepa_zoo")
+        if header.get("format") not in (_FORMAT, _QUANTISED):
+            raise ModelError(
+                f"{path}: format {header.get('format')!r}, this version reads {_FORMAT!r} and {_QUANTISED!r}; update rlpjepa_zoo"
+            )
+        if (header["format"] == _QUANTISED) != ("scale" in arrays):
+            raise DataError(
+                f"{path}: damaged (format {header['format']!r} {'without' if header['format'] == _QUANTISED else 'with'} scales)"
+            )
         try:
-            return cls(arrays["indptr"], arrays["indices"], arrays["values"], header.get("dim", 0), arrays["ids"], header["meta"])
+            values = arrays["values"]
+            if "scale" in arrays:
+                values = _scaled(values, arrays["scale"], arrays["indptr"])
+            return cls(arrays["indptr"], arrays["indices"], values, header.get("dim", 0), arrays["ids"], header["meta"])
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -395,7 +427,8 @@ class SparseEmbeddings:
         if not rows.offsets.equals(cells.offsets):
             raise DataError(f"{path}: indices and values have rows of different lengths")
         ids = table["id"].to_pylist()
-        return header, {
+        scale = {"scale": table["scale"].to_numpy()} if "scale" in table.column_names else {}
+        return header, scale | {
             "indptr": rows.offsets.to_numpy() - rows.offsets[0].as_py(),
             "indices": rows.flatten().to_numpy(zero_copy_only=False),
             "values": cells.flatten().to_numpy(zero_copy_only=False),
@@ -415,6 +448,20 @@ def _vector(name: str, values: Any, dtype: Any = None) -> np.ndarray[Any, Any]:
     if dtype == np.int64 and not np.array_equal(cast, array):
         raise DataError(f"{name}: expected integers, got {array.dtype}")
     return cast
+
+
+def _check_ending(path: Path) -> None:
+    if path.suffix not in (".safetensors", ".npz", ".parquet"):
+        raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
+
+
+def _scaled(stored: Any, scale: Any, indptr: Any) -> np.ndarray[Any, Any]:
+    """Values of uint8 files."""
+    stored, scale = _vector("values", stored), _vector("scale", scale, np.float32)
+    counts = np.diff(_vector("indptr", indptr, np.int64))
+    if len(scale) != len(counts) or (counts < 0).any() or counts.sum() != len(stored):
+        raise DataError(f"scale: expected one for each of {len(counts)} rows, got {len(scale)}")
+    return stored.astype(np.float32) * np.repeat(scale, counts)
 
 
 def _index_dtype(dim: int) -> type[np.signedinteger[Any]]:

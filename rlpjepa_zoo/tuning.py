@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ from .classifier import Classifier, make_classifier
 from .encoder import SparseEncoder
 from .engine import run
 from .errors import DataError, RecipeError, UsageError, first_line
-from .images import Images, running
+from .images import Images
 from .loading import create_encoder, load_encoder
 from .optim import make_tuner
-from .preprocess import Preprocess, preprocessed
+from .preprocess import Preprocess, batched, ready
 from .sources import Source
 from .task import Loss, Task
 from .tuning_recipe import Lora, TuningRecipe
@@ -182,12 +182,13 @@ def count_right(classifier: Classifier, images: Images, batch_size: int = 256, n
     mine = images.take(np.arange(collectives.rank(), len(images), collectives.world_size()))
     labels = np.full(len(mine), -1) if mine.labels is None else mine.labels
     n, right, near, loss = 0, 0, 0, 0.0
-    with classifier.evaluating(), running(preprocessed(mine, classifier.transform, batch_size, num_workers)) as batches:
-        for items in batches:
-            good = [(i, x) for i, x, _ in items if x is not None]
-            if good:
-                logits = classifier(torch.stack([x for _, x in good]).to(classifier.device)).float().cpu().double()
-                y = torch.from_numpy(labels[[i for i, _ in good]])
+    prepare = classifier.config.preprocess
+    groups = ready(batched(range(len(mine)), batch_size), mine.read, prepare, num_workers)
+    with classifier.evaluating(), closing(groups):
+        for group in groups:
+            if group.good:
+                logits = classifier(prepare.normalised(group.pixels.to(classifier.device))).float().cpu().double()
+                y = torch.from_numpy(labels[[group.items[i] for i in group.good]])
                 best = logits.topk(min(_NEAR, logits.shape[1])).indices == y[:, None]
                 n, right, near = n + len(y), right + int(best[:, 0].sum()), near + int(best.sum())
                 loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))

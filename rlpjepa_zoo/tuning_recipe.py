@@ -26,10 +26,10 @@ from .recipe import (
     Section,
     Train,
     Views,
-    find_recipe,
     kind_of,
     plain,
     read_yaml,
+    text_of,
 )
 
 __all__ = ["Start", "TuningRecipe", "load_any"]
@@ -220,6 +220,6 @@ class TuningRecipe(Plan):
 
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | TuningRecipe:
     """A recipe of whatever kind, told by its sections; arguments and errors as of `Recipe.load`."""
-    text = find_recipe(source).read_bytes().decode("utf-8", "replace")
+    text = text_of(source)
     kind: type[Recipe | TuningRecipe] = TuningRecipe if kind_of(read_yaml(text, str(source))) == TuningRecipe.kind else Recipe
-    return kind.load(source, overrides)
+    return kind.parse(text, overrides, where=str(source))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +94,21 @@ def test_recipe_mistakes_exit_2(capsys: pytest.CaptureFixture[str], override: st
         (["embed", "ENCODER", "GOOD", "--out", "OUT.npz", "--device", "tpu9"], 2, ["--device", "tpu9"]),
         (["embed", "someone/nothing-here", "GOOD", "--out", "OUT.npz"], 5, ["someone/nothing-here"]),
         (["eval", "ENCODER", "--data", "GOOD"], 3, ["labels"]),
-        (["eval", "ENCODER", "--data", "nothing"], 2, ["nothing"]),
+        (["eval", "ENCODER", "--data", "nothing"], 2, ["nothing", "Known sets"]), (["eval", "ENCODER", "--data", "cifar11"], 2, ["'cifar10'"]),
+        (["eval", "ENCODER", "--data", "digits", "--probes", "knn,linaer"], 2, ["linaer", "'linear'"]),
+        (["eval", "ENCODER", "--data", "digits", "--budgets", "4,x"], 2, ["--budgets", "4,x"]),
+        (["eval", "ENCODER", "--data", "digits", "--budgets", "0"], 2, ["budgets", "1 .. 24"]),
+        (["eval", "ENCODER", "--data", "digits", "--budgets", "4,25"], 2, ["budgets", "25"]),
+        (["eval", "ENCODER", "--data", "digits", "--shots", "0,5"], 2, ["shots", "0, 5"]),
+        (["eval", "ENCODER", "--data", "digits", "--seeds", "0"], 2, ["--seeds"]),
+        (["eval", "ENCODER", "--data", "digits", "--plot", "OUT.pdf"], 2, ["--plot", ".png"]),
+        (["eval", "ENCODER", "--data", "digits", "--plot", "/no/such/dir/p.png"], 6, ["/no/such/dir"]),
+        (["eval", "ENCODER", "--data", "digits", "--plot", "OUT.png", "--probes", "mlp"], 2, ["--plot", "--probes"]),
+        (["eval", "ENCODER", "--data", "digits", "--against", "pixels", "--no-pixels"], 2, ["pixels"]),
+        (["eval", "ENCODER", "--data", "digits", "--against", "timm:resnet81"], 4, ["resnet81"]),
+        (["eval", "ENCODER", "--data", "digits", "--against", "nobody"], 2, ["nobody"]),
+        (["eval", "ENCODER", "--data", "digits", "data.limt=3"], 2, ["data.limt", "'limit'"]),
+        (["eval", "ENCODER", "--data", "cifar10", "data.path=/no/such/dir"], 3, ["/no/such/dir"]),
         (["demo", "--density", "2"], 2, ["target.density"]),
     ],
 )  # fmt: skip
@@ -169,6 +184,34 @@ def test_train_embed_eval_list(capsys: pytest.CaptureFixture[str], image_folder:
     table = capsys.readouterr().out
     assert "z (sparse)" in table and "raw pixels" in table
     assert json.loads((tmp_path / "report.json").read_text())["n_train"] == 200
+
+
+def test_eval_writes_its_report_its_picture_and_the_card(
+    capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    mine, out, plot = tmp_path / "mine", tmp_path / "report.json", tmp_path / "curve.png"
+    shutil.copytree(encoder, mine)
+    command = ["eval", mine, "--data", image_folder, "--budgets", "2,4", "--shots", "1,5,20", "--no-pixels", "--card", "--quiet"]
+    assert cli.run([str(word) for word in (*command, "--out", out, "--plot", plot, "--against", encoder)]) == 0
+    table = capsys.readouterr().out
+    for words in ("5-shot", "active of z", "z - its z, kNN", "left out: 20-shot: class", "32 training and 8 test images"):
+        assert words in table, words
+    report = json.loads(out.read_text())
+    assert report["curve"]["active"] == [2, 4] and report["data"] == str(image_folder) and list(report["against"]) == [str(encoder)]
+    assert Image.open(plot).format == "PNG" and sorted(p.name for p in tmp_path.glob("*.*")) == ["curve.png", "report.json"]
+    text = (mine / "README.md").read_text()
+    assert "5-shot" in text and "paired bootstrap" in text and str(tmp_path) not in text
+
+
+def test_eval_of_a_folder_without_a_test_part_says_how_it_was_split(
+    capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path
+) -> None:
+    assert (
+        cli.run(["eval", str(encoder), "--data", str(image_folder), "--probes", "knn,retrieval", "--no-pixels", "--quiet", "--json"]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert (report["n_train"], report["n_test"]) == (32, 8) and "8 of 40 images" in report["protocol"] and "linear_z" not in report
+    assert 0 <= report["map_z"] <= 1
 
 
 def test_skip_bad_lists_what_was_left_out(capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path) -> None:

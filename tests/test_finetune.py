@@ -338,7 +338,14 @@ def test_two_processes_learn_what_one_does(vit: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_by_a_figure_that_says_nothing_or_is_not_measured_is_refused(image_folder: Path, tmp_path: Path) -> None:
-    more = [f"data.path={image_folder}", "train.batch_size=8", "start.source=test_resnet.digits", "train.precision=no", "train.epochs=8", "optim.lr=0.1"]
+    more = [
+        f"data.path={image_folder}",
+        "train.batch_size=8",
+        "start.source=test_resnet.digits",
+        "train.precision=no",
+        "train.epochs=8",
+        "optim.lr=0.1",
+    ]
     with refused(RecipeError, match="train.best: top1 needs evaluation images"):
         finetune(TuningRecipe.load("finetune-folder", [*more, "train.best=top1"]), tmp_path / "a", progress=False)
     for part in ("train", "val"):
@@ -451,6 +458,13 @@ def test_encoders_and_classifiers_are_not_taken_for_each_other(tmp_path: Path, w
         rz.load_encoder(whole)
     with refused(ModelError, match="holds an encoder, not a classifier"):
         rz.load_classifier("test_resnet.digits")
+
+
+def test_an_encoder_with_a_dial_is_refused_from_z() -> None:
+    encoder = settled().with_budget(3)
+    with refused(UsageError, match="the encoder has a dial"):
+        make_classifier(encoder, ["cat", "dog"], "z")
+    assert make_classifier(encoder, ["cat", "dog"]).config.encoder.dial is None
 
 
 def test_an_architecture_without_one_linear_classifier_is_refused_from_features_but_not_from_z() -> None:

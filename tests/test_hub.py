@@ -1035,7 +1035,7 @@ def test_a_complete_run_that_is_resumed_keeps_what_was_measured(hub_server, tmp_
     from rlpjepa_zoo.training import train as pretrain
 
     pretrain(Recipe.load("digits", TINY), tmp_path / "run", progress=False)
-    assert run("eval", tmp_path / "run", "--data", "digits", "--limit", 50, "--curve", "--card", "--quiet")[0] == 0
+    assert run("eval", tmp_path / "run", "--data", "digits", "--limit", 50, "--budgets", "auto", "--card", "--quiet")[0] == 0
     pretrain(Recipe.load("digits", [*TINY, f"hub.repo={REPO}"]), tmp_path / "run", resume=True, progress=False)
     assert "linear probe" in (tmp_path / "run/encoder/README.md").read_text()
     assert b"linear probe" in hub_server.files(REPO)["README.md"]

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from rlpjepa_zoo import evaluation
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.encoder import SparseEncoder
 from rlpjepa_zoo.errors import DataError
-from rlpjepa_zoo.evaluation import encode, evaluate, knn_accuracy, linear_accuracy, one_shot_accuracy
+from rlpjepa_zoo.evaluation import encode, evaluate
 from rlpjepa_zoo.images import Images
 from rlpjepa_zoo.loading import create_encoder
 from rlpjepa_zoo.metrics import alarms, batch_metrics, covariance, dead, l0, l1, variance
@@ -145,228 +143,6 @@ def test_batch_metrics_are_the_numbers_of_the_functions(rng: np.random.Generator
         assert found[name] == pytest.approx(float(value), rel=1e-6)
 
 
-# --- kNN ----------------------------------------------------------------------------------------------------------------------------
-
-
-def clusters(rng: np.random.Generator, n: int = 120, d: int = 12, classes: int = 4, noise: float = 1.2) -> tuple[Tensor, Tensor]:
-    y = rng.integers(0, classes, n)
-    centres = np.random.default_rng(1).normal(size=(classes, d))
-    return torch.from_numpy(centres[y] + noise * rng.normal(size=(n, d))).float(), torch.from_numpy(y)
-
-
-def brute_knn(bank: Tensor, bank_y: Tensor, x: Tensor, y: Tensor, k: int, temperature: float, leave_one_out: bool = False) -> float:
-    b, q = bank.double().numpy(), x.double().numpy()
-    right = 0
-    for i in range(len(q)):
-        cosine = b @ q[i] / (np.linalg.norm(b, axis=1) * np.linalg.norm(q[i]))
-        others = [j for j in np.argsort(-cosine, kind="stable") if not (leave_one_out and j == i)][:k]
-        votes = np.zeros(int(bank_y.max()) + 1)
-        for j in others:
-            votes[bank_y[j]] += math.exp(cosine[j] / temperature)
-        right += int(votes.argmax() == y[i])
-    return right / len(q)
-
-
-@pytest.mark.parametrize("k", [1, 5, 20])
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_knn_matches_brute_force(rng: np.random.Generator, k: int, leave_one_out: bool) -> None:
-    bank, bank_y = clusters(rng)
-    x, y = (bank, bank_y) if leave_one_out else clusters(rng, 80)
-    found = knn_accuracy(bank, bank_y, x, y, k, 0.07, leave_one_out)
-    assert found == pytest.approx(brute_knn(bank, bank_y, x, y, k, 0.07, leave_one_out), abs=1e-12)
-    assert 0.3 < found < 1
-
-
-def test_knn_of_one_neighbour_is_the_vote_of_scikit_learn(rng: np.random.Generator) -> None:
-    bank, bank_y = clusters(rng)
-    x, y = clusters(rng, 80)
-    other = KNeighborsClassifier(1, metric="cosine", algorithm="brute").fit(bank.numpy(), bank_y.numpy())
-    assert knn_accuracy(bank, bank_y, x, y, k=1) == pytest.approx(other.score(x.numpy(), y.numpy()), abs=1e-12)
-
-
-def test_knn_works_through_more_queries_than_a_block(rng: np.random.Generator) -> None:
-    bank, bank_y = clusters(rng, 1300, 4)
-    other = KNeighborsClassifier(2, metric="cosine", algorithm="brute").fit(bank.numpy(), bank_y.numpy())
-    second = other.kneighbors(bank.numpy(), return_distance=False)[:, 1]
-    found = knn_accuracy(bank, bank_y, bank, bank_y, k=1, leave_one_out=True)
-    assert found == pytest.approx(float((bank_y[second] == bank_y).float().mean()), abs=2 / 1300)
-
-
-def test_leave_one_out_never_votes_for_itself() -> None:
-    x = torch.eye(6) + 0.01
-    y = torch.arange(6)
-    assert knn_accuracy(x, y, x, y, k=1) == 1
-    assert knn_accuracy(x, y, x, y, k=1, leave_one_out=True) == 0
-    assert knn_accuracy(x, y, x, y, k=100, leave_one_out=True) == 0
-
-
-def test_a_single_image_has_nobody_to_vote_for_it() -> None:
-    x, y = torch.ones(1, 3), torch.zeros(1, dtype=torch.long)
-    try:
-        assert knn_accuracy(x, y, x, y, leave_one_out=True) == 0
-    except DataError as error:
-        assert "kNN" in str(error)
-
-
-def test_knn_takes_every_voter_when_k_is_larger_than_the_bank(rng: np.random.Generator) -> None:
-    bank, bank_y = clusters(rng, 10)
-    x, y = clusters(rng, 30)
-    assert knn_accuracy(bank, bank_y, x, y, k=1000) == knn_accuracy(bank, bank_y, x, y, k=10)
-
-
-@pytest.mark.parametrize("temperature", [0.03, 0.005, 1e-4])
-def test_knn_of_a_low_temperature_is_the_vote_of_the_nearest(rng: np.random.Generator, temperature: float) -> None:
-    bank, bank_y = clusters(rng, 200, 64, classes=3, noise=3.0)
-    x, y = clusters(rng, 100, 64, classes=3, noise=3.0)
-    nearest = knn_accuracy(bank, bank_y, x, y, k=1)
-    assert knn_accuracy(bank, bank_y, x, y, k=20, temperature=temperature) == pytest.approx(
-        nearest, abs=0.08 if temperature > 0.01 else 0.02
-    )
-
-
-def test_rows_of_zeros_give_no_nan() -> None:
-    bank = torch.cat([torch.zeros(3, 4), torch.eye(4)])
-    bank_y = torch.tensor([1, 1, 1, 0, 0, 2, 2])
-    assert knn_accuracy(bank, bank_y, torch.eye(4), torch.tensor([0, 0, 2, 2]), k=1) == 1
-    for leave_one_out in (False, True):
-        assert 0 <= knn_accuracy(bank, bank_y, bank, bank_y, k=3, leave_one_out=leave_one_out) <= 1
-    assert knn_accuracy(bank[:3], bank_y[:3], torch.zeros(2, 4), torch.tensor([1, 1]), k=2) == 1
-
-
-def test_unknown_labels_neither_vote_nor_count(rng: np.random.Generator) -> None:
-    bank, bank_y = clusters(rng, 60)
-    x, y = clusters(rng, 40)
-    expected = knn_accuracy(bank, bank_y, x, y, k=5)
-    more_bank, more_y = torch.cat([x, bank]), torch.cat([torch.full((40,), -1), bank_y])
-    assert knn_accuracy(more_bank, more_y, torch.cat([x, x]), torch.cat([y, torch.full((40,), -1)]), k=5) == expected
-    mixed = torch.where(torch.arange(60) % 3 == 0, -1, bank_y)
-    kept = mixed >= 0
-    assert knn_accuracy(bank, mixed, bank, mixed, k=5, leave_one_out=True) == knn_accuracy(
-        bank[kept], bank_y[kept], bank[kept], bank_y[kept], k=5, leave_one_out=True
-    )
-    with pytest.raises(DataError, match="no labelled"):
-        knn_accuracy(bank, torch.full((60,), -1), x, y)
-    with pytest.raises(DataError, match="no labelled"):
-        knn_accuracy(bank, bank_y, x, torch.full((40,), -1))
-
-
-def test_queries_of_a_class_without_voters_count_as_wrong() -> None:
-    assert knn_accuracy(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 7]), k=1) == 0.5
-
-
-# --- linear probe -------------------------------------------------------------------------------------------------------------------
-
-
-def test_linear_probe_separates_what_is_separable(rng: np.random.Generator) -> None:
-    x, y = clusters(rng, 200, noise=0.3)
-    test_x, test_y = clusters(rng, 100, noise=0.3)
-    assert linear_accuracy(x, y, test_x, test_y) > 0.95
-
-
-def test_linear_probe_is_at_chance_on_shuffled_labels(rng: np.random.Generator) -> None:
-    x, y = clusters(rng, 400, noise=0.3)
-    test_x, test_y = clusters(rng, 400, noise=0.3)
-    shuffled = torch.from_numpy(rng.permutation(y.numpy()))
-    wrong = torch.from_numpy(rng.permutation(test_y.numpy()))
-    assert abs(linear_accuracy(x, shuffled, test_x, wrong) - 0.25) < 0.12
-
-
-def test_linear_probe_does_not_depend_on_the_scale_of_the_features(rng: np.random.Generator) -> None:
-    x, y = clusters(rng, 150)
-    test_x, test_y = clusters(rng, 100)
-    found = linear_accuracy(x, y, test_x, test_y)
-    for scale in (1e-6, 1e6):
-        assert linear_accuracy(scale * x, y, scale * test_x, test_y) == pytest.approx(found, abs=0.02)
-
-
-def test_linear_probe_leaves_unknown_labels_out(rng: np.random.Generator) -> None:
-    x, y = clusters(rng, 100)
-    test_x, test_y = clusters(rng, 50)
-    more = torch.cat([x, 100 * torch.ones(5, 12)]), torch.cat([y, torch.full((5,), -1)])
-    assert linear_accuracy(*more, test_x, test_y) == linear_accuracy(x, y, test_x, test_y)
-    with pytest.raises(DataError, match="two classes"):
-        linear_accuracy(x, torch.zeros_like(y), test_x, test_y)
-    with pytest.raises(DataError, match="testing"):
-        linear_accuracy(x, y, test_x, torch.full((50,), -1))
-
-
-def test_linear_probe_survives_constant_and_zero_features() -> None:
-    x, y = torch.zeros(20, 3), torch.arange(20) % 2
-    assert 0 <= linear_accuracy(x, y, x, y) <= 1
-
-
-# --- one shot -----------------------------------------------------------------------------------------------------------------------
-
-
-def draws_of(monkeypatch: pytest.MonkeyPatch, x: Tensor, y: Tensor, seed: int = 0) -> list[int]:
-    seen: list[int] = []
-    original = torch.randint
-
-    def recorded(*given, **options):  # type: ignore[no-untyped-def]
-        made = original(*given, **options)
-        seen.extend(made.tolist())
-        return made
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation.torch, "randint", recorded)
-        one_shot_accuracy(x, y, x, y, draws=10, seed=seed)
-    return seen
-
-
-def test_one_shot_makes_the_same_draws_whatever_the_representation(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = clusters(rng)
-    first = draws_of(monkeypatch, x, y)
-    assert len(first) == 40 and len(set(first)) > 10
-    assert draws_of(monkeypatch, torch.randn(120, 3), y) == first
-    assert draws_of(monkeypatch, x, y, seed=1) != first
-
-
-def test_one_shot_is_deterministic_and_leaves_the_global_generator_alone(rng: np.random.Generator) -> None:
-    x, y = clusters(rng)
-    state = torch.get_rng_state()
-    found = one_shot_accuracy(x, y, x, y, draws=20)
-    assert one_shot_accuracy(x, y, x, y, draws=20) == found and torch.equal(torch.get_rng_state(), state)
-    assert one_shot_accuracy(5 * x, y, x, y, draws=20) == pytest.approx(found, abs=1e-9)
-    assert one_shot_accuracy(x, y, x, y, draws=20, seed=1) != found
-
-
-def test_one_shot_matches_brute_force_in_mean_and_deviation(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = clusters(rng, 60)
-    test_x, test_y = clusters(rng, 50)
-    picks = np.array(draws_of(monkeypatch, x, y)).reshape(10, 4)
-    members = [torch.nonzero(y == c).flatten().tolist() for c in range(4)]
-    scores = []
-    for pick in picks:
-        shots = torch.stack([x[members[c][pick[c]]] for c in range(4)])
-        cosine = torch.nn.functional.cosine_similarity(test_x[:, None].double(), shots[None].double(), dim=2)
-        scores.append(float((cosine.argmax(1) == test_y).double().mean()))
-    mean, deviation = one_shot_accuracy(x, y, test_x, test_y, draws=10)
-    assert mean == pytest.approx(np.mean(scores), abs=1e-6) and deviation == pytest.approx(np.std(scores, ddof=1), abs=1e-6)
-    assert deviation > 0 and 0.3 < mean < 1
-
-
-def test_one_shot_of_clean_clusters_is_perfect_without_deviation(rng: np.random.Generator) -> None:
-    x, y = clusters(rng, noise=0.01)
-    assert one_shot_accuracy(x, y, x, y) == (1.0, 0.0)
-    assert one_shot_accuracy(x, y, x, y, draws=1) == (1.0, 0.0)
-
-
-def test_one_shot_leaves_unknown_labels_out_and_needs_some(rng: np.random.Generator) -> None:
-    x, y = clusters(rng)
-    more = torch.cat([x, torch.randn(9, 12)]), torch.cat([y, torch.full((9,), -1)])
-    assert one_shot_accuracy(*more, *more, draws=5) == one_shot_accuracy(x, y, x, y, draws=5)
-    with pytest.raises(DataError):
-        one_shot_accuracy(x, torch.full((120,), -1), x, y)
-    with pytest.raises(DataError):
-        one_shot_accuracy(x, y, x, torch.full((120,), -1))
-
-
-def test_one_shot_of_rows_of_zeros_gives_no_nan() -> None:
-    x, y = torch.zeros(8, 3), torch.arange(8) % 2
-    mean, deviation = one_shot_accuracy(x, y, x, y, draws=5)
-    assert mean == 0.5 and deviation == 0
-
-
 # --- evaluate -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -385,8 +161,9 @@ def test_evaluation_reports_every_number_and_leaves_the_encoder_as_it_was(encode
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     encoder.train()
     report = evaluate(encoder, *halves(image_folder))
-    kinds = [f"{kind}_{name}" for name in ("z", "features", "pixels") for kind in ("knn", "linear", "one_shot", "one_shot_std")]
-    assert set(report) == {"n_train", "n_test", "l0", "l1", "dead", "protocol", *kinds}
+    measures = ("knn", "linear", "linear_std", "one_shot", "one_shot_std", "shot_5", "shot_5_std", "shot_10", "shot_10_std")
+    kinds = [f"{kind}_{name}" for name in ("z", "features", "pixels") for kind in measures]
+    assert set(report) == {"n_train", "n_test", "l0", "l1", "dead", "seeds", "protocol", "chosen_c", *kinds}
     assert (report["n_train"], report["n_test"]) == (20, 20)
     assert all(0 <= report[name] <= 1 for name in kinds) and 0 <= report["l1"] <= report["l0"] <= 1
     assert report["linear_pixels"] == 1.0 and report["one_shot_pixels"] > 0.9 and report["knn_features"] > 0.8

@@ -248,8 +248,8 @@ def test_to_arrow_holds_ids_columns_and_values(dense):
 
     table = SparseEmbeddings.from_dense(dense, ids=[f"{i}.png" for i in range(12)]).to_arrow()
     assert table.schema.field("id").type == pa.string()
-    assert table.schema.field("indices").type == pa.large_list(pa.int16())
-    assert table.schema.field("values").type == pa.large_list(pa.float32())
+    assert table.schema.field("indices").type == pa.list_(pa.int16())
+    assert table.schema.field("values").type == pa.list_(pa.float32())
     for i, row in enumerate(table.to_pylist()):
         assert row["id"] == f"{i}.png"
         assert row["indices"] == np.flatnonzero(dense[i]).tolist()
@@ -476,7 +476,7 @@ def test_a_flipped_byte_is_never_another_exception(saved):
 def test_a_file_of_a_newer_format_is_refused_with_the_mend(tmp_path, monkeypatch, dense):
     e = SparseEmbeddings.from_dense(dense)
     with monkeypatch.context() as patch:
-        patch.setattr(sparse, "_FORMAT", "rlpjepa_zoo.sparse/2")
+        patch.setattr(sparse, "_FORMAT", "rlpjepa_zoo.sparse/9")
         paths = [e.save(tmp_path / f"e{suffix}") for suffix in SUFFIXES]
     for path in paths:
         with refused(ModelError, match="update rlpjepa_zoo"):

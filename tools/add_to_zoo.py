@@ -26,7 +26,7 @@ def add(run: Path, name: str, repo: str, overrides: list[str]) -> None:
     encoder = load_encoder(run)
     recipe = Recipe.parse((run / "recipe.yaml").read_text(), overrides)
     source = open_source(recipe.data)
-    report = evaluate(encoder, source.train, source.eval, num_workers=recipe.train.num_workers, progress=True, limit=20_000, curve=True)
+    report = evaluate(encoder, source.train, source.eval, num_workers=recipe.train.num_workers, progress=True, limit=20_000, budgets="auto")
     info = with_results(encoder.config.info, report, recipe.data.name or recipe.data.label())
     encoder.save_pretrained(ROOT / "hub" / name, recipe=recipe.shareable(), info={**info, "license": "apache-2.0"}, name=repo)
 

@@ -1,0 +1,79 @@
+"""The dial: a trained encoder made sparser without training, by each image's largest values or by one threshold for all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Dial", "keep_largest"]
+
+
+def keep_largest(z: Tensor, k: int) -> Tensor:
+    """Zero all but the k largest values of each row; of equal ones those of lower column stay. Rows with fewer keep what they have.
+
+    Args:
+        z: (B, D) >= 0.
+        k: 1 .. D; larger ones change nothing.
+
+    Returns:
+        (B, D), with the gradient of what stays.
+
+    Example:
+        >>> keep_largest(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), 2).tolist()
+        [[0.0, 2.0, 0.0, 2.0]]
+    """
+    if k >= z.shape[1]:
+        return z
+    least = z.topk(k, dim=1).values[:, -1:]
+    above, equal = z > least, z == least
+    fits = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return torch.where(fits, z, torch.zeros_like(z))
+
+
+@dataclass(frozen=True)
+class Dial:
+    """How an encoder's embeddings are made sparser; part of the encoder and saved with it.
+
+    Attributes:
+        mode: ``top_k`` keeps each image's largest values, so that every image has the same number; ``threshold`` keeps values of at least
+            one number, so that the density adapts to the image.
+        value: k, an integer >= 1, or the threshold > 0.
+        density: what was asked for, as a fraction of the dimensions; None when k was.
+        images: number of images that a threshold was calibrated on.
+    """
+
+    mode: Literal["top_k", "threshold"]
+    value: float
+    density: float | None = None
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        number = type(self.value) in (int, float) and 0 < self.value < float("inf")
+        if self.mode not in ("top_k", "threshold") or not number or (self.mode == "top_k" and not isinstance(self.value, int)):
+            raise ValueError(
+                f"dial: expected top_k with an integer >= 1 or threshold with a number > 0, got {self.mode!r} with {self.value!r}"
+            )
+        if self.density is not None and not (type(self.density) is float and 0 < self.density < 1):
+            raise ValueError(f"dial: expected a density between 0 and 1, got {self.density!r}")
+        if self.images is not None and (type(self.images) is not int or self.images < 1):
+            raise ValueError(f"dial: expected a number of images >= 1, got {self.images!r}")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """(B, D) >= 0 to (B, D) >= 0 with fewer values."""
+        if self.mode == "top_k":
+            return keep_largest(z, int(self.value))
+        return torch.where(z >= self.value, z, torch.zeros_like(z))
+
+    def describe(self, dim: int) -> str:
+        """In one line, for cards."""
+        asked = "" if self.density is None else f", asked for {self.density:.3g} active"
+        if self.mode == "top_k":
+            return f"each image keeps its {self.value:g} largest values of {dim} ({self.value / dim:.1%}{asked})"
+        return f"values below {self.value:.4g} are zero (calibrated on {self.images or 'no'} images{asked})"
+
+    def saved(self) -> dict[str, Any]:
+        """JSON-able; `Dial(**saved)` is the dial again."""
+        return {k: v for k, v in asdict(self).items() if v is not None}

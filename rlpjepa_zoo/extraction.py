@@ -1,0 +1,470 @@
+"""Embedding at scale: any number of images into a folder of parquet files, by any number of processes, to go on where it was stopped.
+
+    DIR/data/part-000000.parquet ...   rows in input order: id, indices, values (scale), and what is passed along; each written whole or not at all
+    DIR/embeddings.json                what was embedded, by which encoder, how; and, once all is done, what came of it
+    DIR/failed.jsonl                   images that could not be read, and why (absent when there are none)
+    DIR/README.md                      a data set card; `datasets.load_dataset(DIR)` opens the folder
+
+A part holds a fixed range of rows, embedded in batches that do not cross it, so its bytes depend neither on where a run was stopped nor on the
+number of processes (with the same number of threads, batch size and versions). Processes take the parts that are not there in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from . import collectives, folder, zoo
+from .checkpoint import lock
+from .encoder import Budget, SparseEncoder
+from .errors import DataError, OutputError, StoppedBySignal, UsageError, first_line
+from .feeds import Feed, Row, spans
+from .interrupts import Interrupts
+from .preprocess import Ready, batched, ready
+from .sparse import SparseEmbeddings, Values
+
+__all__ = ["Extraction", "card", "extract", "provenance", "publishable", "read_record"]
+
+FORMAT = 1
+_NAMES = {"source", "revision", "folder"}
+"""In the record: what is only said, not compared; folders may be moved."""
+_PART = re.compile(r"part-(\d{6,})\.parquet")
+
+log = logging.getLogger("rlpjepa_zoo")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How a folder of embeddings is made.
+
+    Attributes:
+        values: ``float32``, ``float16`` or ``uint8``, see `SparseEmbeddings.save`.
+        part_rows: images in each part.
+        budget: what of each embedding is kept.
+        batch_size: images at a time.
+        num_workers: threads of each process that decode images.
+        skip_bad: leave out images that cannot be read, and list them.
+    """
+
+    values: Values = "float32"
+    part_rows: int = 4096
+    budget: Budget = field(default_factory=Budget)
+    batch_size: int = 256
+    num_workers: int = 4
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.values not in ("float32", "float16", "uint8"):
+            raise UsageError(f"values: expected float32, float16 or uint8, got {self.values}")
+        for name, least in (("part_rows", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+
+    def said(self) -> dict[str, Any]:
+        """What must stay the same for a folder to be gone on with."""
+        kept = {"max_active": self.budget.max_active, "min_value": self.budget.min_value, "precision": self.budget.precision}
+        return {"values": self.values, "part_rows": self.part_rows, "skip_bad": self.skip_bad, **kept}
+
+
+def provenance(encoder: SparseEncoder, source: str, revision: str | None = None) -> dict[str, Any]:
+    """What an encoder is, for the record: name, revision, architecture, preprocessing, dial, and the fingerprint of its weights."""
+    config = encoder.config
+    kind, _, place = source.partition(":")
+    local = kind == "local-dir" or Path(source).is_dir()
+    return {
+        "source": Path(place or source).name if local else source, "revision": revision, "fingerprint": encoder.fingerprint(),
+        "architecture": config.architecture, "dim": config.dim, "preprocess": repr(config.preprocess),
+        "dial": None if config.dial is None else config.dial.saved(),
+    }  # fmt: skip
+
+
+def read_record(out: Path) -> dict[str, Any] | None:
+    """embeddings.json of a folder; None when there is none.
+
+    Raises:
+        DataError: it is there and cannot be read.
+    """
+    path = out / "embeddings.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != FORMAT:
+            raise DataError(f"{path}: format {found['format']!r}, this version reads {FORMAT}; update rlpjepa_zoo")
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged ({first_line(error)}); embed into another folder, or add --overwrite") from error
+
+
+@torch.inference_mode()
+def extract(
+    encoder: SparseEncoder,
+    feed: Feed,
+    out: str | Path,
+    how: Extraction | None = None,
+    *,
+    model: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Embed all rows of a feed into a folder of parquet files; what a stopped run finished is not done again. Every process of a launch calls it.
+
+    Memory does not depend on the number of rows. SIGTERM and Ctrl-C end it between two batches; nothing half-written stays.
+
+    Args:
+        encoder: of the embeddings.
+        feed: the images, from `rlpjepa_zoo.feeds.open_feed`.
+        out: the folder.
+        how: options of the extraction.
+        model: what is recorded of the encoder, from `provenance`.
+        overwrite: remove the embeddings that are there, of whatever.
+        progress: show a progress bar with the time left on stderr.
+
+    Returns:
+        JSON-able: rows, skipped, reasons (how often each), dim, density, bytes, bytes as dense float32, parts.
+
+    Raises:
+        UsageError: the folder holds embeddings of other images, of another encoder or with other options, or foreign files.
+        DataError: an image that cannot be read, without skip_bad; nothing to embed.
+        OutputError: disk full, no permission.
+        NonFiniteError: the encoder gave NaN or infinity.
+        StoppedBySignal: asked to stop; the same call goes on.
+
+    Example:
+        >>> import tempfile, rlpjepa_zoo
+        >>> from PIL import Image
+        >>> from rlpjepa_zoo.feeds import open_feed
+        >>> enc, feed = rlpjepa_zoo.create_encoder("test_resnet", dim=16), open_feed([Image.new("RGB", (32, 32), c) for c in ("red", "blue")])
+        >>> with tempfile.TemporaryDirectory() as scratch:
+        ...     found = extract(enc, feed, scratch)
+        ...     found["rows"], rlpjepa_zoo.SparseEmbeddings.load(scratch).shape
+        (2, (2, 16))
+    """
+    how, out = how or Extraction(), Path(out)
+    record = {
+        "format": FORMAT,
+        "model": model or provenance(encoder, encoder.config.architecture),
+        "input": feed.identity,
+        "options": how.said(),
+    }
+    with ExitStack() as held:
+        done = set[int]()
+        with collectives.one_for_all():
+            if collectives.rank() == 0:
+                held.enter_context(lock(out))
+                done = _prepare(out, record, how, overwrite)
+        done = collectives.gather_objects(done)[0]
+        with encoder.evaluating(), Interrupts() as asked:
+            _Work(encoder, feed, out, how, record).go(done, asked, progress)
+        collectives.barrier()
+        with collectives.one_for_all():
+            found = _finish(out, record, feed) if collectives.rank() == 0 else {}
+        return dict(collectives.gather_objects(found)[0])
+
+
+def _prepare(out: Path, record: dict[str, Any], how: Extraction, overwrite: bool) -> set[int]:
+    """Make the folder, or see whether what is there can be gone on with; numbers of the parts that are done."""
+    ours = {"data", "embeddings.json", "failed.jsonl", "README.md", ".lock"}
+    found = None if overwrite else read_record(out)
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours and not (p.name.startswith(".") and ".partial." in p.name))
+    if not found and not overwrite:
+        foreign += [path.name for path in [out / "README.md", out / "failed.jsonl", *out.glob("data/*")] if path.exists()]
+    if foreign:
+        raise UsageError(f"--out {out}: holds '{foreign[0]}', which is not of embeddings; choose another folder")
+    try:
+        if overwrite:
+            for path in [*out.glob("data/*.parquet"), *(out / name for name in ("embeddings.json", "failed.jsonl", "README.md"))]:
+                path.unlink(missing_ok=True)
+        (out / "data").mkdir(exist_ok=True)
+        for left in [*out.glob(".*.partial.*"), *out.glob("data/.*.partial.*")]:
+            left.unlink()  # of a run that was killed
+    except OSError as error:
+        raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    around = {"batch_size": how.batch_size, "threads": torch.get_num_threads(), "versions": zoo.versions()}
+    if found is None:
+        _write_json(out / "embeddings.json", {**record, "made with": around})
+        return set()
+    for part in ("model", "input", "options"):
+        before, now = found.get(part) or {}, record[part]
+        if differing := [k for k in sorted((before.keys() | now.keys()) - _NAMES) if before.get(k) != now.get(k)]:
+            key = differing[0]
+            raise UsageError(
+                f"--out {out}: holds embeddings with another {part}: {key} was {before.get(key)!r}, is {now.get(key)!r}; "
+                "choose another folder, or --overwrite to begin anew"
+            )
+    changed = [f"{k} {v} -> {around[k]}" for k, v in (found.get("made with") or {}).items() if k in around and around[k] != v]
+    if changed:
+        log.warning("%s: other parts were made with %s; equal up to rounding, not byte for byte", out, "; ".join(changed)[:400])
+    return _done(out)
+
+
+def _done(out: Path) -> set[int]:
+    """Numbers of the parts that are whole; one that cannot be read is removed, to be made again."""
+    numbers = set()
+    for path in sorted((out / "data").iterdir()):
+        name = _PART.fullmatch(path.name)
+        if name is None:
+            continue
+        try:
+            _footer(path)
+            numbers.add(int(name[1]))
+        except DataError as error:
+            log.warning("%s; it is made again", error)
+            path.unlink()
+    return numbers
+
+
+def _footer(path: Path) -> dict[str, Any]:
+    """What a part says of itself."""
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            return dict(json.loads((file.schema_arrow.metadata or {})[b"rlpjepa_zoo"])["part"])
+    except Exception as error:
+        raise DataError(f"{path}: damaged or not a part of embeddings ({first_line(error)})") from error
+
+
+class _Work:
+    """One process's share."""
+
+    def __init__(self, encoder: SparseEncoder, feed: Feed, out: Path, how: Extraction, record: dict[str, Any]) -> None:
+        self.encoder, self.feed, self.out, self.how = encoder, feed, out, how
+        model = record["model"]
+        self.meta = {"model": model["fingerprint"], "architecture": model["architecture"], "provenance": json.dumps(record, sort_keys=True)}
+        self.writing: Future[None] | None = None
+
+    def go(self, done: set[int], asked: Interrupts, progress: bool) -> None:
+        rank, world = collectives.rank(), collectives.world_size()
+
+        def mine(k: int) -> bool:
+            return k not in done and k % world == rank
+
+        def groups() -> Iterator[list[tuple[int, Row]]]:
+            for k, rows in spans(self.feed, self.how.part_rows, mine):
+                yield from batched(((k, row) for row in rows), self.how.batch_size)
+
+        prepared = ready(groups(), lambda item: item[1].read(), self.encoder.config.preprocess, self.how.num_workers)
+        parts: list[SparseEmbeddings] = []
+        rows: list[Row] = []
+        failed: list[tuple[str, str]] = []
+        at: int | None = None
+        with ThreadPoolExecutor(1, "write") as pool, closing(prepared), self._bar(done, rank, world, progress) as bar:
+            for group in prepared:
+                if asked.stop:
+                    raise StoppedBySignal(
+                        f"stopped by a signal; the parts in {self.out} that are finished stay, and the same command goes on", asked.stop
+                    )
+                if at is not None and group.items[0][0] != at:
+                    self._write(pool, at, parts, rows, failed)
+                    parts, rows, failed = [], [], []
+                at = group.items[0][0]
+                parts.append(self._embed(group, failed))
+                rows += [group.items[i][1] for i in group.good]
+                bar.update(len(group.items))
+            if at is not None:
+                self._write(pool, at, parts, rows, failed)
+            if self.writing is not None:
+                self.writing.result()
+
+    def _bar(self, done: set[int], rank: int, world: int, progress: bool) -> Any:
+        size, total = self.how.part_rows, self.feed.length
+        if total is not None:
+            mine = [k for k in range(-(-total // size)) if k % world == rank and k not in done]
+            total = sum(min(size, total - k * size) for k in mine)
+        name = "embed" if world == 1 else f"embed (process {rank} of {world})"
+        return tqdm(total=total, desc=name, unit="image", unit_scale=True, disable=not progress or rank > 0, mininterval=0.5)
+
+    def _embed(self, group: Ready[tuple[int, Row]], failed: list[tuple[str, str]]) -> SparseEmbeddings:
+        for i, reason in group.bad:
+            if not self.how.skip_bad:
+                raise DataError(f"{reason}; leave such images out with --skip-bad")
+            failed.append((str(group.items[i][1].id), reason))
+        ids = [group.items[i][1].id for i in group.good]
+        if not ids:
+            return SparseEmbeddings.from_dense(torch.zeros(0, self.encoder.config.dim), meta=self.meta)
+        x = self.encoder.config.preprocess.normalised(group.pixels.to(self.encoder.device))
+        return SparseEmbeddings.from_dense(self.encoder.codes(x, ids[0], self.how.budget), ids, self.meta)
+
+    def _write(
+        self, pool: ThreadPoolExecutor, k: int, parts: list[SparseEmbeddings], rows: list[Row], failed: list[tuple[str, str]]
+    ) -> None:
+        """Write a part in the background, once the one before is on the disk."""
+        if self.writing is not None:
+            self.writing.result()
+        self.writing = pool.submit(self._write_now, k, parts, rows, failed)
+
+    def _write_now(self, k: int, parts: list[SparseEmbeddings], rows: list[Row], failed: list[tuple[str, str]]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        whole = SparseEmbeddings.concat(parts)
+        table = whole.to_arrow(self.how.values)
+        for name, feature in self.feed.columns.items():
+            cells = [row.columns[name] for row in rows]
+            try:
+                table = table.append_column(name, pa.array(cells, _arrow_type(feature)))
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise DataError(f"column '{name}' does not hold what its type says ({first_line(error)})") from error
+        header = json.loads(table.schema.metadata[b"rlpjepa_zoo"])
+        header["part"] = {"number": k, "rows": len(whole), "nnz": whole.nnz, "failed": failed}
+        described = {"info": {"features": _features(table.schema, self.feed.columns)}}
+        table = table.replace_schema_metadata({"rlpjepa_zoo": json.dumps(header), "huggingface": json.dumps(described)})
+        with folder.whole_file(self.out / "data" / f"part-{k:06d}.parquet") as aside:
+            pq.write_table(table, aside, compression="zstd")
+
+
+def _arrow_type(feature: dict[str, Any]) -> Any:
+    """The Arrow type of a feature as a Hugging Face data set describes it."""
+    import pyarrow as pa
+
+    if feature.get("_type") == "ClassLabel":
+        return pa.int64()
+    with suppress(KeyError, ValueError, TypeError):
+        return pa.type_for_alias(feature["dtype"])
+    import datasets
+
+    return datasets.Features.from_dict({"x": feature}).arrow_schema.field("x").type
+
+
+def _features(schema: Any, passed: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The columns of a part as a Hugging Face data set describes them."""
+    found: dict[str, Any] = {}
+    for column in schema:
+        inner = getattr(column.type, "value_type", None)
+        value = {"dtype": _dtype(inner if inner is not None else column.type), "_type": "Value"}
+        found[column.name] = passed.get(column.name) or ({"feature": value, "_type": "List"} if inner is not None else value)
+    return found
+
+
+def _dtype(kind: Any) -> str:
+    return {"halffloat": "float16", "float": "float32"}.get(str(kind), str(kind))
+
+
+# --- the end --------------------------------------------------------------------------------------------------------------------------
+
+
+def _finish(out: Path, record: dict[str, Any], feed: Feed) -> dict[str, Any]:
+    """Look at all parts, and write down what there is."""
+    paths = sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))
+    footers = [_footer(path) for path in paths]
+    rows, nnz = (sum(footer[key] for footer in footers) for key in ("rows", "nnz"))
+    failed = [tuple(one) for footer in footers for one in footer["failed"]]
+    if feed.length is not None and rows + len(failed) != feed.length:
+        raise DataError(
+            f"{out}: {rows} rows and {len(failed)} failures, but {feed.length} images: the input changed while it was read; begin anew"
+        )
+    if not rows:
+        why = f"; the first of {len(failed)}: {failed[0][1]}" if failed else ""
+        raise DataError(f"{out}: none of the images can be read{why}")
+    dim, size = record["model"]["dim"], sum(path.stat().st_size for path in paths)
+    found = {
+        "rows": rows, "skipped": len(failed), "reasons": _reasons(failed), "dim": dim, "density": nnz / (rows * dim), "bytes": size,
+        "bytes as dense float32": 4 * rows * dim, "parts": len(paths), "columns": list(feed.columns),
+    }  # fmt: skip
+    if failed:
+        with folder.whole_file(out / "failed.jsonl") as aside:
+            aside.write_text("".join(json.dumps({"id": i, "reason": reason}) + "\n" for i, reason in failed))
+    record = {**record, "made with": (read_record(out) or {}).get("made with"), "result": found}
+    with folder.whole_file(out / "README.md") as aside:
+        aside.write_text(card(record))
+    _write_json(out / "embeddings.json", record)
+    return found
+
+
+def _reasons(failed: list[Any]) -> dict[str, int]:
+    """How often each reason occurs, without the names of the images; the most frequent ten."""
+    counts = Counter(re.sub(r"^.*?: ", "", reason) if ": " in reason else reason for _, reason in failed)
+    return dict(counts.most_common(10))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with folder.whole_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def card(record: dict[str, Any], repo: str | None = None, license: str | None = None, notes: str | None = None) -> str:
+    """The card of a finished folder, a function of its record.
+
+    Args:
+        record: from `read_record`.
+        repo: ``owner/name`` that the examples open; this folder when None.
+        license: SPDX identifier.
+        notes: Markdown of your own.
+    """
+    model, options, found = record["model"], record["options"], record["result"]
+    name = model["source"] + (f" at {model['revision']}" if model["revision"] else "")
+    budget = f"; at most {options['max_active']} values an image" if options["max_active"] else ""
+    budget += f"; no values below {options['min_value']:g}" if options["min_value"] else ""
+    scaled = " times `scale` of the row" if options["values"] == "uint8" else ""
+    passed = "".join(f", `{column}`" for column in found["columns"])
+    smaller = found["bytes as dense float32"] / found["bytes"]
+    failed = f" {found['skipped']:,} images could not be read (`failed.jsonl`)." if found["skipped"] else ""
+    first = (
+        ""
+        if repo is None
+        else f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}", repo_type="dataset")\n'
+    )
+    where = '"."  # this folder' if repo is None else "folder"
+    return f"""---
+{f"license: {license}" + chr(10) if license else ""}configs:
+- config_name: default
+  data_files: data/*.parquet
+tags:
+- rlpjepa_zoo
+- sparse
+- image-embeddings
+---
+
+# Sparse image embeddings: {found["rows"]:,} x {found["dim"]}
+
+Made by the encoder `{name}` (`{model["architecture"]}`, fingerprint `{model["fingerprint"]}`). {found["density"]:.2%} of the numbers are
+not zero{budget}. {found["bytes"]:,} bytes, {smaller:.1f} times fewer than dense float32.{failed}
+
+Columns: `id`, `indices` (active dimensions, rising), `values` ({options["values"]}{scaled}, > 0){passed}. `embeddings.json` says what was
+embedded, and how.
+{chr(10) + notes.strip() + chr(10) if notes else ""}
+```python
+import datasets
+
+rows = datasets.load_dataset("{repo or "."}", split="train")
+```
+
+```python
+{first}import rlpjepa_zoo as rz
+
+e = rz.SparseEmbeddings.load({where.split("  #")[0]}){"  #" + where.split("  #")[1] if "#" in where else ""}
+matrix = e.to_scipy()  # CSR
+```
+"""
+
+
+def publishable(out: str | Path, repo: str, license: str | None = None, notes: str | None = None) -> dict[str, bytes | Path]:
+    """The files of a finished folder as a data set on the Hub, by name.
+
+    Raises:
+        UsageError: the folder holds no embeddings, or some that are not finished.
+    """
+    out = Path(out)
+    record = read_record(out)
+    if record is None or "result" not in record:
+        raise UsageError(f"{out}: holds no finished embeddings; run `rlpjepa embed ... --out {out}` to its end first")
+    parts = sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))
+    if len(parts) != record["result"]["parts"]:
+        raise UsageError(f"{out}: {len(parts)} parts, {record['result']['parts']} were written; embed again to make the others")
+    found: dict[str, bytes | Path] = {f"data/{path.name}": path for path in parts}
+    found |= {name: out / name for name in ("embeddings.json", "failed.jsonl") if (out / name).is_file()}
+    return {**found, "README.md": card(record, repo, license, notes).encode()}

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .classifier import Classifier as Classifier
     from .distributions import GeneralizedGaussian as GeneralizedGaussian
     from .distributions import RectifiedGeneralizedGaussian as RectifiedGeneralizedGaussian
     from .distributions import mu_for_density as mu_for_density
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .encoder import SparseEncoder as SparseEncoder
     from .evaluation import evaluate as evaluate
     from .loading import create_encoder as create_encoder
+    from .loading import load_classifier as load_classifier
     from .loading import load_encoder as load_encoder
     from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
     from .objectives import directions as directions
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe as Recipe
     from .sparse import SparseEmbeddings as SparseEmbeddings
     from .training import train as train
+    from .tuning import finetune as finetune
+    from .tuning_recipe import TuningRecipe as TuningRecipe
     from .zoo import list_encoders as list_encoders
 
 __version__ = "0.1.0"
@@ -32,8 +36,10 @@ _HOME = {
     "mu_for_density": "distributions",
     "sigma_gn": "distributions",
     "sigma_rgn": "distributions",
+    "Classifier": "classifier",
     "SparseEncoder": "encoder",
     "create_encoder": "loading",
+    "load_classifier": "loading",
     "load_encoder": "loading",
     "evaluate": "evaluation",
     "RectifiedLpJEPALoss": "objectives",
@@ -42,6 +48,8 @@ _HOME = {
     "Recipe": "recipe",
     "SparseEmbeddings": "sparse",
     "train": "training",
+    "finetune": "tuning",
+    "TuningRecipe": "tuning_recipe",
     "list_encoders": "zoo",
 }
 __all__ = ["__version__", *_HOME]

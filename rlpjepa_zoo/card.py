@@ -9,7 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from . import folder, pictures
+from . import classifier_card, folder, pictures
 from .dial import Dial
 from .errors import ModelError, UsageError
 from .probes import measure_label, measures_of
@@ -184,6 +184,8 @@ def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, .
     """Markdown of the card; `shown` are the pictures that lie beside it."""
     block = config["rlpjepa_zoo"]
     info = block.get("info", {})
+    if "classifier" in block:
+        return classifier_card.render(config, name, _licence(info))
     sections = [
         _front(config, block, info, name),
         _head(config, block, info),

@@ -93,12 +93,37 @@ def train(
 
 
 @app.command()
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")] = False,
+    allow_change: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an encoder a classifier of labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
+    from . import collectives
+    from .tuning import finetune as run
+    from .tuning_recipe import TuningRecipe
+
+    resolved = TuningRecipe.load(recipe, overrides or [])
+    try:
+        folder = run(resolved, out, resume, allow_change or [], progress=not quiet)
+        if collectives.rank() == 0:
+            summary = json.loads((out / "summary.json").read_text())
+            _print({"classifier": str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
+    finally:
+        collectives.shut_down()
+
+
+@app.command()
 def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Validate a recipe and print it in full, with its expected density and number of parameters; trains nothing."""
-    from .recipe import Recipe
+    from .tuning_recipe import TuningRecipe, load_any
 
-    resolved = Recipe.load(recipe, overrides or [])
-    facts = _facts(resolved)
+    resolved = load_any(recipe, overrides or [])
+    resolved, facts = _facts_of_tuning(resolved) if isinstance(resolved, TuningRecipe) else (resolved, _facts(resolved))
     if as_json:
         _print({**facts, "recipe": resolved.model_dump(mode="json")}, True)
         return
@@ -128,6 +153,19 @@ def _facts(recipe: Any) -> dict[str, Any]:
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,
+        "peak learning rate": recipe.lr,
+    }
+
+
+def _facts_of_tuning(recipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The recipe with what it leaves to the encoder it starts from, which is loaded, and derived numbers."""
+    from .tuning import start_encoder
+
+    encoder = start_encoder(recipe)
+    return recipe.settled(encoder.config.preprocess), {
+        "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
+        "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
+        "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",
         "peak learning rate": recipe.lr,
     }
 
@@ -404,14 +442,14 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, sizes and the card; send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an encoder, or embeddings as a data set, on the Hugging Face Hub.
+    """Publish an encoder, a classifier, or embeddings as a data set, on the Hugging Face Hub.
 
     An encoder is verified; then what changed is sent as one commit. Log in with `hf auth login`, or set HF_TOKEN.
     """
     import tempfile
 
     from . import card, extraction, folder, hub, publish, zoo
-    from .loading import load_encoder
+    from .loading import load_published
 
     if not zoo.is_repository(repo):
         raise UsageError(f"OWNER/NAME: expected a repository such as you/encoder, got '{repo}'")
@@ -423,7 +461,7 @@ def push(
         path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
         made = card.rewritten(path, repo, license, _text(notes))
         with tempfile.TemporaryDirectory() as scratch:
-            load_encoder(folder.write_folder(Path(scratch) / "encoder", made))  # what does not load is not published
+            load_published(folder.write_folder(Path(scratch) / "model", made))  # what does not load is not published
         contents = {**made}
     if dry_run:
         rows = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}

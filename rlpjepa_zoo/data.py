@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 from . import images, streams
 from .errors import DataError, OutputError, first_line
 from .images import Images
-from .recipe import Recipe
+from .recipe import Plan
 from .sources import Source
 from .views import Augment
 
-__all__ = ["Batch", "Batches", "Decoded", "decoded", "lanes", "make_loader", "steps_of_an_epoch"]
+__all__ = ["Batch", "Batches", "Decoded", "decoded", "lanes", "make_loader", "rows_loader", "steps_of_an_epoch", "views_of"]
 
 _SUBSTITUTES = 50
 _MOST_LANES = 64
@@ -122,7 +122,7 @@ def decoded(source: Images, most_bytes: float, progress: bool = False) -> Images
 class _Assemble:
     """A batch from images: views finished here, or as far as single images need it, when a device is to do the rest."""
 
-    def __init__(self, recipe: Recipe, finish: bool) -> None:
+    def __init__(self, recipe: Plan, finish: bool) -> None:
         self.augment, self.finish = Augment(recipe.views, recipe.data, recipe.seed), finish
 
     def __call__(
@@ -140,7 +140,7 @@ class _Assemble:
 class _Indexed(Dataset[Batch]):
     """Batches of images by their rows; the place of one that cannot be read is taken by another."""
 
-    def __init__(self, source: Images, recipe: Recipe, finish: bool) -> None:
+    def __init__(self, source: Images, recipe: Plan, finish: bool) -> None:
         self.source, self.seed, self.assemble = source, recipe.seed, _Assemble(recipe, finish)
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
@@ -176,7 +176,7 @@ class _Indexed(Dataset[Batch]):
 class _Steps(Sampler[tuple[int, list[int]]]):
     """For each step of a range, this rank's share of the global batch: the epoch and rows."""
 
-    def __init__(self, n: int, recipe: Recipe, steps: range, rank: int, world: int) -> None:
+    def __init__(self, n: int, recipe: Plan, steps: range, rank: int, world: int) -> None:
         self.n, self.batch, self.seed, self.steps, self.rank, self.world = n, recipe.train.batch_size, recipe.seed, steps, rank, world
 
     def __len__(self) -> int:
@@ -218,7 +218,7 @@ class _Stream(IterableDataset[Batch]):
     `pieces` of them work on one step, and groups of that many take turns. Rows are decoded only where they are used.
     """
 
-    def __init__(self, source: Any, recipe: Recipe, steps: range, per_epoch: int, rank: int, world: int, finish: bool) -> None:
+    def __init__(self, source: Any, recipe: Plan, steps: range, per_epoch: int, rank: int, world: int, finish: bool) -> None:
         self.image = images.image_column(source.features, recipe.data.image_column)
         self.label = images.label_column(source.features, recipe.data.label_column)
         self.source, self.recipe, self.steps, self.per_epoch = images.undecoded(source, self.image), recipe, steps, per_epoch
@@ -360,7 +360,7 @@ def _joined(parts: list[Batch]) -> Batch:
     return Batch(found, labels, rows, parts[0].epoch, [record for part in parts for record in part.bad])
 
 
-def steps_of_an_epoch(source: Source, recipe: Recipe) -> int:
+def steps_of_an_epoch(source: Source, recipe: Plan) -> int:
     """Whole batches in an epoch; DataError when there is none."""
     found = source.length // recipe.train.batch_size
     if found < 1:
@@ -368,7 +368,7 @@ def steps_of_an_epoch(source: Source, recipe: Recipe) -> int:
     return found
 
 
-def _prefetch(recipe: Recipe, share: int, finish: bool) -> int:
+def _prefetch(recipe: Plan, share: int, finish: bool) -> int:
     """How many batches each worker may have on their way: what fits into the shared memory, for a worker that finds it full never answers."""
     views, workers = recipe.views, recipe.train.num_workers
     pixels = views.count * recipe.data.image_size**2 + (views.local.count * views.local.size**2 if views.local else 0)
@@ -384,7 +384,7 @@ def _prefetch(recipe: Recipe, share: int, finish: bool) -> int:
     return fit
 
 
-def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, world: int = 1, finish: bool = True) -> DataLoader[Batch]:
+def make_loader(source: Source, recipe: Plan, steps: range, rank: int = 0, world: int = 1, finish: bool = True) -> DataLoader[Batch]:
     """Batches of the given steps, across epochs, for one rank; iterate inside `Batches`, which ends the workers.
 
     Args:
@@ -407,3 +407,22 @@ def make_loader(source: Source, recipe: Recipe, steps: range, rank: int = 0, wor
     sampler: Any = _Steps(source.length, recipe, steps, rank, world)
     limit = 60 * recipe.train.loader_timeout_minutes if workers else 0  # not for streams, which may skip for hours when they are resumed
     return DataLoader(_Indexed(source.train, recipe, finish), sampler=sampler, timeout=limit, **common)
+
+
+def views_of(source: Images, recipe: Plan, rows: range, batch: int) -> DataLoader[Batch]:
+    """Finished views of the named rows as in epoch 0, in order, so many images at a time; iterate inside `Batches`."""
+    keys: Any = [(0, list(rows[i : i + batch])) for i in range(0, len(rows), batch)]
+    workers = recipe.train.num_workers
+    common: dict[str, Any] = {
+        "num_workers": workers,
+        "worker_init_fn": images.deaf_worker if workers else None,
+        "generator": torch.Generator(),
+    }
+    ahead = _prefetch(recipe, batch, True) if workers else None
+    return DataLoader(_Indexed(source, recipe, True), batch_size=None, sampler=keys, prefetch_factor=ahead, **common)
+
+
+def rows_loader(dataset: Dataset[Batch], n: int, recipe: Plan, steps: range, rank: int, world: int) -> DataLoader[Batch]:
+    """Batches of the given steps, for one rank, from a data set that makes them of (epoch, rows) in no time."""
+    sampler: Any = _Steps(n, recipe, steps, rank, world)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())

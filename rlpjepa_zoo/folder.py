@@ -3,9 +3,12 @@
     config.json           timm's own, plus one block "rlpjepa_zoo"; timm and transformers ignore the block
     model.safetensors     the bare timm backbone
     head.safetensors      the projector
-    golden.safetensors    two images, their preprocessed inputs, features and codes
+    golden.safetensors    two images, their preprocessed inputs, features and codes (of a classifier: what its linear layer sees, and logits)
     recipe.yaml           how it was trained (absent when it was not trained from a recipe)
     README.md             the card, generated; *.png, its pictures (absent when nothing was measured)
+
+A classifier has a block "classifier" in "rlpjepa_zoo". From features model.safetensors holds its linear layer too, so that it is a timm
+classifier like any other, and there is no head.safetensors; from z that file holds the projector and the linear layer.
 
 Nothing here is pickled. config.json is written last and holds the sha256 of every other file and its own, so one flipped byte anywhere
 is found, and a folder that is half old and half new does not verify.
@@ -158,7 +161,7 @@ def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
         else:
             for name in contents:
                 os.replace(partial / name, folder / name)
-            for name in set(OPTIONAL) - set(contents):
+            for name in set(NAMES) - set(contents):
                 (folder / name).unlink(missing_ok=True)
             sync_folder(folder)
         sync_folder(folder.parent)
@@ -199,12 +202,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         if text.count(own.encode()) != 1 or sha256(text.replace(own.encode(), _BLANK.encode())) != own:
             raise ModelError(f"{path}: differs from its own sha256 (damaged or edited); download or save the encoder again")
     shapes: dict[str, type] = {"info": dict, "projector": dict, "preprocess": dict, "files": dict}
-    for key, kind in shapes.items():
+    for key, kind in shapes.items() | ({("classifier", dict)} if "classifier" in block else set()):
         if not isinstance(block.get(key, {} if key == "info" else None), kind):
             raise ModelError(f"{path}: {BLOCK}.{key}: expected an object, got {type(block.get(key)).__name__}")
     if not isinstance(config.get("architecture"), str) or not isinstance(config.get("model_args", {}), dict):
         raise ModelError(f"{path}: expected 'architecture' (a string) and 'model_args' (an object)")
     return config
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a published folder's config.json is of a classifier, not of an encoder."""
+    return "classifier" in config[BLOCK]
 
 
 def matches(path: Path, entry: Mapping[str, Any]) -> bool:
@@ -219,7 +227,8 @@ def listed_files(config: Mapping[str, Any], where: str) -> dict[str, dict[str, A
         ModelError: a name that is not one of ours, or a file without its sha256.
     """
     files = config[BLOCK]["files"]
-    for name in sorted({*REQUIRED, *files}):
+    absent = {"head.safetensors"} if is_classifier(config) and not config[BLOCK]["projector"] else set()
+    for name in sorted({*REQUIRED, *files} - absent):
         if name not in NAMES or name == "config.json":
             raise ModelError(f"{where}/config.json: lists an unexpected file {name!r}; expected {', '.join(NAMES[1:])}")
         entry = files.get(name)
@@ -284,10 +293,10 @@ def snapshot(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def find(path: str | Path) -> Path:
-    """A published folder: itself, or `encoder` inside the folder of a run."""
+    """A published folder: itself, or `encoder` or `classifier` inside the folder of a run."""
     path = Path(path)
-    inside = path / "encoder"
-    return inside if not (path / "config.json").is_file() and (inside / "config.json").is_file() else path
+    inside = (path / name for name in ("encoder", "classifier") if not (path / "config.json").is_file())
+    return next((found for found in inside if (found / "config.json").is_file()), path)
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

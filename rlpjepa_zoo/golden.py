@@ -38,7 +38,8 @@ def make(encoder: Any) -> dict[str, Tensor]:
 def _evaluate(encoder: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     with encoder.evaluating(), torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         features = encoder.features(inputs.to(encoder.device))
-        z = encoder.projector(features)  # before a dial, which would make a difference in rounding one of zero or not
+        last = encoder.head if hasattr(encoder, "head") else encoder.projector  # logits; or codes
+        z = last(features)  # before a dial, which would make a difference in rounding one of zero or not
     return features.float().cpu(), z.float().cpu()
 
 

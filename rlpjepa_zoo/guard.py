@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import collectives
 from .errors import NonFiniteError
-from .recipe import Recipe
+from .recipe import Plan
 
 __all__ = ["Guard"]
 
@@ -25,7 +25,7 @@ _SCALER_SEARCHES = 20
 class Guard:
     """Steps whose loss or gradient is not finite: they leave no trace in the model, are counted, and end the run when they do not end."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Plan) -> None:
         self.model, self.recipe = model, recipe
         self.most = max(recipe.train.max_skipped, _SCALER_SEARCHES if recipe.train.precision == "fp16" else 0)
         self.skipped = self.in_a_row = 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from . import folder
 from .errors import OutputError, UsageError
-from .recipe import Recipe
+from .recipe import Plan, Recipe
 
 __all__ = ["Journal", "Run", "is_number", "read_metrics", "read_run", "run_id"]
 
@@ -33,7 +33,7 @@ def run_id(out: Path) -> str:
 class Journal:
     """recipe.yaml, metrics.jsonl and bad_images.jsonl of a run; only its main process writes."""
 
-    def __init__(self, out: Path, recipe: Recipe, main: bool) -> None:
+    def __init__(self, out: Path, recipe: Plan, main: bool) -> None:
         self.out, self.recipe, self.main = out, recipe, main
         self.said: set[str] = set()
 

@@ -21,12 +21,13 @@ from torch.nn.modules.module import register_module_module_registration_hook, re
 
 from . import folder, golden, hub, streams, zoo
 from . import resnet as resnet  # registers the small-image ResNets
+from .classifier import Classifier, ClassifierConfig, head_name, plain_timm, split_head
 from .dial import Dial
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 from .errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from .preprocess import Preprocess
 
-__all__ = ["create_encoder", "load_encoder", "verify_entry"]
+__all__ = ["create_encoder", "load_classifier", "load_encoder", "load_published", "verify_entry"]
 
 
 def create_encoder(
@@ -171,6 +172,8 @@ def load_encoder(
     """
     path = hub.resolve(source, revision, token, cache_dir)
     config = folder.read_config(path)
+    if folder.is_classifier(config):
+        raise ModelError(f"{path}: holds a classifier, not an encoder; use load_classifier")
     folder.verify(path, config)
     where = f"{path}/config.json"
     options = _options(config, where)
@@ -192,6 +195,69 @@ def load_encoder(
     encoder.eval()
     golden.check(encoder, _read(path / "golden.safetensors"), path / "golden.safetensors")
     return encoder.to(device)
+
+
+def load_classifier(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> Classifier:
+    """A classifier from the Hub or a folder, verified like an encoder, in evaluation mode; arguments and errors as of `load_encoder`.
+
+    Every file is compared with its sha256 in config.json, and the golden images must give their golden logits.
+    """
+    path = hub.resolve(source, revision, token, cache_dir)
+    config = folder.read_config(path)
+    if not folder.is_classifier(config):
+        raise ModelError(f"{path}: holds an encoder, not a classifier; use load_encoder, or `rlpjepa finetune` to make one")
+    folder.verify(path, config)
+    where, from_z = f"{path}/config.json", bool(config[folder.BLOCK]["projector"])
+    options, (input, classes) = _options(config, where), _labels(config, where)
+    names = ["model.safetensors", "golden.safetensors", *(["head.safetensors"] if from_z else [])]
+    headers = {name: folder.tensor_shapes(path / name) for name in names}
+
+    def build() -> Classifier:
+        encoder = create_encoder(config["architecture"], **options)
+        info, recipe = config[folder.BLOCK].get("info", {}), path / "recipe.yaml"
+        text = recipe.read_text("utf-8", "replace") if "recipe.yaml" in config[folder.BLOCK]["files"] else None
+        made = ClassifierConfig(encoder.config, input, classes, info, text)
+        return Classifier(encoder.backbone, encoder.projector if from_z else None, nn.Linear(made.features, len(classes)), made)
+
+    with _bounded(sum(map(len, headers.values())) + 2, where), torch.device("meta"):  # the unused projector is one layer
+        skeleton = build()
+        body, rest = headers["model.safetensors"], headers.get("head.safetensors", {})
+    with torch.device("meta"):
+        head = "" if from_z else head_name(plain_timm(skeleton.config.encoder, len(classes)), skeleton.backbone.state_dict())
+    if not from_z:
+        body, rest = split_head(head, body)
+    _compare(skeleton.backbone, body, path / "model.safetensors")
+    _compare(_beside(skeleton), rest, path / ("head.safetensors" if from_z else "model.safetensors"))
+    golden.check_header(headers["golden.safetensors"], skeleton.config, path / "golden.safetensors")
+    with _BUILDING, streams.seeded(0, "load"), _float32():
+        classifier = build()
+    if from_z:
+        _load_weights(classifier.backbone, path / "model.safetensors")
+        _load_weights(_beside(classifier), path / "head.safetensors")
+    else:
+        _load_weights(classifier.backbone, path / "model.safetensors", lambda tensors: split_head(head, tensors)[0])
+        _load_weights(_beside(classifier), path / "model.safetensors", lambda tensors: split_head(head, tensors)[1])
+    classifier.eval()
+    golden.check(classifier, _read(path / "golden.safetensors"), path / "golden.safetensors")
+    return classifier.to(device)
+
+
+def _beside(classifier: Classifier) -> nn.ModuleDict:
+    """All but the backbone."""
+    parts: dict[str, nn.Module] = {} if classifier.projector is None else {"projector": classifier.projector}
+    return nn.ModuleDict({**parts, "head": classifier.head})
+
+
+def load_published(path: str | Path) -> SparseEncoder | Classifier:
+    """The encoder or the classifier in a published folder, verified."""
+    found = hub.resolve(path)
+    return load_classifier(found) if folder.is_classifier(folder.read_config(found)) else load_encoder(found)
 
 
 def verify_entry(name: str, root: str | Path | None = None, online: bool = False) -> Path:
@@ -229,7 +295,8 @@ def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
     block = config[folder.BLOCK]
     try:
         saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in block["preprocess"].items()}
-        head = block["projector"]
+        none = {"dim": 1, "hidden_dim": 1, "depth": 1} if folder.is_classifier(config) else {}  # of features
+        head = block["projector"] or none
         options: dict[str, Any] = {
             "preprocess": Preprocess(**saved),
             "dim": head["dim"],
@@ -246,6 +313,17 @@ def _options(config: dict[str, Any], where: str) -> dict[str, Any]:
     arguments = config.get("model_args", {})
     _check_arguments(arguments, where)
     return {**options, **arguments}
+
+
+def _labels(config: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """What the linear layer of a classifier sees, and the names of its classes."""
+    block, from_z = config[folder.BLOCK]["classifier"], bool(config[folder.BLOCK]["projector"])
+    classes = block.get("classes")
+    if block.get("input") != ("z" if from_z else "features"):
+        raise ModelError(f"{where}: {folder.BLOCK}.classifier.input: expected {'z' if from_z else 'features'}, got {block.get('input')!r}")
+    if not isinstance(classes, list) or not 2 <= len(classes) <= 2**20 or not all(isinstance(name, str) for name in classes):
+        raise ModelError(f"{where}: {folder.BLOCK}.classifier.classes: expected a list of at least two names")
+    return block["input"], tuple(classes)
 
 
 def _dial(saved: Any, where: str) -> Dial | None:
@@ -344,8 +422,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
-    tensors = _read(path)
+def _load_weights(module: nn.Module, path: Path, part: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> None:
+    tensors = part(_read(path))
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(f"{path}: {name} holds NaN or infinity")

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import streams
-from .encoder import SparseEncoder
+from .encoder import Output, SparseEncoder
 from .errors import RecipeError, first_line
 from .loading import create_encoder
 from .preprocess import Preprocess
@@ -62,8 +62,8 @@ class Watched(nn.Module):
         self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 
     def forward(self, groups: list[Tensor], labels: Tensor) -> Result:
-        """Views of each size, (V b, 3, S, S) each, through the encoder; the probes see the first size."""
-        outs = [self.encoder.both(x) for x in groups]
+        """Views of each size, (V b, 3, S, S) each (or their features (V b, F)), through the encoder; the probes see the first size."""
+        outs = [self._both(x) for x in groups]
         z = torch.cat([out.z.unflatten(0, (-1, len(labels))) for out in outs])
         out, views = outs[0], len(groups[0]) // len(labels)
         loss, right = out.z.new_zeros((), dtype=torch.float32), []
@@ -75,3 +75,6 @@ class Watched(nn.Module):
             loss = loss + (nn.functional.cross_entropy(scores, target, reduction="none") * known).sum() / count
             right.append(((scores.argmax(1) == target) & known).sum() / count)
         return Result(z, loss, torch.stack(right) if right else loss.new_zeros(0))
+
+    def _both(self, x: Tensor) -> Output:
+        return self.encoder.both(x) if x.dim() == 4 else Output(x, self.encoder.projector(x))

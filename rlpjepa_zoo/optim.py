@@ -10,9 +10,10 @@ import timm.optim
 import torch
 import torch.nn as nn
 
-from .recipe import Recipe
+from .recipe import Plan, Recipe
+from .tuning_recipe import TuningRecipe
 
-__all__ = ["learning_rate", "make_optimizer", "set_learning_rates"]
+__all__ = ["learning_rate", "make_optimizer", "make_tuner", "set_learning_rates"]
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, start: float = 3e-5, final: float = 0.0) -> float:
@@ -28,23 +29,23 @@ def learning_rate(step: int, peak: float, warmup: int, total: int, start: float 
 
 
 def make_optimizer(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe) -> torch.optim.Optimizer:
-    """Groups: weights (decayed), biases and normalisation (one-dimensional; decayed only if asked), probes (own rate, no decay).
+    """Groups (those of the backbone apart when it has a rate of its own): weights (decayed), biases and normalisation (one-dimensional;
+    decayed only if asked), probes (own rate, no decay).
 
     LARS is timm's `larc`: step = min(trust * |w| / (|g| + wd |w|), lr) per tensor, the rate being a cap; one-dimensional parameters
     and probes take plain momentum steps, without decay or trust.
     """
     options = recipe.optim
-    weights, others = _split(p for p in encoder.parameters() if p.requires_grad)
     decay_others = options.weight_decay if options.decay_bias_and_norm else 0.0
-    groups: list[dict[str, Any]] = [
-        {
-            "params": weights,
-            "weight_decay": options.weight_decay,
-            "peak": recipe.lr,
-            **({"always_adapt": True} if options.name == "lars" else {}),
-        },
-        {"params": others, "weight_decay": decay_others, "peak": recipe.lr},
-    ]
+    groups: list[dict[str, Any]] = []
+    slow = {id(p) for p in encoder.get_submodule("backbone").parameters()} if options.backbone_lr != 1 else set()
+    for peak, among in ((recipe.lr, False), (recipe.lr * options.backbone_lr, True)):
+        weights, others = _split(p for p in encoder.parameters() if p.requires_grad and (id(p) in slow) == among)
+        adapt = {"always_adapt": True} if options.name == "lars" else {}
+        groups += [
+            {"params": weights, "weight_decay": options.weight_decay, "peak": peak, **adapt},
+            {"params": others, "weight_decay": decay_others, "peak": peak},
+        ]
     if probes is not None:
         groups.append({"params": list(probes.parameters()), "weight_decay": 0.0, "peak": recipe.probe_lr})
     groups = [group for group in groups if group["params"]]
@@ -52,6 +53,26 @@ def make_optimizer(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe)
         return timm.optim.create_optimizer_v2(
             groups, opt="larc", lr=recipe.lr, momentum=options.momentum, trust_coeff=options.trust_coefficient
         )
+    return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
+
+
+def make_tuner(head: nn.Module, backbone: nn.Module, projector: nn.Module | None, recipe: TuningRecipe) -> torch.optim.Optimizer:
+    """Groups: the linear layer (its own factor), the projector, and the backbone by its layers, each `optim.layer_decay` below the one above
+    it (timm's `param_groups_layer_decay`); one-dimensional parameters are not decayed unless asked. sgd is plain momentum."""
+    options = recipe.optim
+    weights = {True: options.weight_decay, False: options.weight_decay if options.decay_bias_and_norm else 0.0}
+    groups: list[dict[str, Any]] = []
+    for module, peak in ((head, recipe.lr * options.head_lr), (projector, recipe.lr)):
+        parts = _split(p for p in module.parameters() if p.requires_grad) if module is not None else ([], [])
+        groups += [{"params": part, "weight_decay": weights[i == 0], "peak": peak} for i, part in enumerate(parts)]
+    if any(p.requires_grad for p in backbone.parameters()):
+        skip: set[str] = getattr(backbone, "no_weight_decay", set)()
+        for group in timm.optim.param_groups_layer_decay(backbone, 1.0, skip, layer_decay=options.layer_decay):
+            decay = weights[group["weight_decay"] > 0]
+            groups.append({"params": group["params"], "weight_decay": decay, "peak": recipe.lr * options.backbone_lr * group["lr_scale"]})
+    groups = [group for group in groups if group["params"]]
+    if options.name == "sgd":
+        return timm.optim.create_optimizer_v2(groups, opt="momentum", lr=recipe.lr, momentum=options.momentum)
     return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
 
 
@@ -63,7 +84,7 @@ def _split(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list
     return weights, others
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, total: int, per_epoch: int) -> float:
+def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Plan, step: int, total: int, per_epoch: int) -> float:
     """Put the rates of `step` into the groups; returns that of the encoder."""
     options = recipe.optim
     warmup = round(options.warmup_epochs * per_epoch)

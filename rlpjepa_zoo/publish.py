@@ -211,7 +211,7 @@ def _commit(
     info = _info(api, repo, kind, revision=revision, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings}
     changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
-    gone = folder.OPTIONAL if kind is MODEL else [name for name in there if kind.names.fullmatch(name)]
+    gone = folder.NAMES if kind is MODEL else [name for name in there if kind.names.fullmatch(name)]
     stale = [name for name in gone if name in there and name not in contents]
     if tagged is not None and (tagged != info.sha or changed or stale):
         raise HubError(f"{repo}: the tag exists already, on commit {tagged[:8]}; choose another tag")
@@ -229,12 +229,18 @@ def _commit(
         repo,
         [*operations, *(CommitOperationDelete(name) for name in stale)],
         repo_type=kind.type,
-        commit_message=message or f"{'Update' if kind.mark in there else 'Upload'} {kind.said}",
+        commit_message=message or f"{'Update' if kind.mark in there else 'Upload'} {_said(kind, contents)}",
         revision=revision,
         parent_commit=info.sha,
         create_pr=create_pr,
     )
     return Pushed(repo, done.oid, (), done.pr_url or done.commit_url)
+
+
+def _said(kind: Kind, contents: Mapping[str, bytes | Path]) -> str:
+    config = contents.get("config.json")
+    of_classifier = isinstance(config, bytes) and folder.is_classifier(folder.parse_json(config, "config.json"))
+    return "image classifier" if of_classifier else kind.said
 
 
 def _same(content: bytes | Path, there: Any) -> bool:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,7 +20,7 @@ from . import zoo
 from .errors import RecipeError, UsageError, did_you_mean
 
 __all__ = [
-    "Data", "Encoder", "Hub", "Objective", "Optim", "Probe", "Recipe", "Target", "Train", "Views", "data_section", "find_recipe", "list_recipes",
+    "Data", "Encoder", "Hub", "Objective", "Optim", "Plan", "Probe", "Recipe", "Target", "Train", "Views", "data_section", "find_recipe", "list_recipes",
 ]  # fmt: skip
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -30,12 +30,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Text scalars of a free-form mapping, as YAML would read them."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, str):
         try:
             return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else yaml.safe_load(value)
@@ -191,7 +191,7 @@ class Views(Section):
     def describe(self) -> str:
         """In one line, for cards."""
         parts = [
-            f"{self.count} views"
+            f"{self.count} view{'s' if self.count > 1 else ''}"
             if self.local is None
             else f"{self.count} views and {self.local.count} local ones of {self.local.size} pixels",
             "whole image" if self.crop_scale is None else "crop of {:g} to {:g} of the area".format(*self.crop_scale),
@@ -212,11 +212,14 @@ class Encoder(Section):
 
     backbone: str
     """Any timm name, or resnet18_small, resnet34_small, resnet50_small, resnet10_small_narrow."""
-    args: Annotated[dict[str, Any], BeforeValidator(_plain)] = {}
+    args: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
     """Arguments of timm.create_model, such as {img_size: 32, patch_size: 4}."""
     pretrained: bool = False
     freeze_backbone: bool = False
     """Train the projector only."""
+    cached_views: Count | None = None
+    """With a frozen backbone: encode so many random views of each image once, keep their features in memory (within data.cache_gb), and
+    draw views.count of them in every step. Null encodes new views in every step."""
     dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     hidden_dim: Count = 512
     projector_depth: Count = 3
@@ -299,12 +302,18 @@ class Optim(Section):
     warmup_epochs: NonNegative = 10.0
     warmup_start_lr: NonNegative = 3e-5
     min_lr: NonNegative = 0.0
+    backbone_lr: Positive = 1.0
+    """Factor of the rate of the backbone, such as 0.01 for one that is pretrained and is to stay nearly what it is."""
     clip_grad: Positive | None = None
     """Largest norm of the gradient; null does not clip."""
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        others = {"adamw": ("momentum", "trust_coefficient"), "lars": ("betas", "decay_bias_and_norm")}[self.name]
+        others = {
+            "adamw": ("momentum", "trust_coefficient"),
+            "lars": ("betas", "decay_bias_and_norm"),
+            "sgd": ("betas", "trust_coefficient"),
+        }[self.name]
         for name in others:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"optim.{name}: has no meaning for {self.name}; remove it")
@@ -385,7 +394,85 @@ class Hub(Section):
         return self
 
 
-class Recipe(Section):
+KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
+"""Commands that take a recipe, and the sections that such a recipe alone has."""
+
+
+def kind_of(values: dict[str, Any]) -> str:
+    """The command that a recipe is for, by its sections."""
+    return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
+
+
+class Plan(Section):
+    """What the recipes of all kinds of run have in common."""
+
+    kind: ClassVar[str]
+    """Command that takes such a recipe."""
+
+    if TYPE_CHECKING:
+        name: str
+        seed: int
+        data: Data
+        views: Views
+        optim: Optim
+        train: Train
+        hub: Hub
+
+        def shareable(self) -> str: ...
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate used: optim.lr * batch / reference batch."""
+        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
+
+    def steps(self, images: int) -> tuple[int, int]:
+        """(steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
+        per_epoch = images // self.train.batch_size
+        return max(1, round(self.train.epochs * per_epoch)), per_epoch
+
+    def dump(self) -> str:
+        """Canonical YAML, every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """Every value under its dotted key."""
+
+        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in values.items():
+                found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            return found
+
+        return dotted(self.model_dump(mode="json"), "")
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides (target.mu replaces target.density).
+
+        Raises:
+            RecipeError: naming the key, what was given and what was expected.
+        """
+        return cls.parse(text_of(source), overrides, where=str(source))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Self:
+        """A recipe from YAML text; see `load`."""
+        values = read_yaml(text, where)
+        for override in overrides:
+            _override(values, override)
+        _one_dial(values, overrides)
+        if (kind := kind_of(values)) != cls.kind:
+            mark = next(section for section in KINDS[kind] if section in values)
+            raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error, cls)}") from error
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+class Recipe(Plan):
     """A complete run.
 
     Example:
@@ -393,6 +480,8 @@ class Recipe(Section):
         >>> recipe.train.epochs, round(recipe.target.law()[0], 3), Recipe.parse(recipe.dump()) == recipe
         (30.0, -0.648, True)
     """
+
+    kind = "train"
 
     name: str
     seed: Annotated[int, Field(ge=0)] = 0
@@ -416,6 +505,7 @@ class Recipe(Section):
         for name, size in sizes.items():
             if self.views.blur and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
+        self._frozen()
         self.target.law()
         from .objectives import parse_directions
 
@@ -425,35 +515,31 @@ class Recipe(Section):
             raise ValueError(f"objective.{error}") from error
         return self
 
-    @property
-    def lr(self) -> float:
-        """Peak learning rate used: optim.lr * batch / reference batch."""
-        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
+    def _frozen(self) -> None:
+        """What has a meaning only with, or only without, a frozen backbone."""
+        encoder = self.encoder
+        if encoder.freeze_backbone and self.optim.backbone_lr != 1:
+            raise ValueError("optim.backbone_lr: has no meaning with encoder.freeze_backbone=true; remove one of them")
+        if encoder.cached_views is None:
+            return
+        refused = {
+            "needs encoder.freeze_backbone=true, as features of a backbone that learns do not last": not encoder.freeze_backbone,
+            "has no meaning with data.streaming=true; set it to null": self.data.streaming,
+            "keeps views of one size; set views.local to null": self.views.local is not None,
+            f"{encoder.cached_views} is fewer than views.count = {self.views.count}": encoder.cached_views < self.views.count,
+        }
+        for reason, wrong in refused.items():
+            if wrong:
+                raise ValueError(f"encoder.cached_views: {reason}")
+
+    def with_views(self, count: int) -> Recipe:
+        """The recipe with so many views of an image."""
+        return self.model_copy(update={"views": self.views.model_copy(update={"count": count})})
 
     @property
     def probe_lr(self) -> float:
         """Peak learning rate of the online probes."""
         return self.probe.lr * self.train.batch_size / self.optim.reference_batch
-
-    def steps(self, images: int) -> tuple[int, int]:
-        """(steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
-        per_epoch = images // self.train.batch_size
-        return max(1, round(self.train.epochs * per_epoch)), per_epoch
-
-    def dump(self) -> str:
-        """Canonical YAML, every field written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def flat(self) -> dict[str, Any]:
-        """Every value under its dotted key."""
-
-        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-            found: dict[str, Any] = {}
-            for key, value in values.items():
-                found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-            return found
-
-        return dotted(self.model_dump(mode="json"), "")
 
     def shareable(self) -> str:
         """`dump` without what is of one person or machine: of paths the last part is kept, or nothing where the data have a name, and
@@ -468,34 +554,6 @@ class Recipe(Section):
             "hub": Hub(license=self.hub.license),
         }
         return self.model_copy(update=parts).dump()
-
-    @classmethod
-    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides (target.mu replaces target.density).
-
-        Raises:
-            RecipeError: naming the key, what was given and what was expected.
-        """
-        path = find_recipe(source)
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
-        return cls.parse(text, overrides, where=str(source))
-
-    @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
-        """A recipe from YAML text; see `load`."""
-        values = _read_yaml(text, where)
-        for override in overrides:
-            _override(values, override)
-        _one_dial(values, overrides)
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise RecipeError(f"{where}: {_explain(error)}") from error
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
 
 
 def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
@@ -518,7 +576,7 @@ def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
     try:
         return _DataAlone.model_validate(whole).data
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from error
+        raise RecipeError(_explain(error, _DataAlone)) from error
 
 
 class _DataAlone(Section):
@@ -545,6 +603,15 @@ def find_recipe(source: str | Path) -> Path:
     known = list_recipes()
     hint = did_you_mean(str(source), known) or f" Known recipes: {', '.join(known)}"
     raise RecipeError(f"'{source}' is neither a file nor a recipe.{hint}")
+
+
+def text_of(source: str | Path) -> str:
+    """The YAML of a recipe given by path or by name."""
+    path = find_recipe(source)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------------------
@@ -574,7 +641,7 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, where: str) -> dict[str, Any]:
+def read_yaml(text: str, where: str) -> dict[str, Any]:
     if len(text) > 1 << 20:
         raise RecipeError(f"{where}: {len(text)} characters; a recipe has at most {1 << 20}")
     try:
@@ -619,7 +686,7 @@ _ACCUMULATION = (
 )
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, recipe: type[Section]) -> str:
     """The first problem in one line: dotted key, what was given, what was expected."""
     problems = error.errors()
     first = problems[0]
@@ -630,9 +697,10 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         if "accum" in location[-1]:
             return f"{name}: {_ACCUMULATION}"
-        section: Any = Recipe
+        section: Any = recipe
         for part in location[:-1]:
             section = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(section) if kind is not type(None)), section)  # of an optional one
         hint = did_you_mean(location[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}"
         return f"{name}: unknown key.{hint}{more}"
     if first["type"] == "missing":

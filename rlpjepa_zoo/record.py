@@ -12,7 +12,7 @@ from .encoder import SparseEncoder
 from .errors import ModelError
 from .images import Images
 from .journal import read_metrics
-from .recipe import Recipe
+from .recipe import Plan, Recipe
 from .sources import Source
 
 __all__ = ["Publication", "describe", "history"]
@@ -76,19 +76,24 @@ def history(log_file: Path) -> list[dict[str, float]]:
 
 
 class Publication:
-    """The encoder of a run, in `out/encoder` and, in the background, on the Hub. One process of a run uses it."""
+    """What a run trained, in a folder of that of the run and, in the background, on the Hub. One process of a run uses it.
 
-    def __init__(self, recipe: Recipe, out: Path, encoder: SparseEncoder) -> None:
-        self.recipe, self.out, self.encoder = recipe, out, encoder
-        self.path = out / "encoder"
+    Args:
+        recipe, out: of the run.
+        kind: what it is; the name of its folder.
+    """
+
+    def __init__(self, recipe: Plan, out: Path, kind: str = "encoder") -> None:
+        self.recipe, self.out, self.kind = recipe, out, kind
+        self.path = out / kind
         self.name = recipe.hub.repo or f"local-dir:{self.path}"
         self.pusher = publish.Background(self._push) if recipe.hub.repo is not None else None
 
-    def write(self, info: dict[str, Any], step: int, total: int, again: bool = False) -> None:
-        """Publish the encoder as it is; `again`: what is there stays if it is of this step, results written into its card included."""
-        contents = self._of_step(step) if again else None
+    def write(self, model: Any, info: dict[str, Any], step: int, total: int, again: bool = False) -> None:
+        """Publish the model (with `fingerprint` and `contents`) as it is; `again`: what is there stays if it is of this step, results written into its card included."""
+        contents = self._of_step(model, step) if again else None
         if contents is None:
-            contents = self.encoder.contents(self.recipe.shareable(), info, self.name)
+            contents = model.contents(self.recipe.shareable(), info, self.name)
             folder.write_folder(self.path, contents)
         if self.pusher is not None:
             self.pusher.submit(contents, f"Step {step} of {total}")
@@ -104,14 +109,16 @@ class Publication:
         options = self.recipe.hub
         visibility = "" if options.private is None else " --private" if options.private else " --public"
         branch = f" --revision {options.revision}" if options.revision else ""
-        log.warning("the last encoder is not on the Hub; send it with: rlpjepa push %s %s%s%s", self.out, options.repo, visibility, branch)
+        log.warning(
+            "the last %s is not on the Hub; send it with: rlpjepa push %s %s%s%s", self.kind, self.out, options.repo, visibility, branch
+        )
 
-    def _of_step(self, step: int) -> dict[str, bytes] | None:
+    def _of_step(self, model: Any, step: int) -> dict[str, bytes] | None:
         """The published files if they are whole, of these weights and of this step."""
         try:
             contents = card.rewritten(self.path, self.name)
             block = folder.read_config(self.path)[folder.BLOCK]
-            same = block["fingerprint"] == self.encoder.fingerprint() and block["info"]["training"]["steps"] == step
+            same = block["fingerprint"] == model.fingerprint() and block["info"]["training"]["steps"] == step
         except (ModelError, KeyError, TypeError):  # stopped between the last checkpoint and the last publication
             return None
         return contents if same else None

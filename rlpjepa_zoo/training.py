@@ -1,91 +1,36 @@
-"""Pretraining: one readable loop on Accelerate, exact to resume; the only module that imports accelerate.
-
-    run/recipe.yaml  metrics.jsonl  bad_images.jsonl  checkpoints/  encoder/ (published format)  encoder-best/  summary.json
-
-Everything random is a function of (seed, step), so a resumed run continues bit for bit what the unbroken one would have done (same
-machine, same number of processes and threads). Gradient accumulation is refused: see `rlpjepa_zoo.recipe`.
-"""
+"""Pretraining by Rectified LpJEPA, as a task of `rlpjepa_zoo.engine`."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import platform
-import sys
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
-from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader
 
-from . import checkpoint, collectives, folder, journal, record, streams, zoo
-from .checkpoint import Checkpoint
-from .data import Batch, Batches, decoded, make_loader, steps_of_an_epoch
+from . import collectives, record, streams
+from .cached import cache_views
+from .data import Batch, rows_loader
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
-from .errors import (
-    DataError,
-    HubError,
-    NonFiniteError,
-    OutputError,
-    RecipeError,
-    StoppedBySignal,
-    UsageError,
-    ZooError,
-    did_you_mean,
-    first_line,
-)
+from .engine import run
+from .errors import NonFiniteError, RecipeError
 from .evaluation import during_training, labelled
-from .guard import Guard
-from .images import Images
-from .interrupts import Interrupts
 from .metrics import alarms, batch_metrics
 from .model import Result, Watched, build_encoder
-from .objectives import RectifiedLpJEPALoss, Terms
-from .optim import make_optimizer, set_learning_rates
+from .objectives import RectifiedLpJEPALoss
+from .optim import make_optimizer
 from .recipe import Recipe
-from .sources import Source, fingerprint, open_source
-from .views import Augment
+from .sources import Source
+from .task import Loss, Task, agree
 
 __all__ = ["train"]
 
-log = logging.getLogger("rlpjepa_zoo")
-
-_DATA = "data"
-"""What --allow-change takes, beside keys of the recipe, for images that are not those of the run before."""
 _ALL_ZERO = 3
 """Logged steps in a row with nothing but zeros in z, after which a run is over: no gradient reaches a rectified zero."""
-_HIGHER_IS_BETTER = {"knn_z": True, "knn_features": True, "excess": False}
-
-_OF_A_NODE = ("data.path", "data.download", "train.num_workers")
-"""What processes on different machines may have of their own."""
-
-_MAY_CHANGE = (
-    "name",
-    "train.log_every",
-    "train.num_workers",
-    "train.keep",
-    "train.timeout_minutes",
-    "train.loader_timeout_minutes",
-    "train.checkpoint_minutes",
-    "train.trackers",
-    "data.path",
-    "data.download",
-    "hub.repo",
-    "hub.private",
-    "hub.revision",
-    "hub.license",
-)
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
@@ -105,537 +50,105 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: S
         NonFiniteError: loss or gradient was not finite in more than `train.max_skipped` steps in a row, or every embedding became zero.
         StoppedBySignal: SIGTERM or SIGINT; a checkpoint was saved.
     """
-    out = Path(out)
-    AcceleratorState._reset_state()  # precision is a property of the run, not of the process
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if recipe.train.precision == "fp16" and cpu:
-        raise RecipeError("train.precision: fp16 needs a GPU; use bf16 or no")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=recipe.train.precision, cpu=cpu, project_dir=str(out), log_with=list(recipe.train.trackers) or None,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=recipe.train.timeout_minutes))],
-        )  # fmt: skip
-    except ValueError as error:
-        mend = "; set train.precision to fp16 or no" if "bf16" in str(error) else ""
-        raise RecipeError(f"train: {first_line(error)}{mend}") from error
-    except collectives.DistError as error:
-        raise HubError(
-            f"the processes did not find each other: {first_line(error)}; check the port and address given to the launcher"
-        ) from error
-    if accelerator.gradient_accumulation_steps != 1:
-        raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
-    if missing := set(recipe.train.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with} - {"all"}:
-        raise RecipeError(f"train.trackers: {min(missing)} is not installed; pip install it, or leave it out")
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU") and not (kind == "FSDP" and accelerator.is_fsdp2):
-        raise RecipeError(f"accelerate: expected data parallelism or FSDP version 2, got {kind}; use recipes/accelerate/")
-    if recipe.train.batch_size % collectives.world_size():
-        batch, world = recipe.train.batch_size, collectives.world_size()
-        near = " or ".join(str(n) for n in (batch // world * world, -(-batch // world) * world) if n)
-        raise RecipeError(f"train.batch_size: {batch} is not divisible by {world} processes; use {near}")
-    global_state = torch.get_rng_state()
-    try:
-        with ExitStack() as held:
-            with collectives.one_for_all():
-                if accelerator.is_main_process:
-                    held.enter_context(checkpoint.lock(out))
-            return _Run(recipe, out, accelerator, resume, allow_change, progress and accelerator.is_main_process).go()
-    except (MemoryError, RuntimeError) as error:
-        explained = _explained(error, recipe)
-        if explained is None:
-            raise
-        raise explained from error
-    finally:
-        torch.set_rng_state(global_state)
-        for tracker in accelerator.trackers:
-            try:
-                tracker.finish()
-            except Exception as error:  # its server is down; the run is not to fail for that
-                log.warning("tracker: %s: %s", type(error).__name__, error)
+    return run(_Pretraining(recipe), Path(out), resume, allow_change, progress)
 
 
-def _explained(error: BaseException, recipe: Recipe) -> ZooError | None:
-    """What a user can mend among the errors that torch raises in a step: no memory left, another process that is gone or hangs."""
-    text = first_line(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        mend = f"lower train.batch_size = {recipe.train.batch_size}, objective.chunk or train.num_workers; the last checkpoint is whole"
-        return OutputError(f"out of memory ({text}); {mend}")
-    if collectives.world_size() > 1 and any(
-        hint in text for hint in ("Timed out", "timeout", "Connection closed", "Connection reset", "Broken pipe")
-    ):
-        waited = f"train.timeout_minutes = {recipe.train.timeout_minutes:g}"
-        reason = f"process {collectives.rank()}: another process is gone or does not answer within {waited} ({text})"
-        return HubError(f"{reason}; look for its own error, then go on with --resume")
-    return None
+class _Pretraining(Task):
+    """Views of an image agree, and their embeddings have the law of the target; linear probes watch."""
 
+    name = "encoder"
+    best = {"knn_z": True, "knn_features": True, "excess": False}
+    calls = ("both",)
+    lighter = ", objective.chunk"
 
-class _Run:
-    """State of one run; `go` is the story."""
-
-    def __init__(
-        self, recipe: Recipe, out: Path, accelerator: Accelerator, resume: bool, allow_change: Sequence[str], progress: bool
-    ) -> None:
-        self.recipe, self.out, self.accelerator, self.progress = recipe, out, accelerator, progress
-        self.main = accelerator.is_main_process
-        with collectives.one_for_all():
-            found = self._find(resume, allow_change)
-        self._open_images()
-        with collectives.one_for_all():
-            self.encoder = build_encoder(recipe)
-        self._same_everywhere(found.step if found else 0)
-        self._decode_images()
-        self.augment = Augment(recipe.views, recipe.data, recipe.seed)
-        self._prepare()
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         mu, sigma = recipe.target.law()
-        law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
-        weights = recipe.objective
+        law, weights = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p), recipe.objective
         self.objective = RectifiedLpJEPALoss(
             law, weights.invariance, weights.matching, weights.directions, weights.num_directions, recipe.seed, weights.chunk
         )
-        self.floor = self.objective.floor(recipe.train.batch_size, recipe.encoder.dim)
-        self.step, self.seconds, self.bad = 0, 0.0, dict[int, str]()
-        self.guard = Guard(self.inner, recipe)
-        self.last_metrics: dict[str, float] = {}
-        self.best: tuple[int, float] | None = None
-        self.trouble: DataError | None = None
         self.zeros = 0
-        self.asked = Interrupts()
-        self.saved = self.logged = (0, 0.0)
-        self.publication = record.Publication(recipe, out, self._shown())
-        if found is not None:
-            self._restore(found, allow_change)
-        self.journal = journal.Journal(out, recipe, self.main)
-        with collectives.one_for_all():
-            self._check_space()
-            self.journal.open(self.step if found else None, self.bad)
-            self._start_trackers()
 
-    def _open_images(self) -> None:
-        trouble = None
-        with self.accelerator.local_main_process_first():  # one process downloads
-            try:
-                self.source: Source = open_source(self.recipe.data, self.recipe.seed)
-            except Exception as error:  # not to leave the others waiting for this one
-                trouble = error
-        collectives.together(trouble)
-        with collectives.one_for_all():
-            if self.recipe.train.best in ("knn_z", "knn_features") and not labelled(self.source):
-                raise RecipeError(
-                    f"train.best: {self.recipe.train.best} needs evaluation images with labels; use excess, or set it to null"
-                )
-            self.data = fingerprint(self.source)
-            self.per_epoch = steps_of_an_epoch(self.source, self.recipe)
-            self.total, _ = self.recipe.steps(self.source.length)
+    @property
+    def every_epochs(self) -> int:
+        return self.recipe.probe.every_epochs
 
-    def _decode_images(self) -> None:
-        """Keep small sets in memory."""
-        if isinstance(self.source.train, Images) and self.recipe.train.epochs > 1:
-            most = self.recipe.data.cache_gb * 2**30
-            held_out = self.source.eval and decoded(self.source.eval, most, self.progress)
-            self.source = self.source._replace(train=decoded(self.source.train, most, self.progress), eval=held_out)
+    def accept(self, source: Source) -> Source:
+        best = self.recipe.train.best
+        if best in ("knn_z", "knn_features") and not labelled(source):
+            raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
+        return source
 
-    def _prepare(self) -> None:
-        """Model and optimiser, as they are trained on this device among the others."""
-        recipe, accelerator = self.recipe, self.accelerator
-        with streams.seeded(recipe.seed, "init-probes"):
-            model = Watched(self.encoder, self.source.classes if recipe.probe.online else 0)
-        optimizer = make_optimizer(self.encoder, model.probes, recipe)
-        sharded = accelerator.distributed_type.value == "FSDP"  # which takes contiguous weights only
-        self.memory = torch.channels_last if recipe.train.channels_last and not sharded else torch.contiguous_format
-        model = model.to(memory_format=self.memory)
-        if collectives.world_size() > 1 and accelerator.device.type == "cuda":
-            model = convert_sync_batchnorm(model)  # timm's keeps the activation that its fused norms hold; torch's drops it
-        model = model.to(accelerator.device)
-        self.ema = None if recipe.train.ema is None else ModelEmaV3(self.encoder, decay=recipe.train.ema, use_warmup=True)
-        if recipe.train.compile:
-            self.encoder.backbone.compile()
-        self.inner = model
-        if sharded:
-            accelerator.state.fsdp_plugin.mixed_precision_policy = None  # autocast alone, in `_forward`: the numbers of data parallelism
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.whole: SparseEncoder | None = None
-        if any(hasattr(p, "full_tensor") for p in model.parameters()):  # FSDP: measured and published is a copy that is not sharded
-            if self.ema is not None:
-                raise RecipeError("train.ema: not kept for sharded weights; use data parallelism, or set it to null")
-            self.whole = build_encoder(recipe).to(accelerator.device)
-            collectives.gather_before(self.encoder, "both")  # which a training step calls
+    def build(self) -> SparseEncoder:
+        return build_encoder(self.recipe)
 
-    # --- the loop ----------------------------------------------------------------------------------------------------------------
+    def wrap(self, core: SparseEncoder, source: Source) -> Watched:
+        self.floor = self.objective.floor(self.recipe.train.batch_size, self.recipe.encoder.dim)
+        with streams.seeded(self.recipe.seed, "init-probes"):
+            return Watched(core, source.classes if self.recipe.probe.online else 0)
 
-    def go(self) -> Path:
-        recipe = self.recipe
-        if self.step >= self.total:
-            log.warning("%s: already complete after %d steps", self.out, self.step)
-            self._publish(again=True)
-            return self._finish()
-        on_device = self.accelerator.device.type != "cpu"
-        steps = range(self.step, self.total)
-        with collectives.one_for_all():
-            loader = make_loader(self.source, recipe, steps, collectives.rank(), collectives.world_size(), finish=not on_device)
-        if self.best is not None and self.best[0] == self.step:
-            self._publish(again=True)  # in case that the run was killed between this checkpoint and its publication
-        self.model.train()
-        self._announce()
-        self.saved = self.logged = (self.step, time.monotonic())
-        with self.asked, Batches(loader) as batches, self._bar() as bar:
-            while self.step < self.total:
-                started = time.monotonic()
-                batch = self._next(batches)
-                lr = set_learning_rates(self.optimizer, recipe, self.step, self.total, self.per_epoch)
-                torch.manual_seed(streams.key(recipe.seed, "dropout", self.step, collectives.rank()))
-                self.guard.remember()
-                result = self._forward(batch)
-                terms = self.objective(result.z, self.step)
-                self.accelerator.backward(terms.loss + result.probe_loss)
-                norm = self._update(terms, result, batch)
-                self.step += 1
-                self.seconds += time.monotonic() - started
-                bar.update(recipe.train.batch_size)
-                self._note_bad(batch.bad)
+    def ready(
+        self, core: SparseEncoder, source: Source, autocast: Callable[[], AbstractContextManager[Any]], memory: Any, progress: bool
+    ) -> list[tuple[int, str]]:
+        if self.recipe.encoder.cached_views is None:
+            return []
+        if any(hasattr(p, "full_tensor") for p in core.parameters()):
+            raise RecipeError("encoder.cached_views: not for sharded weights; use data parallelism, or set it to null")
+        self.cached, bad = cache_views(core, source, self.recipe, autocast, memory, progress)
+        return bad
 
-                last = self.step == self.total
-                if last or self.step % recipe.train.log_every == 0:
-                    self._log_step(terms, result, lr, norm, bar)
-                if last or self.step % max(1, self.per_epoch * recipe.probe.every_epochs) == 0:
-                    self._look(bar)
-        collectives.together(self.trouble)
-        return self._finish()
+    def loader(self, source: Source, steps: range, finish: bool) -> DataLoader[Batch]:
+        if self.recipe.encoder.cached_views is None:
+            return super().loader(source, steps, finish)
+        return rows_loader(self.cached, source.length, self.recipe, steps, collectives.rank(), collectives.world_size())
 
-    def _next(self, batches: Batches) -> Batch:
-        """The next batch; before it, all ranks together save, stop, or fail because one of them cannot go on."""
-        found: Batch | DataError
-        try:
-            found = batches.next()
-        except DataError as error:
-            found = error
-        trouble = self.trouble or (found if isinstance(found, DataError) else None)
-        minutes = (time.monotonic() - self.saved[1]) / 60
-        wanted = (trouble is not None, self.asked.save or minutes >= self.recipe.train.checkpoint_minutes, self.asked.stop or 0)
-        failed, save, code = self._agree(*wanted)
-        if failed:
-            collectives.together(trouble)  # raises
-        if (save or code) and self.saved[0] != self.step:
-            self._save()
-        if code:
-            reason = f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}"
-            raise StoppedBySignal(reason, int(code))
-        if isinstance(found, DataError):
-            raise found
-        return found
+    def optimizer(self, core: SparseEncoder, module: Any) -> torch.optim.Optimizer:
+        return make_optimizer(core, module.probes, self.recipe)
 
-    def _forward(self, batch: Batch) -> Result:
-        device = self.accelerator.device
-        views = self.augment([x.to(device, non_blocking=True) for x in batch.images], batch.epoch, batch.rows)
-        groups, labels = [x.flatten(0, 1).contiguous(memory_format=self.memory) for x in views], batch.labels.to(device, non_blocking=True)
-        with self.accelerator.autocast():  # which Accelerate's own wrapper leaves out for FSDP 2
-            return self.model(groups, labels)
+    def loss(self, output: Result, step: int) -> Loss:
+        terms = self.objective(output.z, step)
+        return Loss(terms.loss + output.probe_loss, {"loss": terms.loss, "invariance": terms.invariance, "matching": terms.matching})
 
-    def _update(self, terms: Terms, result: Result, batch: Batch) -> float:
-        """One step of the optimiser, unless loss or gradient is not finite on any rank; returns the norm of the gradient (clipped if asked)."""
-        parameters = [p for p in self.inner.encoder.parameters() if p.grad is not None]
-        if self.recipe.optim.clip_grad is not None:
-            norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.optim.clip_grad)
-        else:
-            self.accelerator.unscale_gradients()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = collectives.whole(norm)
-        broken = ~((terms.loss + result.probe_loss).detach().isfinite() & norm.isfinite())
-        if probes := [p.grad for p in self.inner.probes.parameters() if p.grad is not None]:
-            broken |= ~collectives.whole(nn.utils.get_total_norm(probes)).isfinite()
-        stop, size = collectives.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
-        if stop:
-            parts = f"invariance {float(terms.invariance.detach()):.3g}, matching {float(terms.matching.detach()):.3g}"
-            self.guard.skip(self.step + 1, parts, lambda: self._forward(batch))
-            self.optimizer.zero_grad(set_to_none=True)  # so that the scaler of fp16 may step below
-        else:
-            self.guard.in_a_row = 0
-        if not stop or self.accelerator.scaler is not None:  # without gradients nothing but the loss scale of fp16 changes
-            self.optimizer.step()
-        if not stop and self.ema is not None:
-            self.ema.update(self.encoder, self.step + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        return math.nan if stop else float(size)
+    def numbers(self, loss: Loss, output: Result) -> dict[str, float]:
+        parts = torch.stack([*(value.detach() for value in loss.terms.values()), output.probe_loss.detach()]).float()
+        numbers = collectives.mean_over_ranks(torch.cat([parts, output.probe_right.detach().float()]))
+        total, invariance, matching, probe_loss, *right = numbers.tolist()
+        row = {"loss": total, "invariance": invariance, "matching": matching, "floor": self.floor, "excess": matching - self.floor}
+        row |= batch_metrics(output.z.detach().flatten(0, 1))
+        self.device = output.z.device
+        return row | dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
 
-    def _look(self, bar: Any) -> None:
-        """Measure, save, publish."""
-        shown = self._shown()
-        for buffer in shown.buffers():
-            collectives.from_main(buffer)  # what is saved and published: batch norm on CPU processes keeps statistics of each share
-        found = during_training(shown, self.source, self.recipe, self.accelerator.autocast)
-        self.last_metrics |= found
-        metric = self.recipe.train.best
-        better = metric in self.last_metrics and self._is_best(metric)
-        self._log({"kind": "eval", **found}, bar)
-        if self.step < self.total:  # at the end all alarms are said
-            for sentence in alarms(found, self.recipe.target.density_in_theory(), still_training=True):
-                log.warning("step %d: %s", self.step, sentence)
-        self._save()
-        self._publish(best=better)
-        self.logged = (self.step, time.monotonic())
-
-    def _shown(self) -> SparseEncoder:
-        """The encoder that is measured and published. All ranks call it."""
-        if self.whole is None:
-            return self.encoder if self.ema is None else self.ema.module
-        self.whole.load_state_dict({k: collectives.whole(v) for k, v in self.encoder.state_dict().items()})
-        return self.whole
-
-    def _is_best(self, metric: str) -> bool:
-        value, before = self.last_metrics[metric], self.best
-        better = before is None or (value > before[1] if _HIGHER_IS_BETTER[metric] else value < before[1])
-        if better:
-            self.best = (self.step, value)
-        return better
-
-    def _agree(self, *flags: float) -> list[float]:
-        """The largest of each flag over ranks, so that all save and stop at the same step."""
-        if collectives.world_size() == 1:
-            return [float(flag) for flag in flags]
-        return collectives.max_over_ranks(torch.tensor([float(flag) for flag in flags], device=self.accelerator.device)).tolist()
-
-    # --- starting and stopping ---------------------------------------------------------------------------------------------------
-
-    def _find(self, resume: bool, allow_change: Sequence[str]) -> Checkpoint | None:
-        found, damaged = checkpoint.latest(self.out)
-        if found is None:
-            return None
-        if not resume:
-            raise UsageError(f"{self.out}: holds a run at step {found.step}; add --resume to go on, or choose another --out")
-        for line in damaged:
-            log.warning("damaged checkpoint left out: %s", line)
-        before, now = Recipe.parse(found.state["recipe"]).flat(), self.recipe.flat()
-        known, absent = before.keys() | now.keys() | {_DATA}, object()
-        if useless := [k for k in allow_change if k not in known]:
-            raise UsageError(f"--allow-change {useless[0]}: no such key in the recipe.{did_you_mean(useless[0], known)}")
-        differing = (k for k in sorted(known) if before.get(k, absent) != now.get(k, absent))
-        changed = [k for k in differing if k not in _MAY_CHANGE and k not in allow_change]
-        if changed:
-            lines = ", ".join(f"{k}: {before.get(k, 'absent')!r} -> {now.get(k, 'absent')!r}" for k in changed)
-            raise RecipeError(f"the recipe differs from the run in {self.out}: {lines}; undo, or allow each with --allow-change KEY")
-        return found
-
-    def _same_everywhere(self, step: int) -> None:
-        """Refuse ranks that see other checkpoints or images, or start from other weights: they would train something nobody asked for."""
-        names = ("checkpoint (step)", "images (count)", "images (fingerprint)", "weights (fingerprint)")
-        seen = collectives.gather_objects((step, self.source.length, self.data, self.encoder.fingerprint()))
-        for name, *values in zip(names, *seen, strict=True):
-            if len(set(values)) > 1:
-                raise UsageError(f"processes see different {name}: {values}; put --out and the data on a shared disk")
-        recipes = collectives.gather_objects({k: v for k, v in self.recipe.flat().items() if k not in _OF_A_NODE})
-        for key, *values in ((key, *(recipe[key] for recipe in recipes)) for key in recipes[0]):
-            if any(value != values[0] for value in values):
-                raise UsageError(f"processes have different recipes: {key} is {values}; give all the same file and overrides")
-
-    def _restore(self, found: Checkpoint, allow_change: Sequence[str]) -> None:
-        state = found.state
-        if state["images"] != self.source.length:
-            counts = f"the run in {self.out} trained on {state['images']} images, the data now holds {self.source.length}"
-            raise DataError(f"{counts}; the number of images cannot change within a run: restore them, or start another --out")
-        if state["data"] != self.data and _DATA not in allow_change:
-            raise DataError(
-                f"the images are not those that the run in {self.out} trained on (names or contents differ); "
-                f"restore them, or go on with --allow-change {_DATA}"
-            )
-        own = {k: v for k, v in found.model.items() if not k.startswith("ema.")}
-        current = self.inner.state_dict()
-        self.inner.load_state_dict({k: collectives.laid_out_like(v, current[k]) if k in current else v for k, v in own.items()})
-        if self.ema is not None:
-            self.ema.module.load_state_dict(
-                {k.removeprefix("ema."): v for k, v in found.model.items() if k not in own} or self.encoder.state_dict()
-            )
-        checkpoint.restore_optimizer(self.optimizer.optimizer, found.optimizer, state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = found.step, state["seconds"]
-        self.bad = {int(row): reason for row, reason in state["bad"].items()}
-        self.last_metrics, self.best, self.zeros = state["metrics"], state["best"] and tuple(state["best"]), state["zeros"]
-        self.guard.skipped, self.guard.in_a_row = state["skipped"]
-        for name, now in (("world_size", collectives.world_size()), ("threads", torch.get_num_threads())):
-            if state[name] != now:
-                log.warning(
-                    "%d %s before, %d now: equal up to rounding, not bit for bit", state[name], name.replace("world_size", "processes"), now
-                )
-        if state["versions"] != zoo.versions():
-            changed = [f"{k} {v} -> {zoo.versions().get(k)}" for k, v in state["versions"].items() if zoo.versions().get(k) != v]
-            log.warning("other versions than before, perhaps not bit for bit: %s", ", ".join(changed))
-
-    def _save(self) -> None:
-        self._share_bad()
-        if self.main or self.whole is not None:
-            tensors, scalars = checkpoint.optimizer_state(self.optimizer.optimizer)
-            averaged = {} if self.ema is None else {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
-            model = {k: collectives.whole(v.detach()).cpu().contiguous() for k, v in (self.inner.state_dict() | averaged).items()}
-        if self.main:
-            state = {
-                "recipe": self.recipe.dump(), "optimizer": scalars, "images": self.source.length, "data": self.data, "seconds": self.seconds,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
-                "bad": self.bad, "metrics": self.last_metrics, "best": self.best, "zeros": self.zeros,
-                "skipped": [self.guard.skipped, self.guard.in_a_row], "versions": zoo.versions(),
-                "world_size": collectives.world_size(), "threads": torch.get_num_threads(),
-            }  # fmt: skip
-            also = [self.best[0]] if self.best else []
-        with collectives.one_for_all():
-            if self.main:
-                if not (self.out / ".lock").exists():
-                    raise OutputError(f"{self.out}: moved or removed while the run went on; go on from its last checkpoint with --resume")
-                checkpoint.save(self.out, Checkpoint(self.step, model, tensors, state), self.recipe.train.keep, also)
-        self.saved, self.asked.save = (self.step, time.monotonic()), False
-
-    def _check_space(self) -> None:
-        if self.main:
-            held = sum(t.numel() * t.element_size() for m in (self.inner, self.ema) if m is not None for t in m.state_dict().values())
-            moments = {"adamw": 2, "lars": 1}[self.recipe.optim.name]
-            held += sum(moments * p.numel() * p.element_size() for p in self.inner.parameters() if p.requires_grad)
-            checkpoint.check_space(self.out, held)
-
-    # --- measuring and telling ---------------------------------------------------------------------------------------------------
-
-    def _announce(self) -> None:
-        recipe = self.recipe
-        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.encoder.modules())
-        if collectives.world_size() > 1 and self.accelerator.device.type == "cpu" and normed:
-            log.warning("batch norm on CPU processes sees each process's share of the batch only; on GPUs it is synchronised")
-        parameters = sum(p.numel() for p in self.encoder.parameters()) / 1e6
-        log.info(
-            "%s: %s + projector, %.2f M parameters, %d images, %d classes; %d steps (%d an epoch) of %d images, %d on each of %d x %s, %s; "
-            "peak lr %.3g = %g * %d / %d; target l0 %.3f, floor %.4g%s",
-            recipe.name, recipe.encoder.backbone, parameters, self.source.length, self.source.classes, self.total, self.per_epoch,
-            recipe.train.batch_size, recipe.train.batch_size // collectives.world_size(), collectives.world_size(), self.accelerator.device,
-            recipe.train.precision, recipe.lr, recipe.optim.lr, recipe.train.batch_size, recipe.optim.reference_batch,
-            recipe.target.density_in_theory(), self.floor, f"; resumed at step {self.step}" if self.step else "",
-        )  # fmt: skip
-
-    def _bar(self) -> Any:
-        size = self.recipe.train.batch_size
-        return tqdm(
-            total=self.total * size,
-            initial=self.step * size,
-            unit="image",
-            unit_scale=True,
-            desc=self.recipe.name,
-            disable=not self.progress,
-            mininterval=0.5,
-        )
-
-    def _log_step(self, terms: Terms, result: Result, lr: float, norm: float, bar: Any) -> None:
-        rate = (self.step - self.logged[0]) * self.recipe.train.batch_size / max(1e-9, time.monotonic() - self.logged[1])
-        self.logged = (self.step, time.monotonic())
-        z = result.z.detach().flatten(0, 1)
-        numbers = torch.stack([terms.loss.detach(), terms.invariance.detach(), terms.matching.detach(), result.probe_loss.detach()]).float()
-        numbers = collectives.mean_over_ranks(torch.cat([numbers, result.probe_right.detach().float()]))
-        loss, invariance, matching, probe_loss, *right = numbers.tolist()
-        row = {
-            "kind": "train",
-            "loss": loss,
-            "invariance": invariance,
-            "matching": matching,
-            "floor": self.floor,
-            "excess": matching - self.floor,
-        }
-        row |= {"lr": lr, "grad_norm": norm, "images_per_second": rate, **batch_metrics(z)}
-        row |= dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
-        self._share_bad()
-        row |= {k: v for k, v in (("bad_images", len(self.bad)), ("skipped", self.guard.skipped)) if v}
-        if math.isfinite(row["l0"] + row["excess"]):
-            self.last_metrics |= {"l0_train": row["l0"], "excess": row["excess"]}
-        self._log(row, bar)
-        self.zeros = self.zeros + 1 if self._agree(row["l0"])[0] == 0 else 0
+    def noted(self, step: int, row: Mapping[str, float]) -> dict[str, float]:
+        self.zeros = self.zeros + 1 if agree(self.device, row["l0"])[0] == 0 else 0
         if self.zeros >= _ALL_ZERO:
             raise NonFiniteError(
-                f"step {self.step}: every embedding is zero, and a rectified zero has no gradient to leave it by; "
+                f"step {step}: every embedding is zero, and a rectified zero has no gradient to leave it by; "
                 f"lower optim.lr = {self.recipe.optim.lr:g} or raise the density of the target; the last checkpoint is from before"
             )
-        shown = {"knn": f"{self.last_metrics['knn_features']:.3f}"} if "knn_features" in self.last_metrics else {}
-        bar.set_postfix(loss=f"{loss:.3f}", l0=f"{row['l0']:.3f}", refresh=False, **shown)
+        return {"l0_train": row["l0"], "excess": row["excess"]} if math.isfinite(row["l0"] + row["excess"]) else {}
 
-    def _note_bad(self, found: Iterable[tuple[int, str]]) -> None:
-        """Count unreadable images (each once) and write them down; more than the recipe allows are trouble for the next step."""
-        new = [record for record in found if record[0] not in self.bad]
-        for row, reason in new:
-            self.bad[row] = reason
-            self.journal.bad_image(row, reason, quiet=len(self.bad) > 5)
-        epochs = -(-self.step // self.per_epoch) if self.recipe.data.streaming else 1  # a stream's images are counted in each epoch
-        if new and len(self.bad) > self.recipe.train.max_bad_fraction * self.source.length * max(1, epochs):
-            allowed = f"train.max_bad_fraction = {self.recipe.train.max_bad_fraction:g}"
-            counted = f"{len(self.bad)} of {self.source.length} images cannot be read"
-            self.trouble = DataError(f"{counted}, more than {allowed}; see {self.out / 'bad_images.jsonl'}")
+    def brief(self, row: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, str]:
+        knn = {"knn": f"{metrics['knn_features']:.3f}"} if "knn_features" in metrics else {}
+        return {"loss": f"{row['loss']:.3f}", "l0": f"{row['l0']:.3f}", **knn}
 
-    def _share_bad(self) -> None:
-        """Let every rank know what the others could not read."""
-        for part in collectives.gather_objects(list(self.bad.items())):
-            self._note_bad(part)
+    def measure(self, shown: SparseEncoder, source: Source, autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+        return during_training(shown, source, self.recipe, autocast)
 
-    def _start_trackers(self) -> None:
-        """The recipe's trackers; a resumed run goes on in the tracker's run, by an id that the folder keeps."""
-        if not self.recipe.train.trackers:
-            return
-        name = journal.run_id(self.out) if self.main else ""
-        label = f"{self.recipe.name}-{name[:6]}"
-        options: dict[str, dict[str, Any]] = {
-            "wandb": {"id": name, "resume": "allow", "name": label, "dir": str(self.out)},
-            "trackio": {"name": label, "resume": "allow"},
-            "tensorboard": {"purge_step": self.step + 1},
-        }
-        flat = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.recipe.flat().items()}
-        try:
-            self.accelerator.init_trackers("rlpjepa_zoo", flat, {t: options[t] for t in self.recipe.train.trackers if t in options})
-        except Exception as error:
-            raise RecipeError(f"train.trackers: {type(error).__name__}: {first_line(error)}; log in to it, or leave it out") from error
+    def alarms(self, metrics: Mapping[str, float], still_training: bool = False) -> list[str]:
+        return alarms(metrics, self.recipe.target.density_in_theory(), still_training)
 
-    def _log(self, row: dict[str, Any], bar: Any) -> None:
-        if not self.main:
-            return
-        row = {"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **row}
-        self.journal.row(row)
-        if self.recipe.train.trackers:
-            try:
-                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}, step=self.step)
-            except Exception as error:  # a tracker's server that is down does not end a run; metrics.jsonl has the row
-                self.journal.once(f"tracker: {type(error).__name__}: {error}")
-        if row["kind"] == "eval" and not bar.disable:
-            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "epoch")
-            bar.write(f"step {self.step}: {shown}", file=sys.stderr)
+    def aim(self, source: Source) -> str:
+        density = self.recipe.target.density_in_theory()
+        return f"{self.recipe.encoder.backbone} + projector, target l0 {density:.3f}, floor {self.floor:.4g}"
 
-    def info(self) -> dict[str, Any]:
-        """What the card tells of the run."""
-        training = {
-            "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step,
-            "batch": self.recipe.train.batch_size, "minutes": round(self.seconds / 60, 2),
-            "hardware": f"{collectives.world_size()} x {_hardware(self.accelerator.device)}",
-            "precision": self.recipe.train.precision, "seed": self.recipe.seed,
-        }  # fmt: skip
-        training |= {"ema": self.recipe.train.ema} if self.ema is not None else {}
-        return record.describe(self.recipe, self.source, self.encoder, self.last_metrics, training, self.out / "metrics.jsonl")
+    def describe(
+        self, core: SparseEncoder, source: Source, metrics: Mapping[str, float], training: Mapping[str, Any], log_file: Path
+    ) -> dict[str, Any]:
+        return record.describe(self.recipe, source, core, metrics, training, log_file)
 
-    def _publish(self, again: bool = False, best: bool = False) -> None:
-        self._shown()
-        with collectives.one_for_all():
-            if self.main:
-                self.publication.write(self.info(), self.step, self.total, again)
-                if best or (again and self.best is not None and self.best[0] == self.step):
-                    self.publication.copy_as("encoder-best")
+    def state(self) -> dict[str, Any]:
+        return {"zeros": self.zeros}
 
-    def _finish(self) -> Path:
-        with collectives.one_for_all():
-            if self.main:
-                self._summarise()
-                self.publication.finish()
-        return self.out / "encoder"
-
-    def _summarise(self) -> None:
-        wrong = alarms(self.last_metrics, self.recipe.target.density_in_theory())
-        for sentence in wrong:
-            log.warning("%s", sentence)
-        summary = {
-            "steps": self.step, **self.last_metrics, "bad_images": len(self.bad), "skipped": self.guard.skipped,
-            "best": self.best and {"step": self.best[0], str(self.recipe.train.best): self.best[1]}, "alarms": wrong, "info": self.info(),
-            "versions": zoo.versions(),
-        }  # fmt: skip
-        with folder.whole_file(self.out / "summary.json") as aside:
-            aside.write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {platform.machine()} CPU"
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.zeros = state["zeros"]

@@ -14,26 +14,29 @@ LEVELS = [
     {"errors", "streams", "collectives", "interrupts"},
     {"distributions", "folder", "metrics", "golden", "network"},
     {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page", "dial"},
-    {"recipe", "preprocess", "pictures", "hub", "probes"},
-    {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores"},
+    {"recipe", "preprocess", "pictures", "hub", "probes", "classifier_card"},
+    {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
     {"encoder", "evalsets"},
+    {"classifier"},
     {"loading", "export"},
     {"data", "model", "guard", "optim", "checkpoint", "evaluation", "record"},
-    {"training", "sections", "extraction"},
+    {"task", "cached", "sections", "extraction"},
+    {"engine"},
+    {"training", "tuning"},
     {"demo", "report"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 OWNERS = {
     "torch.distributed": {"collectives"},
-    "accelerate": {"training"},
+    "accelerate": {"engine"},
     "huggingface_hub": {"hub", "publish", "network"},
     "pickle": set(),
     "typer": {"cli"},
     "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
-TRAINING = {"training", "objectives", "optim", "data", "sources"}
+TRAINING = {"training", "engine", "objectives", "optim", "data", "sources"}
 LONG = {"go"}
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from rlpjepa_zoo import cli, zoo
 from rlpjepa_zoo.recipe import Recipe
+from rlpjepa_zoo.tuning_recipe import TuningRecipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,9 +58,9 @@ def test_commands_of_the_readme_run_or_would(
     for line in lines:
         words = shlex.split(line, comments=True)
         words = words[words.index("rlpjepa_zoo") + 1 :] if "rlpjepa_zoo" in words else words[1:]
-        if words[0] == "train":  # the recipe and its overrides are valid; the run itself is for test_train
+        if words[0] in ("train", "finetune"):  # the recipe and its overrides are valid; the run itself is for test_train
             options = words[2 : words.index("--out")]
-            Recipe.load(words[1], options)
+            (Recipe if words[0] == "train" else TuningRecipe).load(words[1], options)
         else:
             assert cli.run([*words, *(["--quiet"] if words[0] in ("embed", "eval") else [])]) == 0, (line, capsys.readouterr().err)
     assert [entry.title for entry in hub_server.log("you/photos-sparse")] == ["Upload sparse encoder", "initial commit"]

@@ -15,7 +15,7 @@ import yaml
 from ranks import run_ranks
 from test_train import TINY, codes, rows, tiny
 
-import rlpjepa_zoo.training as training
+import rlpjepa_zoo.engine as engine
 from rlpjepa_zoo import collectives
 from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.errors import RecipeError
@@ -120,24 +120,24 @@ def run_half(folder: Path) -> set[torch.dtype]:
     """What the last layer of the projector gives out in training when the recipe asks for bfloat16."""
     seen: set[torch.dtype] = set()
     with pytest.MonkeyPatch.context() as patch:
-        right = training._Run._forward
+        right = engine.Run._forward
 
         def forward(self: Any, batch: Any) -> Any:
-            last = [m for m in self.encoder.projector.modules() if isinstance(m, torch.nn.Linear)][-1]
+            last = [m for m in self.core.projector.modules() if isinstance(m, torch.nn.Linear)][-1]
             handle = last.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
             try:
                 return right(self, batch)
             finally:
                 handle.remove()
 
-        patch.setattr(training._Run, "_forward", forward)
+        patch.setattr(engine.Run, "_forward", forward)
         train(tiny(*VIT, "train.precision=bf16", "train.epochs=1"), folder, progress=False)
     return seen
 
 
 def run_sharded(folder: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Accelerator", fsdp)
+        patch.setattr(engine, "Accelerator", fsdp)
         seen: list[bool] = []
         original = collectives.whole
         patch.setattr(collectives, "whole", lambda x: (seen.append(hasattr(x, "full_tensor")), original(x))[1])

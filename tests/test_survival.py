@@ -13,7 +13,7 @@ from PIL import Image
 from ranks import run_ranks
 from test_train import codes, of_folder, rows, stop_after, tiny
 
-from rlpjepa_zoo import collectives
+from rlpjepa_zoo import collectives, engine
 from rlpjepa_zoo.checkpoint import latest
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.guard import Guard
@@ -25,7 +25,6 @@ from rlpjepa_zoo.training import train
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss") -> None:
     """Make the loss, or the pixels of one image, not a number at some steps (counted from 1)."""
-    import rlpjepa_zoo.training as module
 
     if where == "loss":
         original = RectifiedLpJEPALoss.__call__
@@ -36,14 +35,14 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss"
 
         monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
         return
-    right = module._Run._forward
+    right = engine.Run._forward
 
     def forward(self: Any, batch: Any) -> Any:
         if self.step + 1 in steps:
             batch.images[0][0, 0, 0, 0, 0] = float("nan")
         return right(self, batch)
 
-    monkeypatch.setattr(module._Run, "_forward", forward)
+    monkeypatch.setattr(engine.Run, "_forward", forward)
 
 
 # --- numbers that are not finite ------------------------------------------------------------------------------------------------------
@@ -65,9 +64,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
 
 def test_a_skipped_step_changes_nothing_but_the_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    import rlpjepa_zoo.training as module
 
-    right = module._Run._update
+    right = engine.Run._update
 
     def update(self: Any, *given: Any) -> float:
         if self.step == 4:
@@ -79,7 +77,7 @@ def test_a_skipped_step_changes_nothing_but_the_counter(tmp_path: Path, monkeypa
             seen["buffers"] = [b.clone() for b in self.guard._buffers]
         return norm
 
-    monkeypatch.setattr(module._Run, "_update", update)
+    monkeypatch.setattr(engine.Run, "_update", update)
     poison(monkeypatch, {5})
     train(tiny("train.epochs=2"), tmp_path / "run", progress=False)
     assert all(torch.equal(seen["after"][k], v) for k, v in seen["before"].items())
@@ -152,16 +150,16 @@ def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, 
     recipe, seen = tiny("train.ema=0.7"), []
     import rlpjepa_zoo.training as module
 
-    right = module._Run._update
+    right = engine.Run._update
 
     def update(self: Any, *given: Any) -> float:
         norm = right(self, *given)
-        seen.append(self.encoder.projector.state_dict()["0.weight"].clone() if "0.weight" in self.encoder.projector.state_dict() else
-                    next(iter(self.encoder.projector.parameters())).detach().clone())  # fmt: skip
+        seen.append(self.core.projector.state_dict()["0.weight"].clone() if "0.weight" in self.core.projector.state_dict() else
+                    next(iter(self.core.projector.parameters())).detach().clone())  # fmt: skip
         return norm
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "_update", update)
+        patch.setattr(engine.Run, "_update", update)
         train(recipe, tmp_path / "whole", progress=False)
     found, _ = latest(tmp_path / "whole")
     published = next(iter(load_encoder(tmp_path / "whole/encoder").projector.parameters())).detach()
@@ -419,14 +417,14 @@ def run_with(trouble: str, folder: str) -> str:
             right = module.build_encoder
             patch.setattr(module, "build_encoder", lambda recipe: right(recipe.model_copy(update={"seed": 5})))
         if trouble == "images" and rank == 1:
-            patch.setattr(module, "fingerprint", lambda source: "other")
+            patch.setattr(engine, "fingerprint", lambda source: "other")
         if trouble == "journal" and rank == 0:
             patch.setattr("rlpjepa_zoo.journal.Journal.open", lambda *a: (_ for _ in ()).throw(OutputError("no room")))
         if trouble == "unreadable" and rank == 1:
             right_read = rlpjepa_zoo.data.Batches.next
             patch.setattr(rlpjepa_zoo.data.Batches, "next", lambda self: right_read(self)._replace(bad=[(3, "broken"), (4, "broken")]))
         if trouble == "source" and rank == 0:
-            patch.setattr(module, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
+            patch.setattr(engine, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
         if trouble == "locked" and rank == 0:
             patch.setattr(rlpjepa_zoo.checkpoint, "lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
         more = {

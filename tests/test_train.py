@@ -54,7 +54,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal while step `step` is running."""
-    import rlpjepa_zoo.training as module
+    import rlpjepa_zoo.engine as module
 
     original = module.set_learning_rates
 
@@ -322,7 +322,7 @@ def test_a_run_stopped_between_its_last_checkpoint_and_its_end_is_finished_by_a_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("rlpjepa_zoo.training._Run._publish", lambda self, **options: (_ for _ in ()).throw(OutputError("disk full")))
+        patch.setattr("rlpjepa_zoo.engine.Run._publish", lambda self, **options: (_ for _ in ()).throw(OutputError("disk full")))
         with pytest.raises(OutputError):
             train(tiny("train.epochs=2"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run/encoder").exists()
@@ -341,7 +341,7 @@ def test_a_key_that_went_away_is_a_change_and_an_unknown_allowance_is_refused(tm
 
 def test_synchronised_batch_norm_keeps_the_activations_of_timm() -> None:
     """The converter that multi-GPU training uses leaves the function of a network with fused norms as it was."""
-    import rlpjepa_zoo.training as module
+    import rlpjepa_zoo.engine as module
     from rlpjepa_zoo.loading import create_encoder
 
     enc, x = create_encoder("test_efficientnet", dim=8).eval(), torch.randn(2, 3, 32, 32)

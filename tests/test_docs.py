@@ -66,6 +66,52 @@ def test_commands_of_the_readme_run_or_would(
     assert [entry.title for entry in hub_server.log("you/photos-sparse")] == ["Upload sparse encoder", "initial commit"]
 
 
+DOWNSTREAM = (ROOT / "docs/downstream.md").read_text()
+SMALLER = {
+    "folder-resnet18": ["encoder.backbone=test_resnet", "encoder.dim=32", "data.image_size=32", "views.blur=0", "objective.num_directions=64", "train.epochs=2",
+                        "optim.warmup_epochs=1", "train.batch_size=16", "train.num_workers=0", "train.precision=no"],
+    "finetune-folder": ["train.epochs=2", "optim.warmup_epochs=0.5", "classifier.linear_epochs=1", "train.batch_size=8", "train.num_workers=0", "train.precision=no"],
+}  # fmt: skip
+"""What the tests add to the training commands of docs/downstream.md."""
+
+
+def test_every_block_of_the_page_on_downstream_runs_in_order(
+    tmp_path: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
+) -> None:
+    for name, colour in (("cat", (200, 60, 60)), ("dog", (60, 60, 200))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i:02d}.jpg")
+    monkeypatch.chdir(tmp_path)
+    hub_server.users["hf_you"] = User("you")
+    monkeypatch.setenv("HF_TOKEN", "hf_you")
+    found = re.findall(r"```(bash|python)\n(.*?)```", DOWNSTREAM, flags=re.S)
+    assert len(found) >= 10
+    for language, text in found:
+        if language == "python":
+            exec(compile(text, "docs/downstream.md", "exec"), {})
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            words = words[words.index("rlpjepa_zoo") + 1 :] if "rlpjepa_zoo" in words else words[1:]
+            more = ["--quiet"] if words[0] not in ("push",) else []
+            assert cli.run([*words, *SMALLER.get(words[1], []), *more]) == 0, (line, capsys.readouterr().err)
+    assert ("model", "you/photos-sparse-encoder") in hub_server.repos and ("dataset", "you/photos-embeddings") in hub_server.repos
+
+
+def test_the_curves_that_are_shown_are_those_measured() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import density_curves
+    finally:
+        sys.path.pop(0)
+    found = density_curves.reports()
+    assert density_curves.table() in DOWNSTREAM
+    assert all(sum(data == name for data, _ in found) >= 2 for name in ("digits", "cifar10"))
+    assert all(report["seeds"] == 3 for report in found.values())
+
+
 def test_commands_of_the_page_on_pretraining_name_files_and_options_that_exist() -> None:
     page = (ROOT / "docs/pretraining.md").read_text()
     commands = re.findall(r"\| `([^`]*--out DIR)`", page)

@@ -58,7 +58,15 @@ def small(*more: str) -> Recipe:
 
 # --- the catalogue itself -------------------------------------------------------------------------------------------------------------
 
-RANGES = {"I": range(1, 24), "R": range(1, 18), "D": range(1, 17), "N": range(1, 15), "A": range(1, 23), "E": range(1, 12), "X": range(1, 12)}
+RANGES = {
+    "I": range(1, 24),
+    "R": range(1, 18),
+    "D": range(1, 17),
+    "N": range(1, 15),
+    "A": range(1, 23),
+    "E": range(1, 12),
+    "X": range(1, 12),
+}
 IDS = [f"{group}{number:02d}" for group, numbers in RANGES.items() for number in numbers]
 
 

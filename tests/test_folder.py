@@ -215,7 +215,7 @@ def test_model_safetensors_is_the_bare_backbone_and_head_the_projector(published
 def test_golden_codes_are_those_of_the_golden_images(published, encoder):
     golden = safetensors.torch.load_file(published / "golden.safetensors")
     e = encoder.embed([Image.fromarray(pixels.numpy()) for pixels in golden["images"]])
-    np.testing.assert_array_equal(e.to_dense(), golden["codes"].numpy())
+    np.testing.assert_allclose(e.to_dense(), golden["codes"].numpy(), rtol=1e-4, atol=1e-6)
     assert golden["images"].dtype == torch.uint8
     assert len(golden["codes"]) == 2
     assert 0 < e.l0 < 1
@@ -526,7 +526,7 @@ def test_not_a_number_is_refused_inside_an_otherwise_good_config(copy):
         load_encoder(copy)
 
 
-@pytest.mark.parametrize("value", [3, 99, 0, -1, "1", None, 1.0, [1]], ids=repr)
+@pytest.mark.parametrize("value", [4, 99, 0, -1, "1", None, 1.0, [1]], ids=repr)
 def test_another_format_is_refused(copy, value):
     with config_of(copy) as config:
         config["rlpjepa_zoo"]["format"] = value

@@ -27,7 +27,10 @@ def reports() -> dict[tuple[str, float], dict[str, Any]]:
 
 def table() -> str:
     """Markdown: one row for each encoder and measure."""
-    lines = ["| data | mu | measured density | | " + " | ".join(map(str, ACTIVE)) + " | z as it is | features | pixels |", "|---" * (7 + len(ACTIVE)) + "|"]
+    lines = [
+        "| data | mu | measured density | | " + " | ".join(map(str, ACTIVE)) + " | z as it is | features | pixels |",
+        "|---" * (7 + len(ACTIVE)) + "|",
+    ]
     for (data, mu), report in reports().items():
         curve = report["curve"]
         for i, (key, name) in enumerate(MEASURES.items()):
@@ -77,8 +80,8 @@ def main() -> None:
     inside = f"""
 ![Accuracy against active dimensions](measured/density.png)
 
-Encoders trained on a CPU at several mu, and what their codes are worth when each image keeps only so many of its largest values (± standard deviation over probe seeds; dashed: the
-backbone's dense features; dotted: raw pixels). One training seed each.
+Encoders trained on a CPU at several mu, and what their codes are worth when each image keeps only so many of its largest values
+(± standard deviation over probe seeds; dashed: the backbone's dense features; dotted: raw pixels). One training seed each.
 
 {table()}
 """

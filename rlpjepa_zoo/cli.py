@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from .errors import OutputError, UsageError, ZooError, first_line
+from .errors import DataError, OutputError, UsageError, ZooError, first_line
 
 app = typer.Typer(
     name="rlpjepa", help="Sparse, non-negative image embeddings of a density you choose (Rectified LpJEPA on timm).",
@@ -199,7 +199,7 @@ def embed(
     ] = "",
     id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers when not given.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column that holds the images; found by type when not given.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Of a data set on the Hub; train when not given.")] = None,
     data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable images out, list them, and go on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
@@ -221,7 +221,7 @@ def embed(
     if out.suffix and not out.is_dir() and out.suffix not in (".safetensors", ".npz", ".parquet"):
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
     how = Extraction(values, part_rows, Budget(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
-    _check_out(out, overwrite)
+    _check_out(out, overwrite, bool(columns))
     feed = open_feed(
         images,
         split=split,
@@ -246,13 +246,17 @@ def embed(
         collectives.shut_down()
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def _check_out(out: Path, overwrite: bool, columns: bool) -> None:
     if not out.parent.is_dir():
         raise OutputError(f"--out {out}: no folder {out.parent}")
     if not out.suffix or out.is_dir():
         return
     if out.exists() and not overwrite:
         raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    if columns:
+        raise UsageError(
+            f"--columns: one file holds ids and embeddings only; columns are passed into a folder, so give --out DIR instead of {out}"
+        )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
 
@@ -263,6 +267,8 @@ def _to_file(encoder: Any, feed: Any, out: Path, how: Any, progress: bool) -> di
     on_error = "skip" if how.skip_bad else "raise"
     budget = {"max_active": how.budget.max_active, "min_value": how.budget.min_value, "precision": how.budget.precision}
     found = encoder.embed(feed, how.batch_size, how.num_workers, progress=progress, on_error=on_error, failures=failures, **budget)
+    if failures and not len(found):
+        raise DataError(f"none of the {len(failures)} images can be read; the first: {failures[0][1]}")
     found.save(out, values=how.values)
     if failures:
         listing = out.with_name(out.name + ".failed.jsonl")
@@ -286,6 +292,8 @@ def dial(
     mode: Annotated[str, typer.Option(help="top_k keeps each image's largest values; threshold keeps values above one number.")] = "top_k",
     images: Annotated[str | None, typer.Option(help="What a threshold is calibrated on: a folder, files, ... as embed takes them.")] = None,
     num_workers: Workers = 4,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Calibrate without images that cannot be read.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the encoder in OUT.")] = False,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -298,11 +306,14 @@ def dial(
         raise UsageError("--density and --budget: give one of them")
     if budget is not None and (mode != "top_k" or images is not None):
         raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; choose another folder, or add --overwrite")
     encoder = load_encoder(source, revision=revision, device=_device(device))
     if budget is not None:
         twin = encoder.with_budget(budget)
     else:
-        twin = encoder.with_density(density or 0.0, mode, images, num_workers=num_workers, progress=not quiet)  # type: ignore[arg-type]
+        options = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
+        twin = encoder.with_density(density or 0.0, mode, images, **options)  # type: ignore[arg-type]
     twin.save_pretrained(out, name=f"local-dir:{out}")
     how = twin.config.dial
     _print({"encoder": str(out), "dial": "" if how is None else how.describe(twin.config.dim), "model": twin.fingerprint()}, as_json)

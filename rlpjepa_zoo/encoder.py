@@ -351,10 +351,12 @@ class SparseEncoder(nn.Module):
     def refused(group: Ready[feeds.Row], on_error: str, failures: list[tuple[Any, str]] | None) -> None:
         """Raise for, or note, images of a group that cannot be read."""
         for i, reason in group.bad:
+            name = group.items[i].id
+            reason = reason if str(name) in reason else f"{name}: {reason}"
             if on_error == "raise":
                 raise DataError(f"{reason}; leave such images out with on_error='skip' (--skip-bad)")
             if failures is not None:
-                failures.append((group.items[i].id, reason))
+                failures.append((name, reason))
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 

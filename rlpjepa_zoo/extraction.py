@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from . import collectives, folder, zoo
 from .checkpoint import lock
 from .encoder import Budget, SparseEncoder
-from .errors import DataError, OutputError, StoppedBySignal, UsageError, first_line
+from .errors import DataError, HubError, OutputError, StoppedBySignal, UsageError, first_line
 from .feeds import Feed, Row, spans
 from .interrupts import Interrupts
 from .preprocess import Ready, batched, ready
@@ -37,6 +38,8 @@ from .sparse import SparseEmbeddings, Values
 __all__ = ["Extraction", "card", "extract", "provenance", "publishable", "read_record"]
 
 FORMAT = 1
+_EMPTY = re.compile(r"\.part-(\d{6,})\.json")
+"""In place of a part without a single image that can be read; a parquet file without rows would keep others from opening the folder."""
 _NAMES = {"source", "revision", "folder"}
 """In the record: what is only said, not compared; folders may be moved."""
 _PART = re.compile(r"part-(\d{6,})\.parquet")
@@ -54,7 +57,7 @@ class Extraction:
         budget: what of each embedding is kept.
         batch_size: images at a time.
         num_workers: threads of each process that decode images.
-        skip_bad: leave out images that cannot be read, and list them.
+        skip_bad: leave out images that cannot be read, and list them. It may differ when a folder is gone on with.
     """
 
     values: Values = "float32"
@@ -74,7 +77,7 @@ class Extraction:
     def said(self) -> dict[str, Any]:
         """What must stay the same for a folder to be gone on with."""
         kept = {"max_active": self.budget.max_active, "min_value": self.budget.min_value, "precision": self.budget.precision}
-        return {"values": self.values, "part_rows": self.part_rows, "skip_bad": self.skip_bad, **kept}
+        return {"values": self.values, "part_rows": self.part_rows, **kept}
 
 
 def provenance(encoder: SparseEncoder, source: str, revision: str | None = None) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def provenance(encoder: SparseEncoder, source: str, revision: str | None = None)
     kind, _, place = source.partition(":")
     local = kind == "local-dir" or Path(source).is_dir()
     return {
-        "source": Path(place or source).name if local else source, "revision": revision, "fingerprint": encoder.fingerprint(),
+        "source": Path(place or source).resolve().name if local else source, "revision": revision, "fingerprint": encoder.fingerprint(),
         "architecture": config.architecture, "dim": config.dim, "preprocess": repr(config.preprocess),
         "dial": None if config.dial is None else config.dial.saved(),
     }  # fmt: skip
@@ -130,7 +133,7 @@ def extract(
         out: the folder.
         how: options of the extraction.
         model: what is recorded of the encoder, from `provenance`.
-        overwrite: remove the embeddings that are there, of whatever.
+        overwrite: remove the embeddings that are there; other files are never touched.
         progress: show a progress bar with the time left on stderr.
 
     Returns:
@@ -166,10 +169,16 @@ def extract(
             if collectives.rank() == 0:
                 held.enter_context(lock(out))
                 done = _prepare(out, record, how, overwrite)
-        done = collectives.gather_objects(done)[0]
+        done, first = collectives.gather_objects((done, record))[0]
+        with collectives.one_for_all():
+            if difference := _difference(first, record):
+                raise UsageError(f"processes see another {difference}; give all the same encoder, images and options")
         with encoder.evaluating(), Interrupts() as asked:
             _Work(encoder, feed, out, how, record).go(done, asked, progress)
-        collectives.barrier()
+        try:
+            collectives.barrier()
+        except RuntimeError as error:
+            raise HubError(f"another process ended, see its own error ({first_line(error)}); the same command goes on") from error
         with collectives.one_for_all():
             found = _finish(out, record, feed) if collectives.rank() == 0 else {}
         return dict(collectives.gather_objects(found)[0])
@@ -177,16 +186,21 @@ def extract(
 
 def _prepare(out: Path, record: dict[str, Any], how: Extraction, overwrite: bool) -> set[int]:
     """Make the folder, or see whether what is there can be gone on with; numbers of the parts that are done."""
-    ours = {"data", "embeddings.json", "failed.jsonl", "README.md", ".lock"}
-    found = None if overwrite else read_record(out)
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours and not (p.name.startswith(".") and ".partial." in p.name))
-    if not found and not overwrite:
-        foreign += [path.name for path in [out / "README.md", out / "failed.jsonl", *out.glob("data/*")] if path.exists()]
+    foreign = sorted(str(p.relative_to(out)) for p in [*out.iterdir(), *out.glob("data/*")] if not _ours(p, out))
+    found = None if overwrite and not foreign else read_record(out)
+    if not (out / "embeddings.json").is_file():
+        foreign += [name for name in ("README.md", "failed.jsonl", "data/*") if any(out.glob(name))]
     if foreign:
         raise UsageError(f"--out {out}: holds '{foreign[0]}', which is not of embeddings; choose another folder")
     try:
         if overwrite:
-            for path in [*out.glob("data/*.parquet"), *(out / name for name in ("embeddings.json", "failed.jsonl", "README.md"))]:
+            for path in [
+                out / "embeddings.json",
+                *out.glob("data/part-*"),
+                *out.glob("data/.part-*"),
+                out / "failed.jsonl",
+                out / "README.md",
+            ]:
                 path.unlink(missing_ok=True)
         (out / "data").mkdir(exist_ok=True)
         for left in [*out.glob(".*.partial.*"), *out.glob("data/.*.partial.*")]:
@@ -197,43 +211,62 @@ def _prepare(out: Path, record: dict[str, Any], how: Extraction, overwrite: bool
     if found is None:
         _write_json(out / "embeddings.json", {**record, "made with": around})
         return set()
-    for part in ("model", "input", "options"):
-        before, now = found.get(part) or {}, record[part]
-        if differing := [k for k in sorted((before.keys() | now.keys()) - _NAMES) if before.get(k) != now.get(k)]:
-            key = differing[0]
-            raise UsageError(
-                f"--out {out}: holds embeddings with another {part}: {key} was {before.get(key)!r}, is {now.get(key)!r}; "
-                "choose another folder, or --overwrite to begin anew"
-            )
+    if difference := _difference(found, record):
+        raise UsageError(f"--out {out}: holds embeddings with another {difference}; choose another folder, or --overwrite to begin anew")
     changed = [f"{k} {v} -> {around[k]}" for k, v in (found.get("made with") or {}).items() if k in around and around[k] != v]
     if changed:
         log.warning("%s: other parts were made with %s; equal up to rounding, not byte for byte", out, "; ".join(changed)[:400])
-    return _done(out)
+    return set(_done(out, record))
 
 
-def _done(out: Path) -> set[int]:
-    """Numbers of the parts that are whole; one that cannot be read is removed, to be made again."""
-    numbers = set()
+def _ours(path: Path, out: Path) -> bool:
+    """Whether a file or folder in `out`, or in its data/, is one that we write."""
+    if path.name.startswith(".") and ".partial." in path.name:
+        return True
+    if path.parent == out:
+        return path.name in ("data", "embeddings.json", "failed.jsonl", "README.md", ".lock")
+    return bool(_PART.fullmatch(path.name) or _EMPTY.fullmatch(path.name))
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first thing that differs between two records, of what must not."""
+    for part in ("model", "input", "options"):
+        old, new = before.get(part) or {}, now[part]
+        for key in sorted((old.keys() | new.keys()) - _NAMES):
+            if old.get(key) != new.get(key):
+                return f"{part}: {key} was {old.get(key)!r}, is {new.get(key)!r}"
+    return None
+
+
+def _done(out: Path, record: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What the parts that are whole say of themselves, by number; one that cannot be read is removed, to be made again."""
+    found = {}
     for path in sorted((out / "data").iterdir()):
-        name = _PART.fullmatch(path.name)
+        name = _PART.fullmatch(path.name) or _EMPTY.fullmatch(path.name)
         if name is None:
             continue
         try:
-            _footer(path)
-            numbers.add(int(name[1]))
+            part = _said_by(path)
         except DataError as error:
             log.warning("%s; it is made again", error)
             path.unlink()
-    return numbers
+            continue
+        if part["model"] != record["model"]["fingerprint"]:
+            raise UsageError(f"{path}: is of another encoder ({part['model']}); choose another folder, or --overwrite to begin anew")
+        found[int(name[1])] = part
+    return dict(sorted(found.items()))
 
 
-def _footer(path: Path) -> dict[str, Any]:
-    """What a part says of itself."""
+def _said_by(path: Path) -> dict[str, Any]:
+    """What a part says of itself: number, rows, nnz, failed, model."""
     import pyarrow.parquet as pq
 
     try:
+        if path.suffix == ".json":
+            return dict(json.loads(path.read_text()))
         with pq.ParquetFile(path) as file:
-            return dict(json.loads((file.schema_arrow.metadata or {})[b"rlpjepa_zoo"])["part"])
+            header = json.loads((file.schema_arrow.metadata or {})[b"rlpjepa_zoo"])
+            return {**header["part"], "model": header["meta"]["model"]}
     except Exception as error:
         raise DataError(f"{path}: damaged or not a part of embeddings ({first_line(error)})") from error
 
@@ -259,7 +292,7 @@ class _Work:
 
         prepared = ready(groups(), lambda item: item[1].read(), self.encoder.config.preprocess, self.how.num_workers)
         parts: list[SparseEmbeddings] = []
-        rows: list[Row] = []
+        cells: list[dict[str, Any]] = []  # not the rows, which hold the encoded images
         failed: list[tuple[str, str]] = []
         at: int | None = None
         with ThreadPoolExecutor(1, "write") as pool, closing(prepared), self._bar(done, rank, world, progress) as bar:
@@ -269,19 +302,19 @@ class _Work:
                         f"stopped by a signal; the parts in {self.out} that are finished stay, and the same command goes on", asked.stop
                     )
                 if at is not None and group.items[0][0] != at:
-                    self._write(pool, at, parts, rows, failed)
-                    parts, rows, failed = [], [], []
+                    self._write(pool, at, parts, cells, failed)
+                    parts, cells, failed = [], [], []
                 at = group.items[0][0]
                 parts.append(self._embed(group, failed))
-                rows += [group.items[i][1] for i in group.good]
+                cells += [group.items[i][1].columns for i in group.good]
                 bar.update(len(group.items))
             if at is not None:
-                self._write(pool, at, parts, rows, failed)
+                self._write(pool, at, parts, cells, failed)
             if self.writing is not None:
                 self.writing.result()
 
     def _bar(self, done: set[int], rank: int, world: int, progress: bool) -> Any:
-        size, total = self.how.part_rows, self.feed.length
+        size, total = self.how.part_rows, self.feed.length or self.feed.expected
         if total is not None:
             mine = [k for k in range(-(-total // size)) if k % world == rank and k not in done]
             total = sum(min(size, total - k * size) for k in mine)
@@ -290,41 +323,50 @@ class _Work:
 
     def _embed(self, group: Ready[tuple[int, Row]], failed: list[tuple[str, str]]) -> SparseEmbeddings:
         for i, reason in group.bad:
+            name = _text(group.items[i][1].id)
+            reason = reason if str(name) in reason else f"{name}: {reason}"
             if not self.how.skip_bad:
                 raise DataError(f"{reason}; leave such images out with --skip-bad")
-            failed.append((str(group.items[i][1].id), reason))
-        ids = [group.items[i][1].id for i in group.good]
+            failed.append((str(name), reason))
+        ids = [_text(group.items[i][1].id) for i in group.good]
         if not ids:
             return SparseEmbeddings.from_dense(torch.zeros(0, self.encoder.config.dim), meta=self.meta)
         x = self.encoder.config.preprocess.normalised(group.pixels.to(self.encoder.device))
         return SparseEmbeddings.from_dense(self.encoder.codes(x, ids[0], self.how.budget), ids, self.meta)
 
     def _write(
-        self, pool: ThreadPoolExecutor, k: int, parts: list[SparseEmbeddings], rows: list[Row], failed: list[tuple[str, str]]
+        self, pool: ThreadPoolExecutor, k: int, parts: list[SparseEmbeddings], cells: list[dict[str, Any]], failed: list[tuple[str, str]]
     ) -> None:
         """Write a part in the background, once the one before is on the disk."""
         if self.writing is not None:
             self.writing.result()
-        self.writing = pool.submit(self._write_now, k, parts, rows, failed)
+        self.writing = pool.submit(self._write_now, k, parts, cells, failed)
 
-    def _write_now(self, k: int, parts: list[SparseEmbeddings], rows: list[Row], failed: list[tuple[str, str]]) -> None:
+    def _write_now(self, k: int, parts: list[SparseEmbeddings], cells: list[dict[str, Any]], failed: list[tuple[str, str]]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         whole = SparseEmbeddings.concat(parts)
+        said = {"number": k, "rows": len(whole), "nnz": whole.nnz, "failed": failed}
+        if not len(whole):
+            _write_json(self.out / "data" / f".part-{k:06d}.json", {**said, "model": self.meta["model"]})
+            return
         table = whole.to_arrow(self.how.values)
         for name, feature in self.feed.columns.items():
-            cells = [row.columns[name] for row in rows]
             try:
-                table = table.append_column(name, pa.array(cells, _arrow_type(feature)))
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                table = table.append_column(name, pa.array([cell[name] for cell in cells], _arrow_type(feature)))
+            except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
                 raise DataError(f"column '{name}' does not hold what its type says ({first_line(error)})") from error
-        header = json.loads(table.schema.metadata[b"rlpjepa_zoo"])
-        header["part"] = {"number": k, "rows": len(whole), "nnz": whole.nnz, "failed": failed}
+        header = json.loads(table.schema.metadata[b"rlpjepa_zoo"]) | {"part": said}
         described = {"info": {"features": _features(table.schema, self.feed.columns)}}
         table = table.replace_schema_metadata({"rlpjepa_zoo": json.dumps(header), "huggingface": json.dumps(described)})
         with folder.whole_file(self.out / "data" / f"part-{k:06d}.parquet") as aside:
             pq.write_table(table, aside, compression="zstd")
+
+
+def _text(name: str | int) -> str | int:
+    """An id that Arrow can hold: bytes of a file name that are no text are written as they are escaped in Python."""
+    return name if isinstance(name, int) else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _arrow_type(feature: dict[str, Any]) -> Any:
@@ -333,8 +375,9 @@ def _arrow_type(feature: dict[str, Any]) -> Any:
 
     if feature.get("_type") == "ClassLabel":
         return pa.int64()
-    with suppress(KeyError, ValueError, TypeError):
-        return pa.type_for_alias(feature["dtype"])
+    if feature.get("_type") == "Value":
+        with suppress(KeyError, ValueError, TypeError):
+            return pa.type_for_alias(feature["dtype"])
     import datasets
 
     return datasets.Features.from_dict({"x": feature}).arrow_schema.field("x").type
@@ -359,10 +402,12 @@ def _dtype(kind: Any) -> str:
 
 def _finish(out: Path, record: dict[str, Any], feed: Feed) -> dict[str, Any]:
     """Look at all parts, and write down what there is."""
+    done = _done(out, record)
     paths = sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))
-    footers = [_footer(path) for path in paths]
-    rows, nnz = (sum(footer[key] for footer in footers) for key in ("rows", "nnz"))
-    failed = [tuple(one) for footer in footers for one in footer["failed"]]
+    rows, nnz = (sum(part[key] for part in done.values()) for key in ("rows", "nnz"))
+    failed = [tuple(one) for part in done.values() for one in part["failed"]]
+    if absent := set(range(max(done, default=-1) + 1)) - done.keys():
+        raise DataError(f"{out}: part {min(absent)} is not there; run the same command again")
     if feed.length is not None and rows + len(failed) != feed.length:
         raise DataError(
             f"{out}: {rows} rows and {len(failed)} failures, but {feed.length} images: the input changed while it was read; begin anew"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,10 @@ from .errors import DataError, HubError, UsageError, first_line
 
 __all__ = ["Feed", "Row", "open_feed", "spans"]
 
+log = logging.getLogger("rlpjepa_zoo")
+
+_RESERVED = ("id", "indices", "values", "scale")
+"""Columns of the embeddings themselves."""
 _TARS = (".tar", ".tar.gz", ".tgz")
 _MOST_BYTES = 1 << 28
 """Of one member of a tar file that is read as an image."""
@@ -44,6 +49,7 @@ class Feed:
     Attributes:
         rows: from a row number to an iterator over all rows from there on.
         length: number of rows; None when it is not known beforehand.
+        expected: number of rows, for a progress bar only, where somebody says so and may be wrong.
         identity: JSON-able; differs when other images are meant. Names and sizes are compared, not every pixel.
         columns: what is passed along: name to the feature as a Hugging Face data set describes it.
         seekable: `rows(n)` costs no more than `rows(0)`.
@@ -54,6 +60,7 @@ class Feed:
     identity: dict[str, Any]
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     seekable: bool = False
+    expected: int | None = None
 
 
 def spans(feed: Feed, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Row]]]:
@@ -89,7 +96,7 @@ def spans(feed: Feed, size: int, wanted: Callable[[int], bool]) -> Iterator[tupl
 
 
 def open_feed(
-    source: Any, *, split: str = "train", columns: Sequence[str] = (), id_column: str | None = None, image_column: str | None = None,
+    source: Any, *, split: str | None = None, columns: Sequence[str] = (), id_column: str | None = None, image_column: str | None = None,
     revision: str | None = None,
 ) -> Feed:  # fmt: skip
     """Rows of a folder (or several), files, a list of files (.txt), parquet or tar files, a Hugging Face data set, its id on the Hub (streamed), or
@@ -97,7 +104,7 @@ def open_feed(
 
     Args:
         source: where the images are; a path that exists is taken for that, else ``owner/name`` is looked for on the Hub.
-        split: of a data set on the Hub.
+        split: of a data set on the Hub; train when None.
         columns: passed along beside the class label, of parquet files and data sets; of tar files, suffixes of text members (json, txt).
         id_column: its values are the ids, instead of row numbers.
         image_column: the first that holds images when None.
@@ -130,19 +137,20 @@ class _Asked(NamedTuple):
             raise UsageError(f"columns: {what} have none; leave the options for columns out")
 
 
-def _of_names(names: list[str], asked: _Asked, split: str, revision: str | None) -> Feed:
-    paths = [Path(name) for name in names]
+def _of_names(names: list[str], asked: _Asked, split: str | None, revision: str | None) -> Feed:
+    paths = [Path(name).expanduser() for name in names]
     if len(names) == 1 and not paths[0].exists() and zoo.is_repository(names[0]):
-        return _of_hub(names[0], asked, split, revision)
-    if revision is not None:
-        raise UsageError(f"'{names[0]}' is not a data set on the Hub, so it has no revision; leave it out")
+        return _of_hub(names[0], asked, split or "train", revision)
+    for what, given in (("revision", revision), ("split", split)):
+        if given is not None:
+            raise UsageError(f"'{names[0]}' is not a data set on the Hub, so it has no {what}; leave it out")
     if missing := [name for name, path in zip(names, paths, strict=True) if not path.exists()]:
         raise DataError(f"{missing[0]}: no such file or folder" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
     if len(paths) == 1 and paths[0].suffix == ".txt":
         asked.refuse("lists of files")
         return _of_images(images.open_images(_listed(paths[0])), _files_identity(_listed(paths[0])))
     files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
-    kinds = {"parquet" if f.suffix == ".parquet" else "tar" if str(f).lower().endswith(_TARS) else "image" for f in files}
+    kinds = {"parquet" if f.suffix == ".parquet" else "tar" if _is_tar(f) else "image" for f in files}
     if len(kinds) > 1:
         raise DataError(f"{names[0]}: parquet files, tar files and images are not embedded together; name those of one kind")
     if kinds == {"parquet"}:
@@ -159,14 +167,26 @@ def _of_names(names: list[str], asked: _Asked, split: str, revision: str | None)
 
 def _inside(folder: Path) -> list[Path]:
     """The images of a folder; of one without images, its parquet or tar files."""
+    others = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".") and (p.suffix == ".parquet" or _is_tar(p)))
     try:
-        return images.list_images(folder)
+        found = images.list_images(folder)
     except DataError:
-        found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        kept = [p for p in found if p.suffix == ".parquet"] or [p for p in found if str(p).lower().endswith(_TARS)]
+        kept = [p for p in others if p.suffix == ".parquet"] or others
         if not kept:
             raise
         return kept
+    if others:
+        log.warning(
+            "%s: %d images are taken; %d parquet or tar files beside them are not: name those to embed them",
+            folder,
+            len(found),
+            len(others),
+        )
+    return found
+
+
+def _is_tar(path: Path) -> bool:
+    return path.name.lower().endswith(_TARS)
 
 
 def _listed(path: Path) -> list[Path]:
@@ -233,8 +253,13 @@ def _kept(features: Any, asked: _Asked) -> tuple[str, list[str]]:
     for name in (*asked.columns, *([asked.id] if asked.id else [])):
         if name not in features:
             raise DataError(f"no column '{name}'; the data set has {', '.join(features)}")
-        if name in ("id", "indices", "values", "scale") and name != asked.id:
+    for name in asked.columns:
+        if name in _RESERVED:
             raise UsageError(f"columns: '{name}' is a name of the embeddings themselves; use it as the id column, or rename it")
+        if type(features[name]).__name__ in ("Image", "Audio", "Video"):
+            raise UsageError(
+                f"columns: '{name}' holds {type(features[name]).__name__.lower()}s, which are not passed along; name columns of text or numbers"
+            )
     return image, list(dict.fromkeys([*([label] if label else []), *asked.columns]))
 
 
@@ -267,7 +292,7 @@ def _of_dataset(dataset: Any, asked: _Asked, identity: dict[str, Any] | None = N
         raise DataError("the stream does not tell its columns; give parquet files, or a data set that is not streamed")
     image, kept = _kept(dataset.features, asked)
     wanted = list(dict.fromkeys([image, *kept, *([asked.id] if asked.id else [])]))
-    raw = images.undecoded(dataset.select_columns(wanted), image)
+    raw = images.undecoded(dataset.select_columns(wanted).with_format(None), image)
     whole = hasattr(dataset, "__len__")
 
     def rows(start: int) -> Iterator[Row]:
@@ -283,9 +308,15 @@ def _of_dataset(dataset: Any, asked: _Asked, identity: dict[str, Any] | None = N
         except Exception as error:  # a file cut short, the network, ...
             raise network.trouble(error, "data") or DataError(f"data: {first_line(error)}") from error
 
-    length = len(dataset) if whole else total
+    length = len(dataset) if whole else None
     identity = identity or {"dataset": getattr(dataset, "_fingerprint", None) or str(dataset.features)}
-    return Feed(rows, length, {**identity, "rows": length}, _described(dataset.features, kept), seekable=whole)
+    identity |= {"rows": length, **_chosen(image, kept, asked)}
+    return Feed(rows, length, identity, _described(dataset.features, kept), seekable=whole, expected=total)
+
+
+def _chosen(image: str, kept: Sequence[str], asked: _Asked) -> dict[str, Any]:
+    """Of an identity: the columns that are read."""
+    return {"image column": image, "id column": asked.id, "columns": list(kept)}
 
 
 def _of_hub(name: str, asked: _Asked, split: str, revision: str | None) -> Feed:
@@ -309,48 +340,71 @@ def _of_hub(name: str, asked: _Asked, split: str, revision: str | None) -> Feed:
 
 def _of_parquet(files: list[Path], asked: _Asked) -> Feed:
     """Read a few rows at a time, so that memory does not grow with the files."""
-    import datasets
-    import pyarrow.parquet as pq
-
-    def opened(path: Path) -> Any:
-        try:
-            return pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
-        except Exception as error:
-            raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
-
-    with opened(files[0]) as first:
-        features = datasets.Features.from_arrow_schema(first.schema_arrow)
+    with _opened(files[0]) as first:
+        features = _columns(first.schema_arrow)
     image, kept = _kept(features, asked)
     wanted = list(dict.fromkeys([image, *kept, *([asked.id] if asked.id else [])]))
     counts = []
     for file in files:
-        with opened(file) as one:
-            if absent := [name for name in wanted if name not in one.schema_arrow.names]:
-                raise DataError(f"{file}: no column '{absent[0]}', which {files[0]} has")
+        with _opened(file) as one:
+            here = _columns(one.schema_arrow)
             counts.append(one.metadata.num_rows)
+        for name in wanted:
+            if name not in here:
+                raise DataError(f"{file}: no column '{name}', which {files[0]} has")
+            if here[name] != features[name]:
+                raise DataError(
+                    f"{file}: column '{name}' is {here[name]}, in {files[0]} it is {features[name]}; embed them into two folders"
+                )
 
     def rows(start: int) -> Iterator[Row]:
         at = 0
         for file, count in zip(files, counts, strict=True):
-            if at + count <= start:
-                at += count
-                continue
-            with opened(file) as one:
-                groups = [one.metadata.row_group(g).num_rows for g in range(one.metadata.num_row_groups)]
-                while groups and at + groups[0] <= start:
-                    at += groups.pop(0)
-                rest = range(one.metadata.num_row_groups - len(groups), one.metadata.num_row_groups)
-                try:
-                    for batch in one.iter_batches(_ROWS, row_groups=list(rest), columns=wanted):
-                        skipped = min(max(start - at, 0), batch.num_rows)
-                        at += skipped
-                        for record in batch.slice(skipped).to_pylist():
-                            yield _record(record, at, image, kept, asked)
-                            at += 1
-                except OSError as error:
-                    raise DataError(f"{file}: row {at} or one after it cannot be read ({first_line(error)})") from error
+            if at + count > start:
+                for number, record in enumerate(_records(file, max(0, start - at), wanted), max(at, start)):
+                    yield _record(record, number, image, kept, asked)
+            at += count
 
-    return Feed(rows, sum(counts), {**_files_identity(files, _common(files)), "rows": sum(counts)}, _described(features, kept))
+    identity = {**_files_identity(files, _common(files)), "rows": sum(counts), **_chosen(image, kept, asked)}
+    return Feed(rows, sum(counts), identity, _described(features, kept))
+
+
+def _opened(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False)
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as parquet ({first_line(error)})") from error
+
+
+def _columns(schema: Any) -> Any:
+    """Columns as a Hugging Face data set describes them, less those of types that it does not know."""
+    import datasets
+    import pyarrow as pa
+
+    known = [column for column in schema if not pa.types.is_map(column.type)]
+    return datasets.Features.from_arrow_schema(pa.schema(known, metadata=schema.metadata))
+
+
+def _records(file: Path, start: int, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file from one on; row groups before it are not read."""
+    with _opened(file) as one:
+        at, group = 0, 0
+        while group < one.metadata.num_row_groups and at + one.metadata.row_group(group).num_rows <= start:
+            at += one.metadata.row_group(group).num_rows
+            group += 1
+        batches = one.iter_batches(_ROWS, row_groups=list(range(group, one.metadata.num_row_groups)), columns=list(wanted))
+        while True:
+            try:
+                batch = next(batches, None)
+                records = [] if batch is None else batch.slice(min(max(start - at, 0), batch.num_rows)).to_pylist()
+            except (OSError, ValueError) as error:  # damaged pages, text that is not UTF-8
+                raise DataError(f"{file}: row {at} or one after it cannot be read ({first_line(error)})") from error
+            if batch is None:
+                return
+            at += batch.num_rows
+            yield from records
 
 
 def _common(files: Sequence[Path]) -> Path:
@@ -361,31 +415,41 @@ def _common(files: Sequence[Path]) -> Path:
 
 
 def _of_tars(files: list[Path], asked: _Asked) -> Feed:
-    """WebDataset: members of one sample follow each other and share their name up to its first dot. Nothing is ever written to disk."""
+    """WebDataset: members of one sample follow each other and share their name up to its first dot. Nothing is ever written to disk.
+
+    What is passed along, and whether a class is a number or text, is told by the first sample; other samples may lack it.
+    """
     if asked.id or asked.image:
         raise UsageError(
             "columns: tar files have members, not columns; name passed-along ones by suffix (json, txt) with the option for columns"
         )
-    prefix = len(files) > 1
+    first = next(_samples(files[0]), ("", {}))[1]
+    suffixes = [suffix.lower().removeprefix(".") for suffix in asked.columns]
+    for suffix in suffixes:
+        if suffix in (*_RESERVED, "label"):
+            raise UsageError(f"columns: '{suffix}' is a name of the embeddings themselves; rename the members")
+        if suffix not in first:
+            raise DataError(f"{files[0]}: the first sample has no member '.{suffix}'; it has {', '.join(first) or 'none'}")
+    text = first.get("cls")
+    numbers = isinstance(text, bytes) and text.strip().lstrip(b"-").isdigit()
+    label = None if text is None else _label(None) if numbers else {"dtype": "string", "_type": "Value"}
+    root = _common(files)
 
     def rows(start: int) -> Iterator[Row]:
         at = 0
         for file in files:
+            place = file.relative_to(root).as_posix()
             for key, members in _samples(file):
                 if at >= start:
-                    yield _sample_row(f"{_stem(file)}/{key}" if prefix else key, members, labelled, asked.columns)
+                    name = f"{place[: place.lower().rindex('.t')]}/{key}" if len(files) > 1 else key
+                    yield _sample_row(name, members, label, suffixes)
                 at += 1
 
-    labelled = "cls" in next(_samples(files[0]), ("", {}))[1]
-    columns = {"label": _label(None)} if labelled else {}
-    columns |= {suffix: {"dtype": "string", "_type": "Value"} for suffix in asked.columns}
+    columns = {} if label is None else {"label": label}
+    columns |= {suffix: {"dtype": "string", "_type": "Value"} for suffix in suffixes}
     plain = all(file.suffix.lower() == ".tar" for file in files)  # whose headers are found without reading what lies between
     length = sum(1 for file in files for _ in _samples(file, contents=False)) if plain else None
-    return Feed(rows, length, {**_files_identity(files, _common(files)), "rows": length}, columns)
-
-
-def _stem(file: Path) -> str:
-    return file.name[: file.name.lower().rindex(".t")]
+    return Feed(rows, length, {**_files_identity(files, root), "rows": length, "columns": list(columns)}, columns)
 
 
 def _samples(file: Path, contents: bool = True) -> Iterator[tuple[str, dict[str, bytes | DataError]]]:
@@ -403,11 +467,17 @@ def _samples(file: Path, contents: bool = True) -> Iterator[tuple[str, dict[str,
                     if _image_of(members) is not None:
                         yield key, members
                     key, members = stem, {}
+                suffix = suffix.lower()
+                if suffix in members or (_is_image(suffix) and _image_of(members) is not None):
+                    raise DataError(
+                        f"{file}: '{member.name}' belongs to the sample '{key}', which has an image already: WebDataset cuts names at their first dot; "
+                        "rename the members, or unpack the archive and embed the folder"
+                    )
                 if member.size > _MOST_BYTES:
-                    members[suffix.lower()] = DataError(f"{member.size} bytes, the limit is {_MOST_BYTES}")
+                    members[suffix] = DataError(f"{member.size} bytes, the limit is {_MOST_BYTES}")
                 else:
                     opened = archive.extractfile(member) if contents else None
-                    members[suffix.lower()] = opened.read() if opened is not None else b""
+                    members[suffix] = opened.read() if opened is not None else b""
                 archive.members = []  # type: ignore[attr-defined]  # else the archive remembers every one
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{file}: cannot be read as a tar file after '{key}' ({first_line(error)})") from error
@@ -415,23 +485,28 @@ def _samples(file: Path, contents: bool = True) -> Iterator[tuple[str, dict[str,
         yield key, members
 
 
+def _is_image(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2]}" in images.SUFFIXES
+
+
 def _image_of(members: dict[str, bytes | DataError]) -> str | None:
-    return next((suffix for suffix in members if f".{suffix.rpartition('.')[2]}" in images.SUFFIXES), None)
+    return next((suffix for suffix in members if _is_image(suffix)), None)
 
 
-def _sample_row(key: str, members: dict[str, bytes | DataError], labelled: bool, asked: Sequence[str]) -> Row:
-    columns: dict[str, Any] = {}
-    if labelled:
-        text = members.get("cls", b"-1")
+def _sample_row(key: str, members: dict[str, bytes | DataError], label: dict[str, Any] | None, suffixes: Sequence[str]) -> Row:
+    columns = {suffix: _text(members.get(suffix)) for suffix in suffixes}
+    if label is not None:
+        text = _text(members.get("cls"))
         try:
-            columns["label"] = int(text if isinstance(text, bytes) else b"")
+            columns["label"] = text if text is None or label.get("dtype") == "string" else int(text)
         except ValueError as error:
-            raise DataError(f"{key}.cls: expected a class number, got {str(text)[:40]}") from error
-    for suffix in asked:
-        value = members.get(suffix)
-        columns[suffix] = value.decode("utf-8", "replace") if isinstance(value, bytes) else None
+            raise DataError(f"{key}.cls: expected a class number, as in the first sample, got {str(text)[:40]!r}") from error
     content = members[_image_of(members) or ""]
     return Row(key, partial(_read_member, content, key), columns)
+
+
+def _text(member: bytes | DataError | None) -> Any:
+    return member.decode("utf-8", "replace").strip() if isinstance(member, bytes) else None
 
 
 def _read_member(content: bytes | DataError, name: str) -> Image.Image:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import DataError
+from .images import MAX_PIXELS
 
 __all__ = ["Preprocess", "Ready", "batched", "ready"]
 
@@ -65,7 +66,14 @@ class Preprocess:
         return steps
 
     def pixels(self, image: Image.Image) -> np.ndarray[Any, Any]:
-        """An RGB image resized and cropped: (H, W, 3) uint8. `normalised` is the rest of `transform`."""
+        """An RGB image resized and cropped: (H, W, 3) uint8. `normalised` is the rest of `transform`.
+
+        Raises:
+            DataError: so long and thin that resizing it, before the crop, would take more memory than any image is given.
+        """
+        grown = max(self.size) / self.crop_pct / min(image.size)
+        if image.width * image.height * grown**2 > MAX_PIXELS:
+            raise DataError(f"{image.width} x {image.height} pixels: too long and thin to be resized to {self.size[1]} x {self.size[0]}")
         if image.size != self.size[::-1] or self.crop_pct != 1:
             for step in self._shape:
                 image = step(image)

@@ -281,6 +281,8 @@ class SparseEmbeddings:
             names = pa.array(self.ids.tolist(), pa.string() if self.ids.dtype.kind == "U" else pa.int64())
         except UnicodeEncodeError as error:
             raise DataError("an id is not valid UTF-8 text, which Arrow and Parquet need; save as .npz or .safetensors") from error
+        except OverflowError as error:
+            raise DataError("an id is above 2^63 - 1, which Arrow and Parquet do not hold; use text") from error
         lists, offsets = (
             (pa.ListArray, pa.array(self.indptr.astype(np.int32))) if self.nnz < 2**31 else (pa.LargeListArray, pa.array(self.indptr))
         )
@@ -360,18 +362,13 @@ class SparseEmbeddings:
         """Read what `save` wrote, or all parts of a folder that `rlpjepa embed --out DIR` wrote; every file is checked as the constructor checks.
 
         Raises:
-            DataError: no such file, or one that is damaged.
+            DataError: no such file, one that is damaged, or a folder that is not finished.
             ModelError: a file of another kind or a newer format.
             UsageError: parts of different encoders.
         """
         path = Path(path)
         if path.is_dir():
-            parts = sorted(path.glob("data/*.parquet"))
-            if not parts:
-                raise DataError(
-                    f"{path}: no data/*.parquet, so not a folder of embeddings; expected one that `rlpjepa embed --out DIR` wrote"
-                )
-            return cls.concat([cls.load(part) for part in parts])
+            return cls.concat([cls.load(part) for part in _parts(path)])
         _check_ending(path)
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -448,6 +445,21 @@ def _vector(name: str, values: Any, dtype: Any = None) -> np.ndarray[Any, Any]:
     if dtype == np.int64 and not np.array_equal(cast, array):
         raise DataError(f"{name}: expected integers, got {array.dtype}")
     return cast
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The parquet files of a folder of embeddings, all of them."""
+    found = sorted(folder.glob("data/*.parquet"))
+    if not found:
+        raise DataError(f"{folder}: no data/*.parquet, so not a folder of embeddings; expected one that `rlpjepa embed --out DIR` wrote")
+    record = folder / "embeddings.json"
+    try:
+        said = json.loads(record.read_text())["result"]["parts"] if record.is_file() else len(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: not finished; run the same `rlpjepa embed` again, or load the parts you want one by one") from error
+    if said != len(found):
+        raise DataError(f"{folder}: {len(found)} parts, {said} were written; run the same `rlpjepa embed` again")
+    return found
 
 
 def _check_ending(path: Path) -> None:

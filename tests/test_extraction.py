@@ -134,6 +134,8 @@ def test_a_stopped_run_is_gone_on_with_and_ends_byte_equal(photos: Path, tmp_pat
                 extract(enc, open_feed(photos), out, HOW)
         before = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "part-" in name}
         assert len(before) == min(5, max(0, stop - 2))
+        with refused(DataError, match="not finished" if len(before) else "no data/"):
+            SparseEmbeddings.load(out)
         extract(enc, open_feed(photos), out, HOW)
         assert contents(out) == contents(tmp_path / "whole")
         assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())  # what was there is not made again
@@ -147,11 +149,17 @@ def test_killed_at_random_instants_and_started_again_the_files_are_byte_equal(ph
     while kills < 6:
         pid = os.fork()
         if pid == 0:
-            extract(enc, open_feed(photos), tmp_path / "out", HOW)
-            os._exit(0)
+            code = 1
+            try:
+                extract(enc, open_feed(photos), tmp_path / "out", HOW)
+                code = 0
+            finally:
+                os._exit(code)
         time.sleep(usual * source.random())
         os.kill(pid, signal.SIGKILL)
-        if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert ended in (-signal.SIGKILL, 0)
+        if ended:
             kills += 1
         else:  # it was done before
             __import__("shutil").rmtree(tmp_path / "out")
@@ -192,9 +200,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed_also_when_gone_on_wi
     how = Extraction(part_rows=7, batch_size=3, num_workers=2, skip_bad=True)
     with refused(DataError, match=r"blue/00\.png: .*--skip-bad"):
         extract(enc, open_feed(photos), out, HOW)
-    with refused(UsageError, match="skip_bad was False, is True"):
-        extract(enc, open_feed(photos), out, how)
-    found = extract(enc, open_feed(photos), out, how, overwrite=True)
+    found = extract(enc, open_feed(photos), out, how)  # as the error said
     assert found["rows"] == N - 2 and found["skipped"] == 2 and sum(found["reasons"].values()) == 2
     rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["blue/00.png", "red/13.png"] and all("cannot be read" in row["reason"] for row in rows)
@@ -253,6 +259,121 @@ def test_a_folder_of_something_else_is_left_alone(photos: Path, tmp_path: Path) 
     (tmp_path / "torn/embeddings.json").write_text("{")
     with refused(DataError, match="embeddings.json: damaged"):
         extract(settled(), open_feed(photos), tmp_path / "torn", HOW)
+
+
+def test_files_of_others_are_never_removed_not_even_to_begin_anew(photos: Path, tmp_path: Path) -> None:
+    home = tmp_path / "set"
+    (home / "data").mkdir(parents=True)
+    table().to_parquet(str(home / "data/train-0.parquet"))
+    (home / "README.md").write_text("a card")
+    before = contents(home)
+    for overwrite in (False, True):
+        with refused(UsageError, match="which is not of embeddings"):
+            extract(settled(), open_feed(home), home, HOW, overwrite=overwrite)
+    assert contents(home) == before
+    extract(settled(), open_feed(photos), tmp_path / "out", HOW)
+    (tmp_path / "out/data/mine.parquet").write_bytes(b"mine")
+    with refused(UsageError, match=r"data/mine\.parquet"):
+        extract(settled(), open_feed(photos), tmp_path / "out", HOW, overwrite=True)
+
+
+def test_other_columns_of_the_same_file_are_other_input(tmp_path: Path) -> None:
+    table().to_parquet(str(tmp_path / "t.parquet"))
+    enc, how = settled(), Extraction(part_rows=4, batch_size=3)
+    extract(enc, open_feed(tmp_path / "t.parquet"), tmp_path / "out", how)
+    for options in ({"columns": ["note"]}, {"id_column": "key"}):
+        with refused(UsageError, match="another input: (columns|id column) was"):
+            extract(enc, open_feed(tmp_path / "t.parquet", **options), tmp_path / "out", how)  # type: ignore[arg-type]
+
+
+def test_a_part_without_a_readable_image_does_not_keep_others_from_opening_the_folder(photos: Path, tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("blue/14.png", "blue/16.png"):
+        (photos / name).write_bytes(b"")
+    enc, out, how = settled(), tmp_path / "out", Extraction(part_rows=1, batch_size=3, num_workers=0, skip_bad=True)
+    found = extract(enc, open_feed(photos), out, how)
+    assert (
+        found["rows"] == N - 2
+        and found["parts"] == N - 2
+        and [row["id"] for row in map(json.loads, (out / "failed.jsonl").open())] == ["blue/14.png", "blue/16.png"]
+    )
+    assert (
+        len(datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))) == N - 2 == len(SparseEmbeddings.load(out))
+    )
+    before = contents(out)
+    (out / "data/part-000003.parquet").unlink()
+    extract(enc, open_feed(photos), out, how)
+    assert contents(out) == before
+
+
+def test_encoded_images_are_let_go_as_soon_as_they_are_decoded(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import weakref
+
+    from rlpjepa_zoo.feeds import Feed, Row
+
+    class Cell:
+        def __call__(self) -> Image.Image:
+            return Image.new("RGB", (32, 32))
+
+    alive: list[weakref.ref[Cell]] = []
+
+    def rows(start: int) -> Any:
+        for i in range(start, 40):
+            cell = Cell()
+            alive.append(weakref.ref(cell))
+            yield Row(i, cell, {})
+
+    held: list[int] = []
+    codes = rz.SparseEncoder.codes
+
+    def counting(self: Any, *args: Any) -> Any:
+        gc.collect()
+        held.append(sum(ref() is not None for ref in alive))
+        return codes(self, *args)
+
+    monkeypatch.setattr(rz.SparseEncoder, "codes", counting)
+    extract(settled(), Feed(rows, 40, {}), tmp_path / "out", Extraction(part_rows=40, batch_size=2, num_workers=1))
+    assert max(held) <= 8 < len(held)  # a few batches, not the part
+
+
+def failing_share(photos: Path, out: Path) -> str:
+    try:
+        extract(settled(), open_feed(photos), out, HOW)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def test_processes_that_see_other_images_stop_before_anything_is_embedded(photos: Path, tmp_path: Path) -> None:
+    said = run_ranks(other_share, 2, photos, tmp_path / "out")
+    assert all(text.startswith("UsageError") and "processes see another input" in text for text in said)
+    assert list((tmp_path / "out/data").iterdir()) == []
+
+
+def other_share(photos: Path, out: Path) -> str:
+    from rlpjepa_zoo import collectives
+
+    if collectives.rank() == 1:
+        photos = photos / "red"
+    return failing_share(photos, out)
+
+
+def test_a_name_that_is_no_text_is_an_id_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in (b"good.png", b"bad\xff.png"):
+        Image.new("RGB", (32, 32)).save(os.fsdecode(os.path.join(os.fsencode(tmp_path / "photos"), name)))
+    extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", HOW)
+    assert SparseEmbeddings.load(tmp_path / "out").ids.tolist() == ["bad\\xff.png", "good.png"]
+
+
+def test_an_image_that_is_too_long_and_thin_costs_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("1", (100_000, 1)).save(tmp_path / "photos/line.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos/good.png")
+    found = extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", Extraction(skip_bad=True))
+    assert found["skipped"] == 1 and "line.png: 100000 x 1 pixels: too long and thin" in (tmp_path / "out/failed.jsonl").read_text()
 
 
 def test_a_full_disk_keeps_the_parts_that_are_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +451,7 @@ def test_parts_of_two_encoders_are_not_loaded_together(photos: Path, tmp_path: P
     enc = settled()
     for name, encoder in (("a", enc), ("b", enc.with_budget(3))):
         extract(encoder, open_feed(photos), tmp_path / name, HOW)
-    (tmp_path / "b/data/part-000000.parquet").rename(tmp_path / "a/data/part-000009.parquet")
+    (tmp_path / "b/data/part-000000.parquet").rename(tmp_path / "a/data/part-000004.parquet")
     with refused(UsageError, match="rows of different encoders do not mix"):
         SparseEmbeddings.load(tmp_path / "a")
     with refused(DataError, match="no data/"):
@@ -406,6 +527,9 @@ def test_mistakes_on_the_command_line_are_one_line_with_their_code(
         ([*embed, tmp_path / "file" / "out"], 6),
         (["embed", tmp_path / "enc", tmp_path / "nowhere", "--out", tmp_path / "out"], 3),
         (["embed", tmp_path / "nowhere", photos, "--out", tmp_path / "out"], 2),
+        ([*embed, tmp_path / "out.npz", "--columns", "note"], 2),
+        ([*embed, tmp_path / "out", "--split", "test"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "enc", "--budget", "3"], 2),
         (["dial", tmp_path / "enc", "--out", tmp_path / "d"], 2),
         (["dial", tmp_path / "enc", "--out", tmp_path / "d", "--density", "0.2", "--budget", "3"], 2),
         (["dial", tmp_path / "enc", "--out", tmp_path / "d", "--density", "1.5"], 2),
@@ -488,10 +612,12 @@ def test_no_file_stays_open_and_no_thread_runs_on(photos: Path, tmp_path: Path) 
 
 
 def test_more_numbers_than_32_bits_count_and_wide_rows_have_wide_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+
     wide = SparseEmbeddings([0, 2], [5, 40_000], [1.0, 2.0], 2**16)
     assert str(wide.to_arrow().schema.field("indices").type) == "list<item: int32>"
     monkeypatch.setattr(SparseEmbeddings, "nnz", property(lambda self: 2**31))
-    assert wide.to_arrow().schema.field("indices").type == "large_list<item: int32>" and wide.to_scipy().indptr.dtype == np.int64
+    assert wide.to_arrow().schema.field("indices").type == pa.large_list(pa.int32()) and wide.to_scipy().indptr.dtype == np.int64
 
 
 MEASURE = """

@@ -156,6 +156,58 @@ def test_a_member_of_a_tar_file_that_is_too_large_is_refused_alone(tmp_path: Pat
     assert rows[0].read().size == rows[2].read().size
 
 
+def test_what_would_be_lost_in_a_tar_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    twice = tar(tmp_path / "a.tar", [(f"Screen 10.20.0{i}.png", png(i)) for i in range(3)])
+    with refused(DataError, match=r"'Screen 10\.20\.01\.png' belongs to the sample 'Screen 10'"):
+        list(open_feed(twice).rows(0))
+    plain = tar(tmp_path / "b.tar", samples(range(3)))
+    with refused(DataError, match=r"has no member '\.nope'; it has png, cls, json"):
+        open_feed(plain, columns=["nope"])
+    with refused(UsageError, match="'id' is a name of the embeddings themselves"):
+        open_feed(plain, columns=["id"])
+    assert next(open_feed(plain, columns=[".JSON"]).rows(0)).columns["json"] == '{"i": 0}'
+    for name in ("x", "y"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        tar(tmp_path / "both" / name / "0.tar", [("a.png", png(0)), ("a.cls", b"cat")])
+    rows = list(open_feed(tmp_path / "both").rows(0))
+    assert [(row.id, row.columns) for row in rows] == [("x/0/a", {"label": "cat"}), ("y/0/a", {"label": "cat"})]
+    torn = tar(tmp_path / "c.tar", [*samples(range(1)), ("x/s9.png", png(1)), ("x/t9.png", png(1)), ("x/t9.cls", b"dog")])
+    rows = open_feed(torn).rows(0)
+    assert [next(rows).columns["label"] for _ in range(2)] == [0, None]
+    with refused(DataError, match="t9.cls: expected a class number"):
+        next(rows)
+
+
+def test_columns_that_differ_between_parquet_files_or_cannot_be_passed_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    table(range(2)).to_parquet(str(tmp_path / "a.parquet"))
+    other = datasets.Features(FEATURES | {"label": datasets.ClassLabel(names=["b", "a"])})
+    datasets.Dataset.from_list(table(range(2)).to_list(), features=other).to_parquet(str(tmp_path / "b.parquet"))
+    with refused(DataError, match="b.parquet: column 'label' is ClassLabel"):
+        open_feed([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    raw = table(range(2)).cast_column("image", datasets.Image(decode=False))["image"][:]
+    two = table(range(2)).add_column("back", raw, feature=datasets.Image())
+    with refused(UsageError, match="'back' holds images"):
+        open_feed(two, columns=["back"])
+    rows = pa.table({"image": [{"bytes": png(0), "path": None}], "text": ["ok"]})
+    rows = rows.append_column("m", pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())))
+    pq.write_table(rows, tmp_path / "m.parquet")
+    assert same(open_feed(tmp_path / "m.parquet", columns=["text"]), [0])[0].columns == {"text": "ok"}
+
+
+def test_images_beside_other_files_are_taken_with_a_warning(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table().to_parquet(str(photos / "meta.parquet"))
+    assert open_feed(photos).length == N and "1 parquet or tar files beside them are not" in caplog.text
+
+
+def test_a_stream_may_be_longer_than_its_card_says(tmp_path: Path) -> None:
+    from rlpjepa_zoo.feeds import _Asked, _of_dataset
+
+    feed = _of_dataset(table().to_iterable_dataset(), _Asked((), None, None), {"dataset": "x"}, total=4)
+    assert feed.length is None and feed.expected == 4 and len(list(feed.rows(0))) == N
+
+
 def test_a_tar_file_cut_short_is_refused_by_name(tmp_path: Path) -> None:
     path = tar(tmp_path / "x.tar", samples(range(N)))
     path.write_bytes(path.read_bytes()[:9000])

@@ -41,7 +41,7 @@ def table() -> str:
             lead = [DATA[data], f"{mu:g}", f"{report['l0']:.3f}"] if i == 0 else ["", "", ""]
             lines.append("| " + " | ".join([*lead, name, *cells]) + " |")
     some = {(data, report["n_train"], report["n_test"]): report["protocol"] for (data, _), report in reports().items()}
-    notes = [f"{DATA[data]}: {train:,} training and {test:,} test images. {protocol}" for (data, train, test), protocol in some.items()]
+    notes = [f"- {DATA[data]}: {train:,} training and {test:,} test images. {protocol}" for (data, train, test), protocol in some.items()]
     return "\n".join([*lines, "", *notes])
 
 
@@ -81,7 +81,12 @@ def main() -> None:
 ![Accuracy against active dimensions](measured/density.png)
 
 Encoders trained on a CPU at several mu, and what their codes are worth when each image keeps only so many of its largest values
-(± standard deviation over probe seeds; dashed: the backbone's dense features; dotted: raw pixels). One training seed each.
+(± standard deviation over probe seeds; dashed: the backbone's dense features; dotted: raw pixels). One training seed each:
+`rlpjepa train digits target.mu=MU`, `rlpjepa train cifar10-cpu target.mu=MU`, then `rlpjepa eval RUN --data digits --budgets auto` and
+`rlpjepa eval RUN --data cifar10 --limit 10000 --budgets auto`; two threads of an x86-64 CPU, torch 2.15.0, timm 1.0.31. The digits' encoders end
+in one rectified layer of 256 dimensions, those of CIFAR-10 in a rectified MLP of three layers and 512. What they show: on digits 8 of 256 dimensions
+are enough for kNN and the linear probe, whatever mu was; on CIFAR-10 16 of 512 cost 2 to 3.5 points and nothing more in 1-shot. Training at
+mu = -1 instead of 0 gave no better sparse code there than the dial does.
 
 {table()}
 """

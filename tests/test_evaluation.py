@@ -110,6 +110,21 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_encoded(
             evaluate(encoder, *halves, budgets=budgets)
 
 
+def test_images_without_a_label_are_not_counted_and_spend_no_draw(
+    encoder: SparseEncoder, halves: tuple[Images, Images], image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (train, test), whole = halves, labelled_folder(image_folder)
+    alone = evaluate(encoder, train, test, probes=["knn"], limit=12, k=3)
+    mixed = [Images(whole._read, whole.ids, np.where(np.isin(whole.ids, part.ids), whole.labels, -1)) for part in halves]
+    with caplog.at_level("INFO", "rlpjepa_zoo"):
+        found = evaluate(encoder, *mixed, probes=["knn"], limit=12, k=3)
+    assert found == alone and (found["n_train"], found["n_test"]) == (12, 20)
+    assert "20 of 40 training images have no label" in caplog.text and "20 of 40 test images have no label" in caplog.text
+    none = Images(test._read, test.ids, [-1] * 20, test.classes)
+    with refused(DataError, match="no labelled images among the 20 test images"):
+        evaluate(encoder, train, none)
+
+
 def test_budgets_keep_the_largest_values_of_each_image(encoder: SparseEncoder, halves: tuple[Images, Images]) -> None:
     report = evaluate(encoder, *halves, probes=["knn"], budgets=[1, 3, 24])
     assert report["curve"]["knn"][-1] == report["knn_z"]

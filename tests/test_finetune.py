@@ -474,6 +474,14 @@ def test_an_architecture_without_one_linear_classifier_is_refused_from_features_
     assert make_classifier(encoder, ["cat", "dog"], "z").head.in_features == 8
 
 
+@pytest.mark.parametrize("name", ["resnetv2_50", "dla34"])
+def test_a_classifier_that_is_a_convolution_is_refused_before_training(name: str) -> None:
+    with torch.device("meta"):
+        encoder = rz.create_encoder(name, dim=8)
+    with refused(UsageError, match="its classifier in timm is not one linear layer.*start.input=z"):
+        make_classifier(encoder, ["cat", "dog"])
+
+
 # --- the command line -------------------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,17 +12,37 @@ from torch import Tensor
 from . import streams
 from .encoder import Output, SparseEncoder
 from .errors import RecipeError, first_line
-from .loading import create_encoder
+from .loading import create_encoder, refused_arguments
 from .preprocess import Preprocess
 from .recipe import Recipe
 
-__all__ = ["Result", "Watched", "build_encoder"]
+__all__ = ["Result", "Watched", "build_encoder", "check_arguments"]
+
+
+def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse, among a recipe's arguments of a backbone, those that are not one's own.
+
+    Args:
+        key: of the recipe, such as encoder.args.
+        arguments: under that key.
+
+    Raises:
+        RecipeError: naming the first.
+    """
+    if taken := refused_arguments(arguments):
+        raise RecipeError(f"{key}.{taken[0]}: is not an argument of a backbone, which are those such as img_size or patch_size; remove it")
 
 
 def build_encoder(recipe: Recipe) -> SparseEncoder:
-    """The encoder a recipe describes, initialised from the recipe's seed."""
+    """The encoder a recipe describes, initialised from the recipe's seed.
+
+    Raises:
+        RecipeError: arguments that are not the backbone's, or local views that it does not take.
+        UsageError, ModelError, HubError: as of `create_encoder`.
+    """
     options, data = recipe.encoder, recipe.data
     size = (data.image_size, data.image_size)
+    check_arguments("encoder.args", options.args)
     with streams.seeded(recipe.seed, "init"):
         encoder = create_encoder(
             options.backbone, options.dim, options.hidden_dim, options.pretrained,

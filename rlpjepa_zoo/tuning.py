@@ -23,6 +23,7 @@ from .engine import run
 from .errors import DataError, RecipeError, UsageError, first_line
 from .images import Images
 from .loading import create_encoder, load_encoder
+from .model import check_arguments
 from .optim import make_tuner
 from .preprocess import Preprocess, batched, ready
 from .sources import Source
@@ -60,9 +61,11 @@ def start_encoder(recipe: TuningRecipe) -> SparseEncoder:
     """The encoder that a recipe starts from; with start.random a fresh one of the same architecture, drawn by the seed of the run.
 
     Raises:
+        RecipeError: no source, or arguments that are not the backbone's.
         UsageError, ModelError, HubError: as of `load_encoder` and `create_encoder`.
     """
     start = recipe.start
+    check_arguments("start.args", start.args)
     if start.source is None:
         raise RecipeError(
             "start.source: what to start from is not given; add start.source=ENCODER (a zoo name, owner/repo, a folder) or timm:NAME"

@@ -25,6 +25,7 @@ from rlpjepa_zoo.classifier import make_classifier
 from rlpjepa_zoo.cli import run as cli
 from rlpjepa_zoo.errors import DataError, ModelError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.images import Images
+from rlpjepa_zoo.model import build_encoder
 from rlpjepa_zoo.optim import make_tuner
 from rlpjepa_zoo.recipe import Recipe, list_recipes
 from rlpjepa_zoo.sources import open_source
@@ -77,10 +78,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_parses_is_named_by_its_file_and_survives_its_dump(name: str) -> None:
     recipe = TuningRecipe.load(name)
     assert recipe.name == name and TuningRecipe.parse(recipe.dump()) == recipe
-    assert (
-        "/" not in TuningRecipe.load(name, ["start.source=/some/where"]).settled(settled().config.preprocess).data.label()
-        or recipe.data.name
-    )
+    if recipe.data.source in ("folder", "hf"):  # the only ones with a place
+        assert "/some" not in TuningRecipe.load(name, ["data.path=/some/where"]).shareable()
     assert recipe.views.count == 1 and recipe.data.image_size is None
 
 
@@ -101,14 +100,48 @@ def test_kinds_of_recipe_are_told_apart_by_their_sections() -> None:
         ("data.streaming=true", "data.streaming: has no meaning"), ("classifier.linear_epochs=4", "classifier.linear_epochs: 4 must be fewer than train.epochs"),
         ("classifier.lora={rank: 4}", "classifier.lora: has no meaning with classifier.train=full"), ("start.args={img_size: 3}", "start.args"),
         ("classifier.train=linear", "classifier.linear_epochs: has no meaning"), ("classifier.lora.rang=4", "classifier.lora.rang: unknown key"),
-        ("start.source=timm:resnet18 ", ""), ("data.per_class=3", "data.per_class: has no meaning together with data.limit"),
+        ("data.per_class=3", "data.per_class: has no meaning together with data.limit"),
         ("optim.trust_coefficient=1", "optim.trust_coefficient"), ("train.best=knn_z", "train.best"), ("classifier.label_smoothing=1", "label_smoothing"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_or_value_is_refused_by_name(override: str, said: str) -> None:
-    if said:
-        with refused(RecipeError, match=said.replace("(", r"\(")):
-            tiny(override)
+    with refused(RecipeError, match=said.replace("(", r"\(")):
+        tiny(override)
+
+
+@pytest.mark.parametrize("name", ["optim.backbone_lr=0.1", "optim.layer_decay=0.5"])
+def test_rates_of_a_body_that_does_not_learn_are_refused(name: str) -> None:
+    linear = ["classifier.train=linear", "classifier.linear_epochs=0", "optim.layer_decay=1"]
+    tiny(*linear)
+    with refused(RecipeError, match=f"{name.partition('=')[0]}: has no meaning with classifier.train=linear"):
+        tiny(*linear, name)
+
+
+@pytest.mark.parametrize(
+    "argument", ["preprocess: x", "freeze_backbone: true", "dim: 5", "checkpoint_path: x", "pretrained_cfg_overlay: {file: x}"]
+)
+def test_arguments_that_are_not_the_backbones_are_refused_by_name(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlpjepa_zoo.loading._backbone", lambda *given, **options: pytest.fail("built"))
+    name = argument.partition(":")[0]
+    with refused(RecipeError, match=rf"start\.args\.{name}: is not an argument of a backbone"):
+        tuning.start_encoder(tiny("start.source=timm:test_vit", f"start.args={{{argument}}}"))
+    with refused(RecipeError, match=rf"encoder\.args\.{name}: is not an argument of a backbone"):
+        build_encoder(tiny_encoder(f"encoder.args={{{argument}}}"))
+
+
+def test_no_place_of_this_machine_is_published(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for source, name in (
+        (f"timm:local-dir:{tmp_path}/mine", "timm:local-dir:mine"),
+        (f"local-dir:{tmp_path}/mine", "mine"),
+        (f"local-dir:{tmp_path}/gone", "gone"),
+        (f"{tmp_path}/mine", "mine"),
+        ("timm:resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+        ("owner/repo", "owner/repo"),
+    ):
+        recipe = tiny(f"start.source={source}")
+        assert recipe.start.name == name and str(tmp_path) not in recipe.shareable()
+        assert TuningRecipe.parse(recipe.shareable()).start.source == name
 
 
 def test_z_of_a_plain_timm_model_and_a_source_that_is_not_given_are_refused(tmp_path: Path) -> None:
@@ -309,6 +342,11 @@ def test_stopped_and_resumed_is_bit_equal(whole: Path, tmp_path: Path, monkeypat
     finetune(recipe, run, resume=True, progress=False)
     assert rows(run) == rows(whole) and torch.equal(logits(run), logits(whole))
     assert torch.equal(logits(run / "classifier-best"), logits(whole / "classifier-best"))
+
+
+def test_the_card_of_the_best_says_that_it_was_chosen_on_the_images_it_is_measured_on(whole: Path) -> None:
+    said = "chosen by top1 on these very images, so too good."
+    assert said in (whole / "classifier-best/README.md").read_text() and said not in (whole / "classifier/README.md").read_text()
 
 
 def test_fresh_weights_are_those_of_the_seed_and_not_of_the_encoder(vit: Path) -> None:

@@ -406,7 +406,7 @@ def _differences(results: dict[str, Any]) -> list[str]:
     rows = [(name, row) for name, other in (results.get("against") or {}).items() for row in other.get("differences", [])]
     if not rows:
         return []
-    lines = ["", "Differences of accuracy on the same test images, with 95 % intervals of a paired bootstrap over images:", ""]
+    lines = ["", "Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", ""]
     lines += ["| this encoder | minus | measure | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
     for name, row in rows:
         other = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"

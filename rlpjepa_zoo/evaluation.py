@@ -114,7 +114,7 @@ def evaluate(
         chosen_c: space -> C of the linear probe for each seed; skipped: measure -> why it was left out;
         curve: lists of equal length, active and measures and measure_std of z;
         against: name -> l0, measures as above, and differences: a list of measure, space, minus (the other's space), difference, low,
-        high (95 % paired bootstrap over test images), n.
+        high (95 % paired bootstrap over test images; of map over queries), n; of every measure but nmi and the precisions.
 
     Raises:
         DataError: no labels, or the other encoders cannot read the same images.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -16,7 +18,9 @@ from .loading import create_encoder, refused_arguments
 from .preprocess import Preprocess
 from .recipe import Recipe
 
-__all__ = ["Result", "Watched", "build_encoder", "check_arguments"]
+__all__ = ["Result", "Watched", "build_encoder", "check_arguments", "unlike_pretraining"]
+
+log = logging.getLogger("rlpjepa_zoo")
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
@@ -49,9 +53,25 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
             projector_depth=options.projector_depth, freeze_backbone=options.freeze_backbone,
             preprocess=Preprocess(size, data.mean, data.std, data.interpolation, data.crop_pct), **options.args,
         )  # fmt: skip
+    for sentence in unlike_pretraining(recipe, encoder):
+        log.warning("%s", sentence)
     if recipe.views.local is not None:
         _takes(encoder, recipe.views.local.size, options.backbone)
     return encoder
+
+
+def unlike_pretraining(recipe: Recipe, encoder: SparseEncoder) -> list[str]:
+    """Where a pretrained backbone was trained on images that were brought to its input otherwise, in sentences with the mend."""
+    cfg: Any = encoder.backbone.pretrained_cfg
+    found = []
+    for name in ("mean", "std", "interpolation") if recipe.encoder.pretrained else ():
+        given, wanted = getattr(recipe.data, name), cfg.get(name)
+        same = given == wanted if isinstance(given, str) else wanted is None or np.allclose(given, wanted, atol=1e-3)
+        if wanted is not None and not same:
+            given, wanted = (value if isinstance(value, str) else f"[{', '.join(f'{v:g}' for v in value)}]" for value in (given, wanted))
+            name = f"data.{name}"
+            found.append(f"{name}: {recipe.encoder.backbone} was pretrained with {wanted}, the recipe has {given}; give {name}='{wanted}'")
+    return found
 
 
 @torch.no_grad()

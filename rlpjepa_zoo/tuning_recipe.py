@@ -108,7 +108,8 @@ class Lora(Section):
     rank: Count = 8
     alpha: Count = 16
     targets: tuple[str, ...] | None = None
-    """Ends of the names of modules that get an adapter, such as [qkv, proj]; all linear layers of the backbone, else all convolutions, when null."""
+    """Ends of the names of modules that get an adapter, such as [qkv, proj]; all linear layers of the backbone, else all convolutions of one
+    group, when null."""
 
 
 class Classes(Section):

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +30,9 @@ from rlpjepa_zoo.images import Images
 from rlpjepa_zoo.model import build_encoder
 from rlpjepa_zoo.optim import make_tuner
 from rlpjepa_zoo.recipe import Recipe, list_recipes
-from rlpjepa_zoo.sources import open_source
+from rlpjepa_zoo.sources import Source, open_source
 from rlpjepa_zoo.tuning import choose, finetune
-from rlpjepa_zoo.tuning_recipe import TuningRecipe, load_any
+from rlpjepa_zoo.tuning_recipe import Lora, TuningRecipe, load_any
 
 TINY = [
     "data.limit=192", "views.rotate=0", "views.translate=0", "views.zoom=[1, 1]", "train.batch_size=64", "train.epochs=4", "train.log_every=1",
@@ -184,6 +186,29 @@ def test_images_without_a_label_are_left_out_and_none_at_all_is_refused() -> Non
     for images in (some([-1, -1]), Images(lambda i: None, ["x"])):
         with refused(DataError, match="fine-tuning needs labelled images"):
             choose(images, None, 0)
+
+
+def test_evaluation_images_of_no_training_class_are_refused_with_the_mend() -> None:
+    task = tuning._Tuning(tiny("train.best=null"))
+    for part, labels in ((some([-1, -1]), "-1"), (Images(lambda i: None, ["x", "y"]), "none")):
+        with refused(
+            DataError, match=r"data\.eval_split: none of the 2 evaluation images has the label of a training class; name the classes"
+        ):
+            task.accept(Source(some([0, 1, 2]), part, 3, 3))
+        assert labels and task.accept(Source(some([0, 1, 2]), None, 3, 3)).eval is None
+
+
+def test_the_alarm_compares_with_the_most_frequent_class_of_the_evaluation_images() -> None:
+    task = tuning._Tuning(tiny())
+    for labels, top1, wrong in (
+        ([0, 1] * 50, 0.7, False), ([0, 1] * 50, 0.6, True), ([0] * 90 + [1] * 10, 0.93, True), ([0] * 90 + [1] * 10, 1.0, False),
+        ([0, 1, 2] * 33, 0.52, False), ([0, 1, 2] * 33, 0.4, True),
+    ):  # fmt: skip
+        task.accept(Source(some([0, 1, 2]), some(labels), 3, 3))
+        said = task.alarms({"top1": top1, "n_test": len(labels)})
+        assert bool(said) == wrong, (labels[:3], top1, said)
+        assert task.alarms({"top1": top1, "n_test": len(labels)}, still_training=True) == []
+    assert "top-1 0.400, and the most frequent class has a share of 0.333" in said[0]
 
 
 def test_rows_without_a_label_are_counted_and_said(
@@ -601,8 +626,31 @@ def test_adapters_learn_alone_and_are_merged_before_publishing(vit: Path, tmp_pa
             finetune(tiny(*more), tmp_path / "again", progress=False)
     finetune(tiny(*more), tmp_path / "again", resume=True, progress=False)
     assert torch.equal(logits(tmp_path / "again"), logits(folder)) and rows(tmp_path / "again") == rows(tmp_path / "run")
-    with refused(UsageError, match="classifier.lora: Target modules"):
-        finetune(tiny(*more, "classifier.lora={targets: [nosuch]}"), tmp_path / "wrong", progress=False)
+    with refused(UsageError, match=r"classifier\.lora\.targets: no module of the backbone ends in 'nosuch'"):
+        finetune(tiny(*more, "classifier.lora={targets: [qkv, nosuch]}"), tmp_path / "wrong", progress=False)
+
+
+def test_convolutions_of_several_groups_get_no_adapter_and_are_refused_when_named() -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'rlpjepa-zoo[lora]'")
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 8, 3)
+            self.block = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(8, 8, 3, groups=8), "last": torch.nn.Conv2d(8, 8, 1)})
+
+    def adapted(**options: Any) -> set[str]:
+        holder: Any = SimpleNamespace(backbone=Net(), projector=None)
+        tuning.with_adapters(holder, Lora(rank=2, **options))
+        return {name.partition(".lora_")[0] for name, _ in holder.backbone.named_parameters() if "lora_" in name}
+
+    assert adapted() == {"conv", "block.last"}
+    assert adapted(targets=("last",)) == {"block.last"}
+    with refused(UsageError, match=r"classifier\.lora\.targets: block\.conv is a convolution of several groups"):
+        adapted(targets=("conv",))
+    Net.__init__ = lambda self: torch.nn.Module.__init__(self)  # type: ignore[method-assign]
+    with refused(UsageError, match=r"classifier\.lora\.targets: the backbone has neither linear layers"):
+        adapted()
 
 
 def test_without_peft_adapters_are_refused_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,7 +265,8 @@ class _Tuning(Task):
         if best == "top5" and len(self.classes) <= _NEAR:
             raise RecipeError(f"train.best: top5 is always 1 with {len(self.classes)} classes; use top1 or loss")
         self.n_train = len(train)
-        self.most = 0.0 if held_out is None else float(np.unique(held_out.labels, return_counts=True)[1].max() / len(held_out))
+        frequent = 0 if held_out is None or held_out.labels is None else int(np.bincount(held_out.labels).max())
+        self.most = frequent / max(1, len(held_out or ()))  # share of the most frequent class
         return Source(train, held_out, len(train), len(self.classes))
 
     def build(self) -> Classifier:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -65,13 +64,18 @@ def unlike_pretraining(recipe: Recipe, encoder: SparseEncoder) -> list[str]:
     cfg: Any = encoder.backbone.pretrained_cfg
     found = []
     for name in ("mean", "std", "interpolation") if recipe.encoder.pretrained else ():
-        given, wanted = getattr(recipe.data, name), cfg.get(name)
-        same = given == wanted if isinstance(given, str) else wanted is None or np.allclose(given, wanted, atol=1e-3)
-        if wanted is not None and not same:
-            given, wanted = (value if isinstance(value, str) else f"[{', '.join(f'{v:g}' for v in value)}]" for value in (given, wanted))
-            name = f"data.{name}"
-            found.append(f"{name}: {recipe.encoder.backbone} was pretrained with {wanted}, the recipe has {given}; give {name}='{wanted}'")
+        given, wanted = _written(getattr(recipe.data, name)), _written(cfg.get(name))
+        if wanted not in (None, given):
+            was = f"{recipe.encoder.backbone} was pretrained with {wanted}, the recipe has {given}"
+            found.append(f"data.{name}: {was}; give data.{name}='{wanted}'")
     return found
+
+
+def _written(value: Any) -> str | None:
+    """A name, or numbers to six digits, as in a recipe; None for what is neither, as a stranger's config.json may hold."""
+    if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+        return f"[{', '.join(f'{v:g}' for v in value)}]"
+    return value if isinstance(value, str) else None
 
 
 @torch.no_grad()

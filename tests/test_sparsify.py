@@ -13,7 +13,7 @@ from rlpjepa_zoo.cached import CachedViews
 from rlpjepa_zoo.cli import run as cli
 from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal
 from rlpjepa_zoo.loading import load_encoder
-from rlpjepa_zoo.model import build_encoder
+from rlpjepa_zoo.model import build_encoder, unlike_pretraining
 from rlpjepa_zoo.optim import make_optimizer, set_learning_rates
 from rlpjepa_zoo.training import train
 
@@ -125,6 +125,9 @@ def test_preprocessing_other_than_that_of_the_pretrained_backbone_is_warned_of(b
     alike = ["data.mean=[0.5, 0.4, 0.3]", "data.std=[0.2, 0.25, 0.3]", "data.interpolation=bilinear"]
     build_encoder(tiny(backbone, "encoder.pretrained=true", *alike))
     build_encoder(tiny(backbone, "encoder.pretrained=false"))
+    strange = settled()
+    strange.backbone.pretrained_cfg = {"mean": "x", "std": [None], "interpolation": 3}
+    assert len(unlike_pretraining(tiny("encoder.pretrained=true"), strange)) == 1  # of a name in place of the mean
     assert not caplog.records
     build_encoder(tiny(backbone, "encoder.pretrained=true", "data.std=[0.2, 0.25, 0.3]", "data.interpolation=bicubic"))
     said = [record.getMessage() for record in caplog.records]

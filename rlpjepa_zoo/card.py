@@ -37,7 +37,7 @@ def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
     return {"README.md": render(config, name, tuple(drawn)).encode(), **drawn}
 
 
-def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None) -> dict[str, bytes]:
+def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None, chosen: str | None = None) -> dict[str, bytes]:
     """The files of a published folder with the card written anew; weights, golden codes and recipe stay as they are.
 
     Args:
@@ -45,6 +45,7 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
         name: what the examples load.
         license: SPDX identifier; as it was when None.
         notes: Markdown of your own that the card shows; as it was when None.
+        chosen: how this one was chosen among others by the figures it shows, added to what is said of how they were measured.
 
     Raises:
         ModelError: a file other than the card does not verify.
@@ -55,6 +56,9 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
         block["info"] = checked({**block.get("info", {}), **{k: v for k, v in (("license", license), ("notes", notes)) if v is not None}})
     except UsageError as error:
         raise (UsageError if license is not None or notes is not None else ModelError)(f"{path}/config.json: {error}") from error
+    results = block["info"].get("results")
+    if chosen is not None and results:
+        results["protocol"] = "; ".join(part for part in (results.get("protocol"), chosen) if part)
     block["name"] = name
     set_license(config, block["info"].get("license"))
     kept = {n: data for n, data in contents.items() if n != "README.md" and not n.endswith(".png")}
@@ -402,7 +406,7 @@ def _differences(results: dict[str, Any]) -> list[str]:
     rows = [(name, row) for name, other in (results.get("against") or {}).items() for row in other.get("differences", [])]
     if not rows:
         return []
-    lines = ["", "Differences of accuracy on the same test images, with 95 % intervals of a paired bootstrap over images:", ""]
+    lines = ["", "Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", ""]
     lines += ["| this encoder | minus | measure | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
     for name, row in rows:
         other = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"

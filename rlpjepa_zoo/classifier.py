@@ -283,7 +283,8 @@ def head_name(model: Any, body: Collection[str]) -> str:
         UsageError: it has another kind of head.
     """
     name = model.pretrained_cfg.get("classifier")
-    if not isinstance(name, str) or model.state_dict().keys() ^ set(body) != {f"{name}.weight", f"{name}.bias"}:
+    whole = model.state_dict()
+    if not isinstance(name, str) or whole.keys() ^ set(body) != {f"{name}.weight", f"{name}.bias"} or whole[f"{name}.weight"].dim() != 2:
         architecture = model.pretrained_cfg.get("architecture")
         raise UsageError(f"{architecture}: its classifier in timm is not one linear layer on pooled features; use start.input=z")
     return name

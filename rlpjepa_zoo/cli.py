@@ -136,7 +136,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
     import torch
 
     from .errors import RecipeError
-    from .model import build_encoder
+    from .model import build_encoder, unlike_pretraining
 
     mu, sigma = recipe.target.law()
     empty = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
@@ -147,6 +147,8 @@ def _facts(recipe: Any) -> dict[str, Any]:
             encoder.eval()(torch.empty(2, 3, side, side))
         except Exception as error:
             raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
+    for sentence in unlike_pretraining(recipe, encoder):
+        logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
     return {
         "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
         "expected density": recipe.target.density_in_theory(),

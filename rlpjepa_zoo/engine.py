@@ -356,6 +356,8 @@ class Run:
 
     def _is_best(self, metric: str) -> bool:
         value, before = self.last_metrics[metric], self.best
+        if not math.isfinite(value):  # nothing compares with NaN, so it would stay the best
+            return False
         better = before is None or (value > before[1] if self.task.best[metric] else value < before[1])
         if better:
             self.best = (self.step, value)
@@ -561,7 +563,7 @@ class Run:
             if self.main:
                 self.publication.write(shown, self.info(), self.step, self.total, again)
                 if best or (again and self.best is not None and self.best[0] == self.step):
-                    self.publication.copy_as(f"{self.task.name}-best")
+                    self.publication.copy_as(f"{self.task.name}-best", self.task.chosen(str(self.recipe.train.best)))
 
     def _finish(self) -> Path:
         with collectives.one_for_all():

@@ -114,7 +114,7 @@ def evaluate(
         chosen_c: space -> C of the linear probe for each seed; skipped: measure -> why it was left out;
         curve: lists of equal length, active and measures and measure_std of z;
         against: name -> l0, measures as above, and differences: a list of measure, space, minus (the other's space), difference, low,
-        high (95 % paired bootstrap over test images), n.
+        high (95 % paired bootstrap over test images; of map over queries), n; of every measure but nmi and the precisions.
 
     Raises:
         DataError: no labels, or the other encoders cannot read the same images.
@@ -136,6 +136,7 @@ def evaluate(
         raise UsageError("against: pixels are to be compared with but not measured; leave one of the two out")
     if train.labels is None or test.labels is None:
         raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
+    train, test = _with_labels(train, "training"), _with_labels(test, "test")
     others = {name: _other(name, encoder) for name in dict.fromkeys(against) if name != "pixels"}
     if limit is not None and limit < len(train):
         note = "; ".join(part for part in (f"{limit} of {len(train)} training images, drawn at random", note) if part)
@@ -161,6 +162,17 @@ def evaluate(
     if "pixels" in against and "pixels" in scores:
         report["against"]["pixels"] = {"differences": _differences(scores, {"pixels": scores["pixels"]})}
     return {key: value for key, value in report.items() if value not in ({}, [])}
+
+
+def _with_labels(images: Images, part: str) -> Images:
+    """Those that have a label: the others can neither vote nor be scored, and are not counted."""
+    known = np.flatnonzero(images.labels >= 0) if images.labels is not None else np.zeros(0, np.int64)
+    if not len(known):
+        raise DataError(f"evaluation: no labelled images among the {len(images)} {part} images; name the classes of both parts alike")
+    if len(known) == len(images):
+        return images
+    log.info("%d of %d %s images have no label and are left out", len(images) - len(known), len(images), part)
+    return images.take(known)
 
 
 @dataclass(frozen=True)

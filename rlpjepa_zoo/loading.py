@@ -27,7 +27,7 @@ from .encoder import EncoderConfig, SparseEncoder, make_projector
 from .errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from .preprocess import Preprocess
 
-__all__ = ["create_encoder", "load_classifier", "load_encoder", "load_published", "verify_entry"]
+__all__ = ["create_encoder", "load_classifier", "load_encoder", "load_published", "refused_arguments", "verify_entry"]
 
 
 def create_encoder(
@@ -337,10 +337,7 @@ def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) ->
     """Arguments and values that a real backbone may have: short texts and lists, numbers of a sane size."""
     if not isinstance(arguments, dict):
         raise ModelError(f"{where}: model_args: expected an object, got {type(arguments).__name__}")
-    reserved = {"num_classes", "features_only", "out_indices", "feature_cls"}.union(
-        *(inspect.signature(f).parameters for f in (create_encoder, timm.create_model, timm.models.build_model_with_cfg))
-    )
-    if taken := (reserved - set(allowed)) & set(arguments):
+    if taken := set(refused_arguments(arguments)) - set(allowed):
         raise ModelError(f"{where}: model_args: '{min(taken)}' is not an argument of a backbone")
     for key, value in _leaves(arguments, "model_args"):
         top = next((top for word, top in _TOPS.items() if re.search(word, key)), 16384)
@@ -348,6 +345,19 @@ def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) ->
             raise ModelError(f"{where}: {key}: expected a short plain name, got {value[:40]!r}")
         if isinstance(value, int | float) and not -1 <= value <= top:
             raise ModelError(f"{where}: {key}: expected a number in -1 .. {top}, got {str(value)[:40]}")
+
+
+def refused_arguments(arguments: Iterable[str]) -> list[str]:
+    """Which of some names belong to `create_encoder` or to timm's own machinery (what is loaded, from where), not to a backbone; sorted.
+
+    Example:
+        >>> refused_arguments(["img_size", "checkpoint_path", "dim"])
+        ['checkpoint_path', 'dim']
+    """
+    reserved = {"num_classes", "features_only", "out_indices", "feature_cls"}.union(
+        *(inspect.signature(f).parameters for f in (create_encoder, timm.create_model, timm.models.build_model_with_cfg))
+    )
+    return sorted(reserved & set(arguments))
 
 
 _TOPS = {"depth|layers|blocks": 256, "window": 64}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,26 +13,69 @@ from torch import Tensor
 from . import streams
 from .encoder import Output, SparseEncoder
 from .errors import RecipeError, first_line
-from .loading import create_encoder
+from .loading import create_encoder, refused_arguments
 from .preprocess import Preprocess
 from .recipe import Recipe
 
-__all__ = ["Result", "Watched", "build_encoder"]
+__all__ = ["Result", "Watched", "build_encoder", "check_arguments", "unlike_pretraining"]
+
+log = logging.getLogger("rlpjepa_zoo")
+
+
+def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse, among a recipe's arguments of a backbone, those that are not one's own.
+
+    Args:
+        key: of the recipe, such as encoder.args.
+        arguments: under that key.
+
+    Raises:
+        RecipeError: naming the first.
+    """
+    if taken := refused_arguments(arguments):
+        raise RecipeError(f"{key}.{taken[0]}: is not an argument of a backbone, which are those such as img_size or patch_size; remove it")
 
 
 def build_encoder(recipe: Recipe) -> SparseEncoder:
-    """The encoder a recipe describes, initialised from the recipe's seed."""
+    """The encoder a recipe describes, initialised from the recipe's seed.
+
+    Raises:
+        RecipeError: arguments that are not the backbone's, or local views that it does not take.
+        UsageError, ModelError, HubError: as of `create_encoder`.
+    """
     options, data = recipe.encoder, recipe.data
     size = (data.image_size, data.image_size)
+    check_arguments("encoder.args", options.args)
     with streams.seeded(recipe.seed, "init"):
         encoder = create_encoder(
             options.backbone, options.dim, options.hidden_dim, options.pretrained,
             projector_depth=options.projector_depth, freeze_backbone=options.freeze_backbone,
             preprocess=Preprocess(size, data.mean, data.std, data.interpolation, data.crop_pct), **options.args,
         )  # fmt: skip
+    for sentence in unlike_pretraining(recipe, encoder):
+        log.warning("%s", sentence)
     if recipe.views.local is not None:
         _takes(encoder, recipe.views.local.size, options.backbone)
     return encoder
+
+
+def unlike_pretraining(recipe: Recipe, encoder: SparseEncoder) -> list[str]:
+    """Where a pretrained backbone was trained on images that were brought to its input otherwise, in sentences with the mend."""
+    cfg: Any = encoder.backbone.pretrained_cfg
+    found = []
+    for name in ("mean", "std", "interpolation") if recipe.encoder.pretrained else ():
+        given, wanted = _written(getattr(recipe.data, name)), _written(cfg.get(name))
+        if wanted not in (None, given):
+            was = f"{recipe.encoder.backbone} was pretrained with {wanted}, the recipe has {given}"
+            found.append(f"data.{name}: {was}; give data.{name}='{wanted}'")
+    return found
+
+
+def _written(value: Any) -> str | None:
+    """A name, or numbers to six digits, as in a recipe; None for what is neither, as a stranger's config.json may hold."""
+    if isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+        return f"[{', '.join(f'{v:g}' for v in value)}]"
+    return value if isinstance(value, str) else None
 
 
 @torch.no_grad()

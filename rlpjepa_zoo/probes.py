@@ -24,9 +24,9 @@ from .errors import DataError, UsageError
 from .sparse import SparseEmbeddings
 
 __all__ = [
-    "GRID", "Retrieval", "choose_c", "clustering", "few_shot", "held_out", "knn", "knn_accuracy", "linear", "measure_label",
+    "GRID", "Retrieval", "choose_c", "clustering", "few_shot", "few_shot_shares", "held_out", "knn", "knn_accuracy", "linear", "measure_label",
     "measures_of", "mlp", "paired",
-    "retrieval", "rows", "unit",
+    "retrieval", "retrieval_each", "rows", "unit",
 ]  # fmt: skip
 
 GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -346,6 +346,11 @@ def few_shot(x: Any, y: Any, test_x: Any, test_y: Any, shots: int = 1, draws: in
         >>> few_shot(torch.eye(2), [0, 1], torch.eye(2), [0, 1], draws=3).tolist()
         [1.0, 1.0, 1.0]
     """
+    return few_shot_shares(x, y, test_x, test_y, shots, draws, seed)[0]
+
+
+def few_shot_shares(x: Any, y: Any, test_x: Any, test_y: Any, shots: int = 1, draws: int = 100, seed: int = 0) -> tuple[Array, Array]:
+    """`few_shot`, and of each test image the share of draws that classify it rightly: (draws,), (n,), both in [0, 1]."""
     from scipy.sparse import csr_array
 
     y, test_y = np.asarray(y), np.asarray(test_y)
@@ -357,7 +362,7 @@ def few_shot(x: Any, y: Any, test_x: Any, test_y: Any, shots: int = 1, draws: in
     members = [np.flatnonzero(y == c) for c in classes]
     picks = np.stack([_draw(members, shots, draw, seed) for draw in range(draws)])  # (draws, classes, shots)
     x, test_x = unit(x), unit(test_x)
-    right = np.zeros(draws)
+    right, share = np.zeros(draws), np.zeros(len(test_y))
     group = max(1, TILE // (len(classes) * x.shape[1]))
     for first in range(0, draws, group):
         chosen = picks[first : first + group]
@@ -365,8 +370,10 @@ def few_shot(x: Any, y: Any, test_x: Any, test_y: Any, shots: int = 1, draws: in
         sums = csr_array((np.ones(chosen.size, np.float32), chosen.ravel(), ends), shape=(len(ends) - 1, len(y))) @ x
         for start, cosine in _tiles(test_x, unit(_dense(sums)), TILE):
             found = classes[cosine.numpy().reshape(len(cosine), len(chosen), len(classes)).argmax(2)]
-            right[first : first + len(chosen)] += (found == test_y[start : start + len(cosine), None]).sum(0)
-    return right / len(test_y)
+            hits = found == test_y[start : start + len(cosine), None]
+            right[first : first + len(chosen)] += hits.sum(0)
+            share[start : start + len(cosine)] += hits.sum(1)
+    return right / len(test_y), share / draws
 
 
 def _draw(members: Sequence[Array], shots: int, draw: int, seed: int) -> Array:
@@ -420,6 +427,13 @@ def retrieval(x: Any, y: Any, test_x: Any, test_y: Any, queries: int | None = No
         >>> retrieval(torch.eye(2), [0, 1], torch.eye(2), [0, 0]).map
         0.75
     """
+    found = retrieval_each(x, y, test_x, test_y, queries, seed)
+    average, first, ten = found.mean(1).tolist()
+    return Retrieval(average, first, ten, found.shape[1])
+
+
+def retrieval_each(x: Any, y: Any, test_x: Any, test_y: Any, queries: int | None = None, seed: int = 0) -> Array:
+    """`retrieval` before its means: average precision, precision at 1 and at 10 (rows) of each query (columns), the same queries whatever x is."""
     y, test_y = np.asarray(y), np.asarray(test_y)
     x, test_x = unit(x), unit(test_x)
     if queries is not None and queries < len(test_y):
@@ -433,8 +447,8 @@ def retrieval(x: Any, y: Any, test_x: Any, test_y: Any, queries: int | None = No
         share = hits.cumsum(1) / rank
         average = (share * hits).sum(1) / hits.sum(1).clamp(min=1)
         precision.append(torch.stack([average, share[:, 0], share[:, min(10, len(y)) - 1]]))
-    found = torch.cat(precision, dim=1).mean(1).tolist()
-    return Retrieval(found[0], found[1], found[2], len(test_y))
+    found: Array = torch.cat(precision, dim=1).numpy()
+    return found
 
 
 def clustering(x: Any, y: Any, seed: int = 0) -> float:
@@ -456,7 +470,7 @@ def paired(a: Any, b: Any, seed: int = 0, resamples: int = 10_000) -> dict[str, 
     """Mean of a - b over the same images, with its 95 % interval by a paired bootstrap over images (percentiles of the resampled means).
 
     Args:
-        a, b: (n,) for each image, how often it was classified rightly, in [0, 1].
+        a, b: (n,) for each image, how often it was classified rightly, or its average precision, in [0, 1].
 
     Returns:
         difference, low, high, n.
@@ -469,6 +483,8 @@ def paired(a: Any, b: Any, seed: int = 0, resamples: int = 10_000) -> dict[str, 
     n = len(difference)
     values, counts = np.unique(difference.round(9), return_counts=True)  # few: resampling images is drawing how often each value comes
     source = np.random.default_rng(streams.key(seed, "bootstrap"))
-    means = source.multinomial(n, counts / n, resamples) @ values / n
+    group = max(1, TILE // len(values))  # of many values, such as average precisions, a part of the resamples at a time
+    sizes = [min(group, resamples - first) for first in range(0, resamples, group)]
+    means = np.concatenate([source.multinomial(n, counts / n, size) @ values / n for size in sizes])
     low, high = np.quantile(means, (0.025, 0.975))
     return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "n": n}

@@ -98,9 +98,9 @@ class Publication:
         if self.pusher is not None:
             self.pusher.submit(contents, f"Step {step} of {total}")
 
-    def copy_as(self, name: str) -> None:
-        """A second copy of what was published last, beside it."""
-        folder.write_folder(self.out / name, card.rewritten(self.path, f"local-dir:{self.out / name}"))
+    def copy_as(self, name: str, chosen: str) -> None:
+        """A second copy of what was published last, beside it, whose card says how it was chosen."""
+        folder.write_folder(self.out / name, card.rewritten(self.path, f"local-dir:{self.out / name}", chosen=chosen))
 
     def finish(self) -> None:
         """Wait a while for the last push; say how to make up for it if it did not arrive."""

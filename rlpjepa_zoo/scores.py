@@ -93,7 +93,8 @@ class Protocol:
 
 @dataclass
 class Scores:
-    """Of one representation: means and spreads by measure, how often each test image was classified rightly, the chosen C, what was left out."""
+    """Of one representation: means and spreads by measure, how often each test image was classified rightly (of map: the average
+    precision of each query), the chosen C, what was left out."""
 
     mean: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
@@ -163,11 +164,13 @@ def _linear(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, proto
 def _few_shot(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol) -> None:
     for shots in protocol.shots:
         try:
-            draws = [probes.few_shot(x, y, test_x, test_y, shots, protocol.draws, seed) for seed in range(protocol.seeds)]
+            found_of = [probes.few_shot_shares(x, y, test_x, test_y, shots, protocol.draws, seed) for seed in range(protocol.seeds)]
         except DataError as error:
             found.skipped[shot_name(shots)] = str(error).removeprefix(f"{shots}-shot: ")
         else:
+            draws, shares = zip(*found_of, strict=True)
             found.add(shot_name(shots), np.concatenate(draws))
+            found.right[shot_name(shots)] = np.mean(shares, axis=0)
 
 
 def _mlp(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol) -> None:
@@ -177,9 +180,10 @@ def _mlp(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, protocol
 
 
 def _retrieval(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol) -> None:
-    ranked = probes.retrieval(x, y, test_x, test_y, protocol.queries)
-    for name in ("map", "precision_at_1", "precision_at_10"):
-        found.add(name, [getattr(ranked, name)])
+    ranked = probes.retrieval_each(x, y, test_x, test_y, protocol.queries)
+    for name, values in zip(("map", "precision_at_1", "precision_at_10"), ranked, strict=True):
+        found.add(name, [values.mean()])
+    found.right["map"] = ranked[0]
 
 
 def _clustering(found: Scores, x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol) -> None:

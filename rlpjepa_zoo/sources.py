@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from .images import Images
 from .recipe import Data
 
 __all__ = ["Source", "fingerprint", "labelled_folder", "open_source"]
+
+log = logging.getLogger("rlpjepa_zoo")
 
 
 class Source(NamedTuple):
@@ -142,7 +146,7 @@ def labelled_folder(root: Path, classes: Sequence[str] | None = None) -> Images:
 
     Args:
         root: the folder.
-        classes: names to number by, those of the training set; images of other folders get label -1.
+        classes: names to number by, those of the training set; images of other folders get label -1, and a warning names the folders.
     """
     found = images.list_images(root)
     parts = [file.relative_to(root).parts for file in found]
@@ -151,7 +155,29 @@ def labelled_folder(root: Path, classes: Sequence[str] | None = None) -> Images:
     if len(names) < 2:
         return Images(found.__getitem__, ids)
     number = {name: k for k, name in enumerate(names)}
+    _warn_of_strangers(str(root), {p[0] for p in parts} - number.keys(), names)
     return Images(found.__getitem__, ids, [number.get(p[0], -1) for p in parts], names)
+
+
+def _warn_of_strangers(where: str, strangers: Iterable[str], classes: Sequence[str]) -> None:
+    """Say which names of evaluation images are no class of the training images."""
+    if names := sorted(strangers):
+        shown, known = (", ".join(some[:5]) + (" ..." if len(some) > 5 else "") for some in (names, list(classes)))
+        mend = "their images are not scored; name the classes of both parts alike"
+        log.warning("%s: %s: no class of the training images (%s), so %s", where, shown, known, mend)
+
+
+def _numbered_alike(evaluation: Images, classes: Sequence[str] | None, where: str) -> Images:
+    """Evaluation images with the numbers that the training images give to the same names, -1 for other names; as they are when one of the
+    two parts has no names."""
+    if evaluation.labels is None or not evaluation.classes or not classes or evaluation.classes == list(classes):
+        return evaluation
+    number, names = {name: k for k, name in enumerate(classes)}, evaluation.classes
+    _warn_of_strangers(where, {names[k] for k in np.unique(evaluation.labels) if k >= 0} - number.keys(), classes)
+    found = copy.copy(evaluation)
+    found.labels = np.array([number.get(names[k], -1) if k >= 0 else -1 for k in evaluation.labels], dtype=np.int64)
+    found.classes = list(classes)
+    return found
 
 
 def _open_hf(data: Data, seed: int) -> tuple[Images | Any, Images | None, int]:
@@ -177,10 +203,14 @@ def _open_hf(data: Data, seed: int) -> tuple[Images | Any, Images | None, int]:
         if train.features is None:
             raise DataError(f"data: the stream '{data.path or data.name}' does not tell its columns; download it, or give parquet files")
         label = images.label_column(train.features, data.label_column)
-        classes = getattr(train.features[label], "num_classes", 0) if label else 0
-        return train, held_out, classes
-    opened = images.from_dataset(train, data.image_column, data.label_column)
-    return opened, held_out, _count(opened, held_out)
+        names = getattr(train.features[label], "names", None) if label else None
+        opened, classes = train, len(names or ())
+    else:
+        opened = images.from_dataset(train, data.image_column, data.label_column)
+        names, classes = opened.classes, 0
+    if held_out is not None:
+        held_out = _numbered_alike(held_out, names, f"{data.path or data.name}, data.eval_split={data.eval_split}")
+    return opened, held_out, classes if data.streaming else _count(opened, held_out)
 
 
 def _hf_split(data: Data, split: str, streaming: bool) -> Any:

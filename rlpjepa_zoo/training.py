@@ -138,6 +138,9 @@ class _Pretraining(Task):
     def alarms(self, metrics: Mapping[str, float], still_training: bool = False) -> list[str]:
         return alarms(metrics, self.recipe.target.density_in_theory(), still_training)
 
+    def chosen(self, metric: str) -> str:
+        return "chosen by the excess of training batches" if metric == "excess" else super().chosen(metric)
+
     def aim(self, source: Source) -> str:
         density = self.recipe.target.density_in_theory()
         return f"{self.recipe.encoder.backbone} + projector, target l0 {density:.3f}, floor {self.floor:.4g}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
@@ -20,9 +22,10 @@ from . import collectives, streams, zoo
 from .classifier import Classifier, make_classifier
 from .encoder import SparseEncoder
 from .engine import run
-from .errors import DataError, RecipeError, UsageError, first_line
+from .errors import DataError, RecipeError, UsageError, did_you_mean, first_line
 from .images import Images
 from .loading import create_encoder, load_encoder
+from .model import check_arguments
 from .optim import make_tuner
 from .preprocess import Preprocess, batched, ready
 from .sources import Source
@@ -60,9 +63,11 @@ def start_encoder(recipe: TuningRecipe) -> SparseEncoder:
     """The encoder that a recipe starts from; with start.random a fresh one of the same architecture, drawn by the seed of the run.
 
     Raises:
+        RecipeError: no source, or arguments that are not the backbone's.
         UsageError, ModelError, HubError: as of `load_encoder` and `create_encoder`.
     """
     start = recipe.start
+    check_arguments("start.args", start.args)
     if start.source is None:
         raise RecipeError(
             "start.source: what to start from is not given; add start.source=ENCODER (a zoo name, owner/repo, a folder) or timm:NAME"
@@ -88,16 +93,38 @@ def with_adapters(classifier: Classifier, options: Lora) -> None:
         import peft
     except ImportError as error:
         raise UsageError("classifier.train=lora needs peft; pip install 'rlpjepa-zoo[lora]'") from error
-    named = list(classifier.backbone.named_modules())
-    found = [name for name, m in named if isinstance(m, nn.Linear)] or [name for name, m in named if isinstance(m, nn.Conv2d)]
-    config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets or found), lora_dropout=0.0)
+    exact = "|".join(map(re.escape, _adapted(classifier.backbone, options.targets)))  # ends alone would match other modules too
+    config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=exact, lora_dropout=0.0)
     try:
         peft.inject_adapter_in_model(config, classifier.backbone)
     except ValueError as error:
-        raise UsageError(f"classifier.lora: {first_line(error)}") from error
+        raise UsageError(f"classifier.lora.targets: {first_line(error)}") from error
     if classifier.projector is not None:
         classifier.projector.requires_grad_(False)
     classifier.steady = True
+
+
+def _adapted(backbone: nn.Module, targets: Sequence[str] | None) -> list[str]:
+    """Names of the modules that get an adapter: those asked for by their ends, else all linear layers, else all convolutions of one group
+    (a convolution of several has no product of two small ones that is like it)."""
+    named = dict(backbone.named_modules())
+    if targets is not None:
+        ends = {target: [name for name in named if name == target or name.endswith(f".{target}")] for target in targets}
+        if missing := [target for target, found in ends.items() if not found]:
+            hint = did_you_mean(missing[0], {name.rpartition(".")[2] for name in named})
+            raise UsageError(f"classifier.lora.targets: no module of the backbone ends in '{missing[0]}'.{hint}")
+        chosen = [name for name in named if any(name in found for found in ends.values())]
+        for name in chosen:
+            if getattr(named[name], "groups", 1) > 1:
+                raise UsageError(f"classifier.lora.targets: {name} is a convolution of several groups, which gets no adapter; leave it out")
+        return chosen
+    chosen = [name for name, m in named.items() if isinstance(m, nn.Linear)]
+    chosen = chosen or [name for name, m in named.items() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    if not chosen:
+        raise UsageError(
+            "classifier.lora.targets: the backbone has neither linear layers nor plain convolutions; use classifier.train=full"
+        )
+    return chosen
 
 
 def merged(classifier: Classifier) -> Classifier:
@@ -224,6 +251,10 @@ class _Tuning(Task):
         if best is not None and source.eval is None:
             raise RecipeError(f"train.best: {best} needs evaluation images; give data.eval_split, or set it to null")
         train = choose(source.train, self.recipe.data.per_class, self.recipe.seed)
+        if source.eval is not None and (source.eval.labels is None or not (source.eval.labels >= 0).any()):
+            other = "move them out of data.path" if self.recipe.data.source == "folder" else "set data.eval_split=null"
+            mend = f"name the classes of both parts alike, or {other}"
+            raise DataError(f"data.eval_split: none of the {len(source.eval)} evaluation images has the label of a training class; {mend}")
         held_out = None if source.eval is None else choose(source.eval, None, self.recipe.seed)
         images: Any
         for part, images in (("training", source.train), ("evaluation", source.eval)):
@@ -234,6 +265,8 @@ class _Tuning(Task):
         if best == "top5" and len(self.classes) <= _NEAR:
             raise RecipeError(f"train.best: top5 is always 1 with {len(self.classes)} classes; use top1 or loss")
         self.n_train = len(train)
+        frequent = 0 if held_out is None or held_out.labels is None else int(np.bincount(held_out.labels).max())
+        self.most = frequent / max(1, len(held_out or ()))  # share of the most frequent class
         return Source(train, held_out, len(train), len(self.classes))
 
     def build(self) -> Classifier:
@@ -296,10 +329,12 @@ class _Tuning(Task):
             return count_right(shown, source.eval, max(64, self.recipe.train.batch_size), self.recipe.train.num_workers)
 
     def alarms(self, metrics: Mapping[str, float], still_training: bool = False) -> list[str]:
-        chance = 1 / len(self.classes)
-        if still_training or metrics.get("top1", 1.0) > 1.5 * chance:
+        top1, chance = metrics.get("top1", 1.0), self.most
+        error = math.sqrt(chance * (1 - chance) / metrics.get("n_test", 1))
+        if still_training or top1 == 1 or top1 > chance + 3 * error:
             return []
-        return [f"hardly better than chance: top-1 {metrics['top1']:.3f} of {len(self.classes)} classes; try another learning rate"]
+        share = f"the most frequent class has a share of {chance:.3f}"
+        return [f"hardly better than chance: top-1 {top1:.3f}, and {share} of the evaluation images; try another learning rate"]
 
     def aim(self, source: Source) -> str:
         return f"{self.encoder.config.architecture} from {self.method()}"

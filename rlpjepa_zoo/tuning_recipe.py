@@ -96,8 +96,10 @@ class Start(Section):
     @property
     def name(self) -> str:
         """The source, without where it lies on this machine."""
-        source = (self.source or "").removeprefix("local-dir:")
-        return Path(source).name if not self.of_timm and Path(source).exists() else source
+        kind, mark, place = (self.source or "").rpartition("local-dir:")
+        if not mark and (self.of_timm or not Path(place).expanduser().exists()):
+            return place
+        return (f"{kind}{mark}" if kind else "") + Path(place).name
 
 
 class Lora(Section):
@@ -106,7 +108,8 @@ class Lora(Section):
     rank: Count = 8
     alpha: Count = 16
     targets: tuple[str, ...] | None = None
-    """Ends of the names of modules that get an adapter, such as [qkv, proj]; all linear layers of the backbone, else all convolutions, when null."""
+    """Ends of the names of modules that get an adapter, such as [qkv, proj]; all linear layers of the backbone, else all convolutions of one
+    group, when null."""
 
 
 class Classes(Section):
@@ -190,6 +193,8 @@ class TuningRecipe(Plan):
             raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, data.image_size is {self.data.image_size}")
         if self.classifier.train == "linear" and self.optim.layer_decay != 1:
             raise ValueError("optim.layer_decay: has no meaning with classifier.train=linear; remove it")
+        if self.classifier.train == "linear" and self.optim.backbone_lr != 1:
+            raise ValueError("optim.backbone_lr: has no meaning with classifier.train=linear; remove it")
         return self
 
     def settled(self, preprocess: Preprocess) -> TuningRecipe:

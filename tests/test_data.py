@@ -153,6 +153,19 @@ def test_train_and_val_folders_are_split_and_numbered_alike(tmp_path: Path) -> N
     assert dict(zip([i.split("/")[0] for i in found.eval.ids], found.eval.labels.tolist(), strict=True)) == {"ant": 0, "cat": 2, "dog": -1}
 
 
+def test_folders_that_are_no_class_of_the_training_images_are_named_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("red", "blue", "green"):
+        write_images(tmp_path / "train" / name, 2)
+        write_images(tmp_path / "val" / (name if name != "green" else "Green"), 2)
+    found = folder(tmp_path)
+    assert found.eval is not None and sorted(found.eval.labels.tolist()) == [-1, -1, 0, 0, 2, 2]  # type: ignore[union-attr]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"{tmp_path / 'val'}: Green: no class of the training images (blue, green, red), so their images are not scored; "
+        "name the classes of both parts alike"
+    ]
+
+
 def test_named_splits_of_a_folder_are_used(tmp_path: Path) -> None:
     for split in ("a", "b", "val"):
         write_images(tmp_path / split / "x", 2)
@@ -234,6 +247,24 @@ def test_parquet_files_are_split_by_name_with_a_broken_row_among_them(parquet: P
         found.train.read(7)
     batch = batches(found, toy("train.batch_size=60"), range(1))[0]
     assert batch.images[0].shape[1] == 60 and 7 not in batch.rows and [row for row, _ in batch.bad] == [7] * len(batch.bad) != []
+
+
+@pytest.mark.parametrize("more", [{}, {"streaming": True, "length": 6}], ids=["map", "stream"])
+def test_evaluation_labels_are_numbered_by_the_names_of_the_training_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any]
+) -> None:
+    for split, names in (("train", ["red", "blue"]), ("test", ["green", "blue", "red", "unused"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        columns = {
+            "image": [{"bytes": png(i), "path": None} for i in range(6)],
+            "label": [0, 1, None, 1, 0, 1] if split == "train" else [0, 1, 2, 2, None, 1],
+        }
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    found = hf(tmp_path, eval_split="test", **more)
+    assert found.eval is not None and found.eval.labels.tolist() == [-1, 1, 0, 0, -1, 1]  # type: ignore[union-attr]
+    assert found.eval.classes == ["red", "blue"] and found.classes == 2
+    said = [record.getMessage() for record in caplog.records if record.name == "rlpjepa_zoo"]
+    assert len(said) == 1 and "data.eval_split=test: green: no class of the training images (red, blue)" in said[0]
 
 
 def test_a_missing_split_is_refused_with_what_there_is(parquet: Path) -> None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +27,12 @@ from rlpjepa_zoo.classifier import make_classifier
 from rlpjepa_zoo.cli import run as cli
 from rlpjepa_zoo.errors import DataError, ModelError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.images import Images
+from rlpjepa_zoo.model import build_encoder
 from rlpjepa_zoo.optim import make_tuner
 from rlpjepa_zoo.recipe import Recipe, list_recipes
-from rlpjepa_zoo.sources import open_source
+from rlpjepa_zoo.sources import Source, open_source
 from rlpjepa_zoo.tuning import choose, finetune
-from rlpjepa_zoo.tuning_recipe import TuningRecipe, load_any
+from rlpjepa_zoo.tuning_recipe import Lora, TuningRecipe, load_any
 
 TINY = [
     "data.limit=192", "views.rotate=0", "views.translate=0", "views.zoom=[1, 1]", "train.batch_size=64", "train.epochs=4", "train.log_every=1",
@@ -77,10 +80,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_parses_is_named_by_its_file_and_survives_its_dump(name: str) -> None:
     recipe = TuningRecipe.load(name)
     assert recipe.name == name and TuningRecipe.parse(recipe.dump()) == recipe
-    assert (
-        "/" not in TuningRecipe.load(name, ["start.source=/some/where"]).settled(settled().config.preprocess).data.label()
-        or recipe.data.name
-    )
+    if recipe.data.source in ("folder", "hf"):  # the only ones with a place
+        assert "/some" not in TuningRecipe.load(name, ["data.path=/some/where"]).shareable()
     assert recipe.views.count == 1 and recipe.data.image_size is None
 
 
@@ -101,14 +102,48 @@ def test_kinds_of_recipe_are_told_apart_by_their_sections() -> None:
         ("data.streaming=true", "data.streaming: has no meaning"), ("classifier.linear_epochs=4", "classifier.linear_epochs: 4 must be fewer than train.epochs"),
         ("classifier.lora={rank: 4}", "classifier.lora: has no meaning with classifier.train=full"), ("start.args={img_size: 3}", "start.args"),
         ("classifier.train=linear", "classifier.linear_epochs: has no meaning"), ("classifier.lora.rang=4", "classifier.lora.rang: unknown key"),
-        ("start.source=timm:resnet18 ", ""), ("data.per_class=3", "data.per_class: has no meaning together with data.limit"),
+        ("data.per_class=3", "data.per_class: has no meaning together with data.limit"),
         ("optim.trust_coefficient=1", "optim.trust_coefficient"), ("train.best=knn_z", "train.best"), ("classifier.label_smoothing=1", "label_smoothing"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_or_value_is_refused_by_name(override: str, said: str) -> None:
-    if said:
-        with refused(RecipeError, match=said.replace("(", r"\(")):
-            tiny(override)
+    with refused(RecipeError, match=said.replace("(", r"\(")):
+        tiny(override)
+
+
+@pytest.mark.parametrize("name", ["optim.backbone_lr=0.1", "optim.layer_decay=0.5"])
+def test_rates_of_a_body_that_does_not_learn_are_refused(name: str) -> None:
+    linear = ["classifier.train=linear", "classifier.linear_epochs=0", "optim.layer_decay=1"]
+    tiny(*linear)
+    with refused(RecipeError, match=f"{name.partition('=')[0]}: has no meaning with classifier.train=linear"):
+        tiny(*linear, name)
+
+
+@pytest.mark.parametrize(
+    "argument", ["preprocess: x", "freeze_backbone: true", "dim: 5", "checkpoint_path: x", "pretrained_cfg_overlay: {file: x}"]
+)
+def test_arguments_that_are_not_the_backbones_are_refused_by_name(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlpjepa_zoo.loading._backbone", lambda *given, **options: pytest.fail("built"))
+    name = argument.partition(":")[0]
+    with refused(RecipeError, match=rf"start\.args\.{name}: is not an argument of a backbone"):
+        tuning.start_encoder(tiny("start.source=timm:test_vit", f"start.args={{{argument}}}"))
+    with refused(RecipeError, match=rf"encoder\.args\.{name}: is not an argument of a backbone"):
+        build_encoder(tiny_encoder(f"encoder.args={{{argument}}}"))
+
+
+def test_no_place_of_this_machine_is_published(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for source, name in (
+        (f"timm:local-dir:{tmp_path}/mine", "timm:local-dir:mine"),
+        (f"local-dir:{tmp_path}/mine", "mine"),
+        (f"local-dir:{tmp_path}/gone", "gone"),
+        (f"{tmp_path}/mine", "mine"),
+        ("timm:resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+        ("owner/repo", "owner/repo"),
+    ):
+        recipe = tiny(f"start.source={source}")
+        assert recipe.start.name == name and str(tmp_path) not in recipe.shareable()
+        assert TuningRecipe.parse(recipe.shareable()).start.source == name
 
 
 def test_z_of_a_plain_timm_model_and_a_source_that_is_not_given_are_refused(tmp_path: Path) -> None:
@@ -151,6 +186,29 @@ def test_images_without_a_label_are_left_out_and_none_at_all_is_refused() -> Non
     for images in (some([-1, -1]), Images(lambda i: None, ["x"])):
         with refused(DataError, match="fine-tuning needs labelled images"):
             choose(images, None, 0)
+
+
+def test_evaluation_images_of_no_training_class_are_refused_with_the_mend() -> None:
+    task = tuning._Tuning(tiny("train.best=null"))
+    for part, labels in ((some([-1, -1]), "-1"), (Images(lambda i: None, ["x", "y"]), "none")):
+        with refused(
+            DataError, match=r"data\.eval_split: none of the 2 evaluation images has the label of a training class; name the classes"
+        ):
+            task.accept(Source(some([0, 1, 2]), part, 3, 3))
+        assert labels and task.accept(Source(some([0, 1, 2]), None, 3, 3)).eval is None
+
+
+def test_the_alarm_compares_with_the_most_frequent_class_of_the_evaluation_images() -> None:
+    task = tuning._Tuning(tiny())
+    for labels, top1, wrong in (
+        ([0, 1] * 50, 0.7, False), ([0, 1] * 50, 0.6, True), ([0] * 90 + [1] * 10, 0.93, True), ([0] * 90 + [1] * 10, 1.0, False),
+        ([0, 1, 2] * 33, 0.52, False), ([0, 1, 2] * 33, 0.4, True),
+    ):  # fmt: skip
+        task.accept(Source(some([0, 1, 2]), some(labels), 3, 3))
+        said = task.alarms({"top1": top1, "n_test": len(labels)})
+        assert bool(said) == wrong, (labels[:3], top1, said)
+        assert task.alarms({"top1": top1, "n_test": len(labels)}, still_training=True) == []
+    assert "top-1 0.400, and the most frequent class has a share of 0.333" in said[0]
 
 
 def test_rows_without_a_label_are_counted_and_said(
@@ -309,6 +367,11 @@ def test_stopped_and_resumed_is_bit_equal(whole: Path, tmp_path: Path, monkeypat
     finetune(recipe, run, resume=True, progress=False)
     assert rows(run) == rows(whole) and torch.equal(logits(run), logits(whole))
     assert torch.equal(logits(run / "classifier-best"), logits(whole / "classifier-best"))
+
+
+def test_the_card_of_the_best_says_that_it_was_chosen_on_the_images_it_is_measured_on(whole: Path) -> None:
+    said = "chosen by top1 on these very images, so too good."
+    assert said in (whole / "classifier-best/README.md").read_text() and said not in (whole / "classifier/README.md").read_text()
 
 
 def test_fresh_weights_are_those_of_the_seed_and_not_of_the_encoder(vit: Path) -> None:
@@ -474,6 +537,14 @@ def test_an_architecture_without_one_linear_classifier_is_refused_from_features_
     assert make_classifier(encoder, ["cat", "dog"], "z").head.in_features == 8
 
 
+@pytest.mark.parametrize("name", ["resnetv2_50", "dla34"])
+def test_a_classifier_that_is_a_convolution_is_refused_before_training(name: str) -> None:
+    with torch.device("meta"):
+        encoder = rz.create_encoder(name, dim=8)
+    with refused(UsageError, match="its classifier in timm is not one linear layer.*start.input=z"):
+        make_classifier(encoder, ["cat", "dog"])
+
+
 # --- the command line -------------------------------------------------------------------------------------------------------------------
 
 
@@ -555,8 +626,31 @@ def test_adapters_learn_alone_and_are_merged_before_publishing(vit: Path, tmp_pa
             finetune(tiny(*more), tmp_path / "again", progress=False)
     finetune(tiny(*more), tmp_path / "again", resume=True, progress=False)
     assert torch.equal(logits(tmp_path / "again"), logits(folder)) and rows(tmp_path / "again") == rows(tmp_path / "run")
-    with refused(UsageError, match="classifier.lora: Target modules"):
-        finetune(tiny(*more, "classifier.lora={targets: [nosuch]}"), tmp_path / "wrong", progress=False)
+    with refused(UsageError, match=r"classifier\.lora\.targets: no module of the backbone ends in 'nosuch'"):
+        finetune(tiny(*more, "classifier.lora={targets: [qkv, nosuch]}"), tmp_path / "wrong", progress=False)
+
+
+def test_convolutions_of_several_groups_get_no_adapter_and_are_refused_when_named() -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'rlpjepa-zoo[lora]'")
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(8, 8, 3)
+            self.block = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(8, 8, 3, groups=8), "last": torch.nn.Conv2d(8, 8, 1)})
+
+    def adapted(**options: Any) -> set[str]:
+        holder: Any = SimpleNamespace(backbone=Net(), projector=None)
+        tuning.with_adapters(holder, Lora(rank=2, **options))
+        return {name.partition(".lora_")[0] for name, _ in holder.backbone.named_parameters() if "lora_" in name}
+
+    assert adapted() == {"conv", "block.last"}
+    assert adapted(targets=("last",)) == {"block.last"}
+    with refused(UsageError, match=r"classifier\.lora\.targets: block\.conv is a convolution of several groups"):
+        adapted(targets=("conv",))
+    Net.__init__ = lambda self: torch.nn.Module.__init__(self)  # type: ignore[method-assign]
+    with refused(UsageError, match=r"classifier\.lora\.targets: the backbone has neither linear layers"):
+        adapted()
 
 
 def test_without_peft_adapters_are_refused_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

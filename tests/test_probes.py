@@ -18,7 +18,22 @@ from torch import Tensor
 
 from rlpjepa_zoo import probes
 from rlpjepa_zoo.errors import DataError, UsageError
-from rlpjepa_zoo.probes import choose_c, clustering, few_shot, held_out, knn, knn_accuracy, linear, mlp, paired, retrieval, rows, unit
+from rlpjepa_zoo.probes import (
+    choose_c,
+    clustering,
+    few_shot,
+    few_shot_shares,
+    held_out,
+    knn,
+    knn_accuracy,
+    linear,
+    mlp,
+    paired,
+    retrieval,
+    retrieval_each,
+    rows,
+    unit,
+)  # fmt: skip
 from rlpjepa_zoo.scores import PROBES, Protocol, accuracy_table, measure
 from rlpjepa_zoo.sparse import SparseEmbeddings
 
@@ -184,10 +199,9 @@ def test_leave_one_out_never_votes_for_itself() -> None:
 
 def test_a_single_image_has_nobody_to_vote_for_it() -> None:
     x, y = torch.ones(1, 3), torch.zeros(1, dtype=torch.long)
-    try:
-        assert knn_accuracy(x, y, x, y, leave_one_out=True) == 0
-    except DataError as error:
-        assert "kNN" in str(error)
+    with pytest.raises(DataError, match="kNN: a single labelled image has nobody to vote for it"):
+        knn_accuracy(x, y, x, y, leave_one_out=True)
+    assert knn_accuracy(x, y, x, y) == 1
 
 
 def test_knn_takes_every_voter_when_k_is_larger_than_the_bank(rng: np.random.Generator) -> None:
@@ -360,6 +374,15 @@ def test_few_shot_is_the_nearest_mean_of_unit_rows(
         assert score == pytest.approx(right / 50, abs=1e-12)
 
 
+@pytest.mark.parametrize("shots", [1, 3])
+def test_the_share_of_each_image_is_that_of_the_draws_that_classify_it_rightly(rng: np.random.Generator, shots: int) -> None:
+    (x, y), (test_x, test_y) = codes(rng), codes(rng, 50)
+    scores, shares = few_shot_shares(x, y, test_x, test_y, shots, draws=8)
+    alone = [few_shot(x, y, test_x[i : i + 1], test_y[i : i + 1], shots, draws=8).mean() for i in range(50)]
+    assert shares.tolist() == pytest.approx(alone, abs=1e-12) and 0 < shares.std()
+    assert shares.mean() == pytest.approx(scores.mean(), abs=1e-12)
+
+
 def test_few_shot_makes_the_same_draws_whatever_the_representation(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = clusters(rng)
     drawn = []
@@ -420,6 +443,17 @@ def test_retrieval_breaks_ties_by_row_and_counts_queries_without_a_right_row_as_
     assert retrieval(x, [0, 0, 1, 1], x[:2], [0, 5]).map == 0.5
 
 
+def test_the_average_precision_of_each_query_is_that_of_scikit_learn(rng: np.random.Generator) -> None:
+    (x, y), (test_x, test_y) = codes(rng, 90, 200), codes(rng, 40, 200)
+    x[:, 0], test_x[:, 0] = rng.uniform(1, 2, 90), rng.uniform(1, 2, 40)
+    a, b = x.astype(np.float64), test_x.astype(np.float64)
+    cosine = (b / np.linalg.norm(b, axis=1, keepdims=True)) @ (a / np.linalg.norm(a, axis=1, keepdims=True)).T
+    found = retrieval_each(x, y, test_x, test_y)
+    assert found[0].tolist() == pytest.approx(
+        [average_precision_score(y == c, row) for c, row in zip(test_y, cosine, strict=True)], abs=1e-5
+    )
+
+
 def test_retrieval_asks_a_random_part_of_many_queries(rng: np.random.Generator) -> None:
     (x, y), (test_x, test_y) = codes(rng), codes(rng, 300)
     part, again, other, whole = (retrieval(x, y, test_x, test_y, *given) for given in ((100,), (100,), (100, 1), ()))
@@ -462,6 +496,13 @@ def test_intervals_hold_the_true_difference_in_95_of_100_cases(rng: np.random.Ge
         found = paired(a, b, seed=case, resamples=2000)
         inside += found["low"] <= 0.5 * (0.4 - 0.3) <= found["high"]
     assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_many_different_values_are_resampled_in_parts_as_at_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = rng.random((2, 60))
+    whole = paired(a, b)
+    monkeypatch.setattr(probes, "TILE", 60 * 300)
+    assert paired(a, b) == whole
 
 
 def test_pairing_makes_intervals_of_alike_classifiers_narrow(rng: np.random.Generator) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from rlpjepa_zoo.guard import Guard
 from rlpjepa_zoo.interrupts import Interrupts
 from rlpjepa_zoo.loading import load_encoder
 from rlpjepa_zoo.objectives import RectifiedLpJEPALoss
-from rlpjepa_zoo.training import train
+from rlpjepa_zoo.training import _Pretraining, train
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss") -> None:
@@ -190,7 +191,22 @@ def test_the_best_evaluation_is_kept_beside_the_newest(tmp_path: Path, monkeypat
     assert kept == ["step-00000006", "step-00000011", "step-00000012"]
     assert load_encoder(run / "encoder-best").config.info["training"]["steps"] == 6
     assert load_encoder(run / "encoder").config.info["training"]["steps"] == 12
+    said = {name: load_encoder(run / name).config.info["results"]["protocol"] for name in ("encoder", "encoder-best")}
+    assert said["encoder-best"] == said["encoder"] + "; chosen by knn_z on these very images, so too good"
     assert json.loads((run / "summary.json").read_text())["best"] == {"step": 6, "knn_z": 0.9}
+
+
+def test_figures_that_are_not_finite_are_never_the_best() -> None:
+    for name, values, chosen in (
+        ("knn_z", [np.nan, 0.2, np.inf, 0.3, np.nan], [1, 3]),
+        ("excess", [np.nan, 0.2, -np.inf, 0.3, 0.1], [1, 4]),
+    ):
+        state: Any = SimpleNamespace(best=None, task=_Pretraining)
+        seen = []
+        for step, value in enumerate(values):
+            state.step, state.last_metrics = step, {name: value}
+            seen += [step] if engine.Run._is_best(state, name) else []
+        assert seen == chosen and state.best == (chosen[-1], values[chosen[-1]])
 
 
 def test_the_best_is_remembered_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +238,7 @@ def test_a_best_encoder_whose_publication_was_cut_off_is_made_up_for(tmp_path: P
     from rlpjepa_zoo.record import Publication
 
     with monkeypatch.context() as patch:
-        patch.setattr(Publication, "copy_as", lambda self, name: (_ for _ in ()).throw(OutputError("killed here")))
+        patch.setattr(Publication, "copy_as", lambda self, name, chosen: (_ for _ in ()).throw(OutputError("killed here")))
         with pytest.raises(OutputError):
             train(recipe, run, progress=False)
     found, _ = latest(run)
@@ -232,7 +248,7 @@ def test_a_best_encoder_whose_publication_was_cut_off_is_made_up_for(tmp_path: P
     monkeypatch.setattr(
         Publication,
         "copy_as",
-        lambda self, name: (right(self, name), published.append(load_encoder(run / name).config.info["training"]["steps"])),
+        lambda self, name, chosen: (right(self, name, chosen), published.append(load_encoder(run / name).config.info["training"]["steps"])),
     )
     train(recipe, run, resume=True, progress=False)
     assert published[0] == 3

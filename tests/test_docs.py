@@ -207,6 +207,18 @@ def test_the_feeding_that_is_claimed_is_the_one_measured() -> None:
         assert abs(float(text) - measured) < 0.06
 
 
+def test_the_embedding_that_is_claimed_is_the_one_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/embedding.json").read_text())
+    claimed = re.search(r"in memory runs ([0-9.]+) times .*?takes ([0-9.]+) times \(a tiny network\) and ([0-9.]+) times", README, re.S)
+    forward, ends = (
+        found["forward"]["resnet18, 224 pixels"]["ratio"],
+        [end["ratio"]["ours to plain"] for end in found["end to end"].values()],
+    )
+    assert claimed and forward["embed to bare, channels_last"] > 0.98 and found["memory"]["ratio"] < 1.05
+    for text, measured in zip(claimed.groups(), (forward["embed to bare"], *ends), strict=True):
+        assert abs(float(text) - measured) < 0.06
+
+
 def test_the_benchmark_runs() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/training_step.py"), "--batch", "4", "--directions", "16", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -137,7 +137,7 @@ def extract(
         progress: show a progress bar with the time left on stderr.
 
     Returns:
-        JSON-able: rows, skipped, reasons (how often each), dim, density, bytes, bytes as dense float32, parts.
+        JSON-able: rows, skipped, reasons (how often each), dim, density, bytes, bytes as dense float32, parts, columns.
 
     Raises:
         UsageError: the folder holds embeddings of other images, of another encoder or with other options, or foreign files.
@@ -194,13 +194,8 @@ def _prepare(out: Path, record: dict[str, Any], how: Extraction, overwrite: bool
         raise UsageError(f"--out {out}: holds '{foreign[0]}', which is not of embeddings; choose another folder")
     try:
         if overwrite:
-            for path in [
-                out / "embeddings.json",
-                *out.glob("data/part-*"),
-                *out.glob("data/.part-*"),
-                out / "failed.jsonl",
-                out / "README.md",
-            ]:
+            names = ("embeddings.json", "data/part-*", "data/.part-*", "failed.jsonl", "README.md")
+            for path in [path for name in names for path in out.glob(name)]:
                 path.unlink(missing_ok=True)
         (out / "data").mkdir(exist_ok=True)
         for left in [*out.glob(".*.partial.*"), *out.glob("data/.*.partial.*")]:

@@ -7,10 +7,9 @@ the backbone and head.safetensors the projector (``projector.*``) and the linear
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import tempfile
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from . import card, feeds, folder, golden, resnet, zoo
 from .encoder import EncoderConfig, SparseEncoder
 from .errors import DataError, NonFiniteError, OutputError, UsageError, first_line
 from .preprocess import Preprocess, batched, ready
+from .served import Served, digest
 
 __all__ = ["Classifier", "ClassifierConfig", "Prediction", "head_name", "make_classifier", "plain_timm", "split_head"]
 
@@ -74,7 +74,7 @@ class Prediction(NamedTuple):
     """(n, C) float32, rows sum to 1."""
 
 
-class Classifier(nn.Module):
+class Classifier(Served):
     """Images to logits. Made by `rlpjepa_zoo.finetune` and loaded by `rlpjepa_zoo.load_classifier`.
 
     Attributes:
@@ -131,24 +131,9 @@ class Classifier(nn.Module):
             raise UsageError(f"expected a float batch (B, 3, H, W), got {given}; preprocess images with classifier.transform")
         return self.head(self.features(x))
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while; every module gets its own mode back."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
     def fingerprint(self) -> str:
         """Hex digest of weights and preprocessing: two classifiers with equal fingerprints give the same logits."""
-        digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self, self.config.preprocess)
 
     @torch.inference_mode()
     def predict(self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False) -> Prediction:
@@ -187,7 +172,8 @@ class Classifier(nn.Module):
         with tqdm(total=feed.length, desc="predict", unit="image", disable=not progress) as bar, closing(groups):
             for group in groups:
                 if group.bad:
-                    raise DataError(group.bad[0][1])
+                    place, reason = group.bad[0]
+                    raise DataError(feeds.named(group.items[place].id, reason))
                 bar.update(len(group.items))
                 yield [row.id for row in group.items], self.config.preprocess.normalised(group.pixels.to(self.device))
 

@@ -29,6 +29,9 @@ T = TypeVar("T")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (rlpjepa list --recipes) or YAML file.")]
 SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, owner/repo[@revision] on the Hub, or a folder.")]
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")]
+AllowChange = Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -71,23 +74,29 @@ def demo(
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")] = False,
-    allow_change: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")] = None,
+    out: RunFolder = Path("runs/latest"),
+    resume: Resume = False,
+    allow_change: AllowChange = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Pretrain an encoder by a recipe; also under `accelerate launch -m rlpjepa_zoo train ...` and torchrun."""
-    from . import collectives
     from .recipe import Recipe
     from .training import train as run
 
     resolved = Recipe.load(recipe, overrides or [])
+    _go("encoder", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
+
+
+def _go(made: str, out: Path, work: Callable[[], Path], as_json: bool) -> None:
+    """Do a run, and print where what it made is, with the figures of its summary."""
+    from . import collectives
+
     try:
-        folder = run(resolved, out, resume, allow_change or [], progress=not quiet)
+        folder = work()
         if collectives.rank() == 0:
             summary = json.loads((out / "summary.json").read_text())
-            _print({"encoder": str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
+            _print({made: str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
     finally:
         collectives.shut_down()
 
@@ -96,25 +105,18 @@ def train(
 def finetune(
     recipe: RecipeName,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, if there is one.")] = False,
-    allow_change: Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")] = None,
+    out: RunFolder = Path("runs/latest"),
+    resume: Resume = False,
+    allow_change: AllowChange = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Make an encoder a classifier of labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
-    from . import collectives
     from .tuning import finetune as run
     from .tuning_recipe import TuningRecipe
 
     resolved = TuningRecipe.load(recipe, overrides or [])
-    try:
-        folder = run(resolved, out, resume, allow_change or [], progress=not quiet)
-        if collectives.rank() == 0:
-            summary = json.loads((out / "summary.json").read_text())
-            _print({"classifier": str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
-    finally:
-        collectives.shut_down()
+    _go("classifier", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
 
 
 @app.command()
@@ -190,9 +192,7 @@ def embed(
     max_active: Annotated[int | None, typer.Option(min=1, help="Keep only this many largest values of each image.")] = None,
     min_value: Annotated[float, typer.Option(help="Leave out values below this.")] = 0.0,
     values: Annotated[str, typer.Option(help="float32 (exact), float16, or uint8 (with a scale for each image).")] = "float32",
-    precision: Annotated[
-        str, typer.Option(help="float32, or bf16: faster on many processors, codes differ by about a percent.")
-    ] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, or bf16: faster on many processors, codes differ by its rounding.")] = "float32",
     part_rows: Annotated[
         int, typer.Option(min=1, help="Folder: images in each file; what is lost, at most, when the program is killed.")
     ] = 4096,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from . import card, feeds, folder, golden, publish, resnet, zoo
 from .dial import Dial, keep_largest
 from .errors import DataError, NonFiniteError, OutputError, UsageError
 from .preprocess import Preprocess, Ready, batched, ready
+from .served import Served, digest
 from .sparse import SparseEmbeddings
 
 __all__ = ["Budget", "EncoderConfig", "Output", "SparseEncoder", "make_projector"]
@@ -100,7 +100,7 @@ def make_projector(features: int, hidden_dim: int, dim: int, depth: int) -> nn.S
     return nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.ReLU())
 
 
-class SparseEncoder(nn.Module):
+class SparseEncoder(Served):
     """Images to sparse, non-negative embeddings. Made by `create_encoder` and `load_encoder` of `rlpjepa_zoo.loading`.
 
     Attributes:
@@ -158,17 +158,6 @@ class SparseEncoder(nn.Module):
         """Embeddings z (B, D), >= 0 with exact zeros, of a float batch x (B, 3, H, W)."""
         return self.both(x).z
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while; every module gets its own mode back."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
     @property
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device
@@ -178,13 +167,7 @@ class SparseEncoder(nn.Module):
         tensors = sorted(self.state_dict().items())
         now = (self.config.preprocess, self.config.dial, *((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors))
         if self._known is None or self._known[0] != now:  # hashing takes longer than embedding one image
-            digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
-            for name, tensor in tensors:
-                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            if self.config.dial is not None:
-                digest.update(repr(self.config.dial).encode())
-            self._known = now, digest.hexdigest()
+            self._known = now, digest(self, self.config.preprocess, self.config.dial)
         return self._known[1]
 
     # --- the dial --------------------------------------------------------------------------------------------------------------------
@@ -282,7 +265,7 @@ class SparseEncoder(nn.Module):
             on_error: what an unreadable image does: ``raise``, or ``skip`` its row and append (id, reason) to `failures`.
             failures: list that receives what was skipped.
             min_value: leave out values below this.
-            precision: ``bf16`` computes in bfloat16 (autocast): several times as fast on many processors, codes differ by about a percent.
+            precision: ``bf16`` computes in bfloat16 (autocast), which many processors do faster; codes differ by its rounding.
 
         Returns:
             `SparseEmbeddings` with the ids of the images (paths or row numbers) and the encoder's fingerprint in `meta["model"]`.
@@ -335,7 +318,7 @@ class SparseEncoder(nn.Module):
         Raises:
             NonFiniteError: NaN or infinity among them.
         """
-        x = x.to(self.device, memory_format=torch.channels_last)  # up to twice as fast
+        x = x.to(self.device, memory_format=torch.channels_last)  # faster: benchmarks/embedding.py
         with torch.autocast(x.device.type, torch.bfloat16, enabled=budget.precision == "bf16"):
             z = self(x)
         z = z.float()
@@ -352,7 +335,7 @@ class SparseEncoder(nn.Module):
         """Raise for, or note, images of a group that cannot be read."""
         for i, reason in group.bad:
             name = group.items[i].id
-            reason = reason if str(name) in reason else f"{name}: {reason}"
+            reason = feeds.named(name, reason)
             if on_error == "raise":
                 raise DataError(f"{reason}; leave such images out with on_error='skip' (--skip-bad)")
             if failures is not None:

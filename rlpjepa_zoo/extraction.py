@@ -30,7 +30,7 @@ from . import collectives, folder, zoo
 from .checkpoint import lock
 from .encoder import Budget, SparseEncoder
 from .errors import DataError, HubError, OutputError, StoppedBySignal, UsageError, first_line
-from .feeds import Feed, Row, spans
+from .feeds import Feed, Row, named, spans
 from .interrupts import Interrupts
 from .preprocess import Ready, batched, ready
 from .sparse import SparseEmbeddings, Values
@@ -319,7 +319,7 @@ class _Work:
     def _embed(self, group: Ready[tuple[int, Row]], failed: list[tuple[str, str]]) -> SparseEmbeddings:
         for i, reason in group.bad:
             name = _text(group.items[i][1].id)
-            reason = reason if str(name) in reason else f"{name}: {reason}"
+            reason = named(name, reason)
             if not self.how.skip_bad:
                 raise DataError(f"{reason}; leave such images out with --skip-bad")
             failed.append((str(name), reason))

@@ -21,7 +21,7 @@ from PIL import Image
 from . import hub, images, network, zoo
 from .errors import DataError, HubError, UsageError, first_line
 
-__all__ = ["Feed", "Row", "open_feed", "spans"]
+__all__ = ["Feed", "Row", "named", "open_feed", "spans"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -61,6 +61,11 @@ class Feed:
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     seekable: bool = False
     expected: int | None = None
+
+
+def named(name: str | int, reason: str) -> str:
+    """Why an image cannot be read, with its id."""
+    return reason if str(name) in reason else f"{name}: {reason}"
 
 
 def spans(feed: Feed, size: int, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Iterator[Row]]]:

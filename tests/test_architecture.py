@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
     {"errors", "streams", "collectives", "interrupts"},
-    {"distributions", "folder", "metrics", "golden", "network"},
+    {"distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page", "dial"},
     {"recipe", "preprocess", "pictures", "hub", "probes", "classifier_card"},
     {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},

@@ -100,6 +100,13 @@ def test_every_block_of_the_page_on_downstream_runs_in_order(
     assert ("model", "you/photos-sparse-encoder") in hub_server.repos and ("dataset", "you/photos-embeddings") in hub_server.repos
 
 
+def test_the_few_labels_that_are_claimed_are_those_measured() -> None:
+    found, page = json.loads((ROOT / "docs/measured/few-labels.json").read_text()), (ROOT / "docs/finetuning.md").read_text()
+    for arm in ("pretrained", "scratch"):
+        assert ", ".join(f"{100 * top1:.1f} %" for top1 in found[arm]) in page
+        assert f"(mean {100 * sum(found[arm]) / 3:.1f})" in page
+
+
 def test_the_curves_that_are_shown_are_those_measured() -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     try:

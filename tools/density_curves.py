@@ -85,7 +85,7 @@ Encoders trained on a CPU at several mu, and what their codes are worth when eac
 `rlpjepa train digits target.mu=MU`, `rlpjepa train cifar10-cpu target.mu=MU`, then `rlpjepa eval RUN --data digits --budgets auto` and
 `rlpjepa eval RUN --data cifar10 --limit 10000 --budgets auto`; two threads of an x86-64 CPU, torch 2.15.0, timm 1.0.31. The digits' encoders end
 in one rectified layer of 256 dimensions, those of CIFAR-10 in a rectified MLP of three layers and 512. What they show: on digits 8 of 256 dimensions
-are enough for kNN and the linear probe, whatever mu was; on CIFAR-10 16 of 512 cost 2 to 3.5 points and nothing more in 1-shot. Training at
+are enough for kNN and the linear probe, whatever mu was; on CIFAR-10 16 of 512 cost 2 to 3.5 points in those two and up to 2 in 1-shot. Training at
 mu = -1 instead of 0 gave no better sparse code there than the dial does.
 
 {table()}

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .loading import load_classifier as load_classifier
     from .loading import load_encoder as load_encoder
     from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
-    from .objectives import directions as directions
-    from .objectives import sliced_wasserstein as sliced_wasserstein
     from .recipe import Recipe as Recipe
+    from .sliced import sliced_wasserstein as sliced_wasserstein
+    from .slices import directions as directions
     from .sparse import SparseEmbeddings as SparseEmbeddings
     from .training import train as train
     from .tuning import finetune as finetune
@@ -43,8 +43,8 @@ _HOME = {
     "load_encoder": "loading",
     "evaluate": "evaluation",
     "RectifiedLpJEPALoss": "objectives",
-    "directions": "objectives",
-    "sliced_wasserstein": "objectives",
+    "directions": "slices",
+    "sliced_wasserstein": "sliced",
     "Recipe": "recipe",
     "SparseEmbeddings": "sparse",
     "train": "training",

@@ -507,7 +507,7 @@ class Recipe(Plan):
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self._frozen()
         self.target.law()
-        from .objectives import parse_directions
+        from .slices import parse_directions
 
         try:
             parse_directions(self.objective.directions, self.objective.num_directions, self.encoder.dim)

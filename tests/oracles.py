@@ -79,10 +79,10 @@ def transport(u: np.ndarray, v: np.ndarray) -> float:
 
 
 def sliced_autograd(z: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """The same by torch, with the gradient of `sort`; z is (B, D) or (V, B, D)."""
+    """The same by torch, with the gradient of `sort` (ties in the order of the batch); z is (B, D) or (V, B, D)."""
     views = z.unsqueeze(0) if z.dim() == 2 else z
     target = (y @ directions.T).sort(dim=0).values
-    return torch.stack([((view @ directions.T).sort(dim=0).values - target).square().mean() for view in views]).mean()
+    return torch.stack([((view @ directions.T).sort(dim=0, stable=True).values - target).square().mean() for view in views]).mean()
 
 
 def invariance(z: np.ndarray) -> float:

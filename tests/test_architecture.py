@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
     {"errors", "streams", "collectives", "interrupts"},
-    {"distributions", "folder", "metrics", "golden", "network", "served"},
-    {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page", "dial"},
-    {"recipe", "preprocess", "pictures", "hub", "probes", "classifier_card"},
+    {"slices", "distributions", "folder", "metrics", "golden", "network", "served"},
+    {"sparse", "images", "resnet", "zoo", "sliced", "diagnostics", "page", "dial"},
+    {"recipe", "objectives", "preprocess", "pictures", "hub", "probes", "classifier_card"},
     {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
     {"encoder", "evalsets"},
     {"classifier"},
@@ -36,7 +36,7 @@ OWNERS = {
     "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
-TRAINING = {"training", "engine", "objectives", "optim", "data", "sources"}
+TRAINING = {"training", "engine", "objectives", "sliced", "optim", "data", "sources"}
 LONG = {"go"}
 
 

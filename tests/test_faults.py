@@ -38,8 +38,8 @@ from rlpjepa_zoo.data import Batches, make_loader
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.images import Images, decode, open_images
 from rlpjepa_zoo.model import Watched, build_encoder
-from rlpjepa_zoo.objectives import sliced_wasserstein
 from rlpjepa_zoo.recipe import Recipe
+from rlpjepa_zoo.sliced import sliced_wasserstein
 from rlpjepa_zoo.sources import Source
 from rlpjepa_zoo.training import train
 

@@ -9,8 +9,10 @@ import torch
 
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.loading import create_encoder, load_encoder
-from rlpjepa_zoo.objectives import FAMILIES, RectifiedLpJEPALoss, directions, sliced_wasserstein
+from rlpjepa_zoo.objectives import RectifiedLpJEPALoss
 from rlpjepa_zoo.recipe import Data, Recipe, Views
+from rlpjepa_zoo.sliced import sliced_wasserstein
+from rlpjepa_zoo.slices import FAMILIES, directions
 from rlpjepa_zoo.training import train
 from rlpjepa_zoo.views import Augment
 

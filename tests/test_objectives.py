@@ -10,14 +10,9 @@ from torch import Tensor
 
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import NonFiniteError
-from rlpjepa_zoo.objectives import (
-    FAMILIES,
-    RectifiedLpJEPALoss,
-    directions,
-    invariance,
-    parse_directions,
-    sliced_wasserstein,
-)
+from rlpjepa_zoo.objectives import RectifiedLpJEPALoss, invariance
+from rlpjepa_zoo.sliced import sliced_wasserstein
+from rlpjepa_zoo.slices import FAMILIES, directions, parse_directions
 
 KINDS = [*FAMILIES, "axes+random", "eigen+random", "eigen-bottom+orthogonal", "eigen:3+axes:5+random", "random+orthogonal"]
 

@@ -1,0 +1,182 @@
+"""The sliced 2-Wasserstein distance: value and gradient in one sweep over the directions.
+
+Shapes: B batch, D embedding width, N directions, V views. On each direction the sorted projections of the embeddings are matched with the
+sorted projections of the target; the permutation is constant almost everywhere, so the gradient of a projection is twice its distance to the
+target value of the same rank. Nothing is kept for backward but the gradient itself, (V, B, D), and the work goes span by span over the
+directions, so that what is at hand stays in cache and memory does not grow with N.
+
+Source: arXiv 2602.01456, section 4 (RDMReg): the mean over directions of the squared differences of sorted projections.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .slices import Part, Rotations, Rows
+
+__all__ = ["CHUNK", "sliced_wasserstein"]
+
+CHUNK = 1024
+"""Directions sorted at once unless told otherwise."""
+
+
+def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part], chunk: int = CHUNK) -> Tensor:
+    """Sliced squared 2-Wasserstein distance between two samples of equal size.
+
+    mean over directions c, over ranks i and over views of (sort(Z c)_i - sort(Y c)_i)^2.
+
+    Args:
+        z: (B, D) or (V, B, D) embeddings; receives the gradient. float16 / bfloat16 are computed in float32.
+        y: (B, D) sample of the target, same device, without gradient; one sample serves all views.
+        directions: (N, D), rows of unit length, or the parts that `slices` makes.
+        chunk: directions worked on at once; peak extra memory is about 10 * chunk * V * B numbers, whatever N.
+
+    Returns:
+        Scalar >= 0, float32 (float64 for float64 `z`). For Z = 0 its expectation is mean(y^2); for matched samples it is not zero
+        but a floor proportional to 1/B.
+
+    Raises:
+        ValueError: shapes that do not fit, an empty batch, or a target that requires a gradient.
+
+    Example:
+        >>> from rlpjepa_zoo import directions
+        >>> y = torch.rand(8, 3)
+        >>> float(sliced_wasserstein(y.flip(0), y, directions("axes", 3, 3)))  # order of rows does not matter
+        0.0
+    """
+    parts = [Rows(directions.detach())] if isinstance(directions, Tensor) else list(directions)
+    _check(z, y, parts, chunk)
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        z = z.unsqueeze(0) if z.dim() == 2 else z
+        y, count, total = y.to(z.dtype), sum(map(len, parts)), z.new_zeros(())
+        for part in parts:
+            table, rotated = part.table.to(z.device, z.dtype), isinstance(part, Rotations)
+            low, high = (part.low, part.high) if isinstance(part, Rotations) else (0, len(part))
+            wanted = z.requires_grad and torch.is_grad_enabled()
+            value, _ = _distance(z, y, table, rotated, low, high, chunk, wanted)
+            total = total + value * (len(part) / count)
+        return total
+
+
+def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int) -> None:
+    tables = [part.table for part in parts]
+    shapes = ", ".join(str(tuple(table.shape)) for table in tables)
+    if z.dim() not in (2, 3) or y.dim() != 2 or any(table.dim() != 2 for table in tables):
+        raise ValueError(
+            f"sliced_wasserstein: expected z (B, D) or (V, B, D), y (B, D), directions (N, D), got {tuple(z.shape)}, {tuple(y.shape)}, {shapes}"
+        )
+    if z.shape[-2:] != y.shape or any(table.shape[1] != y.shape[1] for table in tables):
+        raise ValueError(f"sliced_wasserstein: sizes differ: z {tuple(z.shape)}, y {tuple(y.shape)}, directions {shapes}")
+    if z.numel() == 0 or not sum(map(len, parts)):
+        raise ValueError("sliced_wasserstein: empty batch or no directions")
+    if y.requires_grad:
+        raise ValueError("sliced_wasserstein: the target must not require a gradient; pass y.detach()")
+    if chunk < 1:
+        raise ValueError(f"sliced_wasserstein: chunk must be >= 1, got {chunk}")
+
+
+# --- the operator -------------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("rlpjepa_zoo::sliced_wasserstein", mutates_args=())
+def _distance(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high: int, chunk: int, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Mean squared distance for z (V, B, D), and its gradient (empty if not wanted); opaque to torch.compile."""
+    part: Part = Rotations(table, low, high) if rotated else Rows(table)
+    views, batch, dim = z.shape
+    columns = torch.cat([y.unsqueeze(0), z]).view(-1, dim).T.contiguous()  # (D, (1 + V) B): the target first
+    spread = part.spread(columns)
+    grad = z.new_zeros(dim, views * batch) if gradient else None
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    for first, last in part.spans(chunk):
+        projected = part.project(spread, first, last).view(-1, 1 + views, batch)
+        gaps = torch.cat([_match(rows) for rows in projected.split(chunk)])
+        total += gaps.square().sum(dim=(1, 2)).sum(dtype=torch.float64)
+        if grad is not None:
+            grad += part.back(gaps.view(len(gaps), -1), first, last)
+    count = len(part) * views * batch
+    value = (total / count).to(z.dtype)
+    if grad is None:
+        return value, z.new_empty(0)
+    return value, part.gather(grad).mul_(2 / count).T.reshape(z.shape).contiguous()
+
+
+@_distance.register_fake
+def _(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high: int, chunk: int, gradient: bool) -> tuple[Tensor, Tensor]:
+    return z.new_empty(()), torch.empty_like(z, memory_format=torch.contiguous_format) if gradient else z.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+@once_differentiable
+def _backward(ctx: Any, value: Tensor, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    (kept,) = ctx.saved_tensors
+    return kept * value, *[None] * 7
+
+
+_distance.register_autograd(_backward, setup_context=_keep)
+
+
+# --- matching by rank ---------------------------------------------------------------------------------------------------------------
+
+
+def _match(projected: Tensor) -> Tensor:
+    """Signed distance of every projection to the target's projection of the same rank.
+
+    Args:
+        projected: (n, 1 + V, B), the target's projections first, then those of each view.
+
+    Returns:
+        (n, V, B), in the order of the batch.
+    """
+    target, views = projected[:, :1], projected[:, 1:]
+    fast = projected.device.type == "cpu" and projected.dtype == torch.float32
+    values, order = (_sorted_by_numpy if fast else _sorted_by_torch)(target, views)
+    matched = torch.empty_like(order, dtype=views.dtype).scatter_(2, order, values.expand_as(order))
+    return torch.sub(views, matched, out=matched)
+
+
+def _sorted_by_torch(target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the target in order, and the order of the views: any dtype and device; the oracle of the faster ways."""
+    return target.sort(dim=2).values, views.sort(dim=2, stable=True).indices
+
+
+def _sorted_by_numpy(target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for float32 on a CPU. numpy sorts numbers with vector instructions, but not while it carries indices, so the index rides in the
+    low half of a 64-bit key whose high half orders like the float."""
+    bits = views.view(torch.int32)
+    keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)  # negative floats order backwards as integers
+    keys.bitwise_left_shift_(32).bitwise_or_(torch.arange(views.shape[2]))
+    values = target.contiguous()
+    _sort_rows(values.numpy())
+    _sort_rows(keys.numpy())
+    return values, keys.bitwise_and_(0xFFFFFFFF)
+
+
+def _sort_rows(x: np.ndarray[Any, Any]) -> None:
+    """Sort along the last axis in place, on as many threads as torch uses; numpy lets go of the interpreter meanwhile."""
+    rows, threads = x.reshape(-1, x.shape[-1]), torch.get_num_threads()
+    if threads == 1 or rows.size < 1 << 18:
+        rows.sort(axis=1)
+        return
+    list(_pool(threads).map(lambda part: part.sort(axis=1), np.array_split(rows, threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sort")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

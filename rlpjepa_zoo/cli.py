@@ -138,7 +138,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
     import torch
 
     from .errors import RecipeError
-    from .model import build_encoder, unlike_pretraining
+    from .model import build_encoder, build_objective, unlike_pretraining
 
     mu, sigma = recipe.target.law()
     empty = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
@@ -158,6 +158,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,
         "peak learning rate": recipe.lr,
+        "directions": f"{build_objective(recipe).n} {recipe.objective.directions}",
     }
 
 

@@ -1,4 +1,4 @@
-"""What is trained: the encoder that a recipe describes, and linear probes that watch it."""
+"""What is trained: the encoder that a recipe describes, what it is trained for, and linear probes that watch it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import streams
+from .distributions import RectifiedGeneralizedGaussian
 from .encoder import Output, SparseEncoder
 from .errors import RecipeError, first_line
 from .loading import create_encoder, refused_arguments
+from .objectives import RectifiedLpJEPALoss
 from .preprocess import Preprocess
 from .recipe import Recipe
+from .variance import directions_needed, matched
 
-__all__ = ["Result", "Watched", "build_encoder", "check_arguments", "unlike_pretraining"]
+__all__ = ["Result", "Watched", "build_encoder", "build_objective", "check_arguments", "unlike_pretraining"]
 
 log = logging.getLogger("rlpjepa_zoo")
+
+PAPER_ERROR = 0.45
+"""Gradient error of the paper's 8192 random directions at a batch of 256 and a width of 512, where embeddings are a sample of the target."""
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
@@ -57,6 +63,16 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     if recipe.views.local is not None:
         _takes(encoder, recipe.views.local.size, options.backbone)
     return encoder
+
+
+def build_objective(recipe: Recipe) -> RectifiedLpJEPALoss:
+    """The loss a recipe describes; `num_directions: auto` becomes a number, the same on every rank and in every resume."""
+    mu, sigma = recipe.target.law()
+    law, options, count = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p), recipe.objective, recipe.objective.num_directions
+    if count == "auto":
+        sample = matched(law, recipe.train.batch_size, recipe.encoder.dim)
+        count = directions_needed(options.directions, options.gradient_error or PAPER_ERROR, *sample)
+    return RectifiedLpJEPALoss(law, options.invariance, options.matching, options.directions, count, recipe.seed, options.chunk)
 
 
 def unlike_pretraining(recipe: Recipe, encoder: SparseEncoder) -> list[str]:

@@ -278,10 +278,24 @@ class Objective(Section):
     matching: NonNegative = 125.0
     """Weight of the mean over views of the sliced distance."""
     directions: str = "random"
-    """random, orthogonal, axes, eigen, eigen-bottom, or a mix such as eigen+random."""
-    num_directions: Count = 8192
-    chunk: Count = 2048
+    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random."""
+    num_directions: Count | Literal["auto"] = 8192
+    """auto: the fewest that keep the gradient within `gradient_error`; for random, orthogonal and hadamard."""
+    gradient_error: Positive | None = None
+    """Of the directions, relative, where embeddings are a sample of the target; for auto, which takes 0.45 without it: what 8192 random
+    directions have at a batch of 256 and a width of 512."""
+    chunk: Count = 1024
     """Directions worked on at once: bounds memory, changes nothing else."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        from .slices import INDEPENDENT
+
+        if self.num_directions == "auto" and self.directions not in INDEPENDENT:
+            raise ValueError(f"num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number")
+        if self.num_directions != "auto" and self.gradient_error is not None:
+            raise ValueError(f"gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
+        return self
 
 
 class Optim(Section):
@@ -510,7 +524,8 @@ class Recipe(Plan):
         from .slices import parse_directions
 
         try:
-            parse_directions(self.objective.directions, self.objective.num_directions, self.encoder.dim)
+            asked = self.objective.num_directions
+            parse_directions(self.objective.directions, 1 if asked == "auto" else asked, self.encoder.dim)
         except ValueError as error:
             raise ValueError(f"objective.{error}") from error
         return self

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from .errors import NonFiniteError
 
-__all__ = ["FAMILIES", "Part", "Rotations", "Rows", "cut", "directions", "parse_directions", "slices"]
+__all__ = ["FAMILIES", "INDEPENDENT", "Part", "Rotations", "Rows", "cut", "directions", "parse_directions", "slices"]
 
 FAMILIES = ("random", "orthogonal", "hadamard", "axes", "eigen", "eigen-bottom")
+INDEPENDENT = ("random", "orthogonal", "hadamard")
+"""Those of which one can have ever more, with ever less noise; the others are fixed, or depend on the batch."""
 SMALLEST_TRANSFORM = 64
 """Widths below this get their `hadamard` bases by QR: few signs make few directions, and a small QR costs nothing."""
 

@@ -14,14 +14,12 @@ from torch.utils.data import DataLoader
 from . import collectives, record, streams
 from .cached import cache_views
 from .data import Batch, rows_loader
-from .distributions import RectifiedGeneralizedGaussian
 from .encoder import SparseEncoder
 from .engine import run
 from .errors import NonFiniteError, RecipeError
 from .evaluation import during_training, labelled
 from .metrics import alarms, batch_metrics
-from .model import Result, Watched, build_encoder
-from .objectives import RectifiedLpJEPALoss
+from .model import Result, Watched, build_encoder, build_objective
 from .optim import make_optimizer
 from .recipe import Recipe
 from .sources import Source
@@ -63,11 +61,7 @@ class _Pretraining(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        mu, sigma = recipe.target.law()
-        law, weights = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p), recipe.objective
-        self.objective = RectifiedLpJEPALoss(
-            law, weights.invariance, weights.matching, weights.directions, weights.num_directions, recipe.seed, weights.chunk
-        )
+        self.objective = build_objective(recipe)
         self.zeros = 0
 
     @property

@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "streams", "collectives", "interrupts"},
     {"slices", "distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "sliced", "diagnostics", "page", "dial"},
-    {"recipe", "objectives", "preprocess", "pictures", "hub", "probes", "classifier_card"},
+    {"recipe", "objectives", "variance", "preprocess", "pictures", "hub", "probes", "classifier_card"},
     {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
     {"encoder", "evalsets"},
     {"classifier"},

@@ -1,0 +1,76 @@
+"""How noisy a finite number of directions makes the gradient, and how many of them an asked error takes.
+
+The sliced distance is an average over directions; N of them give its gradient up to noise. With independent draws of n directions,
+gradients G_1 ... G_m have a mean and a scatter S^2 = sum |G_i - mean|^2 / (m - 1) around it, and the error of one draw relative to the
+gradient of all directions is sqrt(S^2 / (|mean|^2 - S^2 / m)). It falls like 1 / sqrt(N) for independent draws or whole bases.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import streams
+from .distributions import RectifiedGeneralizedGaussian
+from .sliced import sliced_wasserstein
+from .slices import INDEPENDENT, slices
+
+__all__ = ["directions_needed", "gradient_error", "matched"]
+
+
+def matched(law: RectifiedGeneralizedGaussian, batch: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeddings that are a sample of the target, and the target's own sample: (B, D) each.
+
+    It is where perfect training ends, and where directions are noisiest compared with the gradient, which here is nothing but the
+    difference of two samples: an error of 0.5 says that directions add a quarter to the variance that the draw of the target has anyway.
+    """
+    z, y = (law.sample((batch, dim), generator=streams.generator(seed, f"matched-{name}")) for name in "zy")
+    return z, y
+
+
+def gradient_error(kind: str, n: int, z: Tensor, y: Tensor, seed: int = 0, draws: int = 8) -> float:
+    """Expected relative error (Frobenius norm) of the gradient from n directions, against that from all directions.
+
+    Args:
+        kind: a family of `INDEPENDENT`.
+        n: directions of one draw.
+        z, y: (B, D) embeddings and target.
+        seed: of the draws.
+        draws: gradients compared, >= 2.
+
+    Example:
+        >>> from rlpjepa_zoo import RectifiedGeneralizedGaussian, sigma_gn
+        >>> z, y = matched(RectifiedGeneralizedGaussian(0.0, sigma_gn(1.0), 1.0), 32, 64)
+        >>> gradient_error("orthogonal", 64, z, y) < gradient_error("random", 64, z, y)
+        True
+    """
+    total, squares = torch.zeros_like(z, dtype=torch.float64), 0.0
+    for draw in range(draws):
+        x = z.detach().clone().requires_grad_()
+        parts = slices(kind, n, z.shape[1], streams.generator(seed, "gradient-error", draw, device=z.device))
+        (grad,) = torch.autograd.grad(sliced_wasserstein(x, y, parts), x)
+        total += grad
+        squares += float(grad.double().square().sum())
+    mean = float((total / draws).square().sum())
+    scatter = (squares - draws * mean) / (draws - 1)
+    return math.sqrt(scatter / max(mean - scatter / draws, 1e-30))
+
+
+def directions_needed(kind: str, error: float, z: Tensor, y: Tensor, seed: int = 0, draws: int = 8) -> int:
+    """Fewest directions whose gradient error is at most `error`: whole bases of the families that have them.
+
+    Args:
+        kind: a family of `INDEPENDENT`.
+        error: relative, > 0.
+        z, y, seed, draws: see `gradient_error`.
+
+    Raises:
+        ValueError: a mix, or a family whose error does not fall with its number.
+    """
+    if kind not in INDEPENDENT:
+        raise ValueError(f"directions_needed: expected one of {', '.join(INDEPENDENT)}, got '{kind}'")
+    dim = z.shape[1]
+    bases = (gradient_error(kind, dim, z, y, seed, draws) / error) ** 2
+    return max(1, math.ceil(bases * dim)) if kind == "random" else dim * max(1, math.ceil(bases))

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .objectives import directions as directions
     from .objectives import sliced_wasserstein as sliced_wasserstein
     from .recipe import Recipe as Recipe
+    from .sigreg import LeJEPALoss as LeJEPALoss
+    from .sigreg import SIGReg as SIGReg
+    from .sigreg import strong_sigreg as strong_sigreg
+    from .sigreg import weak_sigreg as weak_sigreg
     from .sparse import SparseEmbeddings as SparseEmbeddings
     from .training import train as train
     from .tuning import finetune as finetune
@@ -46,6 +50,10 @@ _HOME = {
     "directions": "objectives",
     "sliced_wasserstein": "objectives",
     "Recipe": "recipe",
+    "LeJEPALoss": "sigreg",
+    "SIGReg": "sigreg",
+    "strong_sigreg": "sigreg",
+    "weak_sigreg": "sigreg",
     "SparseEmbeddings": "sparse",
     "train": "training",
     "finetune": "tuning",

@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "streams", "collectives", "interrupts"},
     {"distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page", "dial"},
-    {"recipe", "preprocess", "pictures", "hub", "probes", "classifier_card"},
+    {"recipe", "preprocess", "pictures", "hub", "probes", "classifier_card", "sigreg"},
     {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
     {"encoder", "evalsets"},
     {"classifier"},
@@ -36,7 +36,7 @@ OWNERS = {
     "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
-TRAINING = {"training", "engine", "objectives", "optim", "data", "sources"}
+TRAINING = {"training", "engine", "objectives", "sigreg", "optim", "data", "sources"}
 LONG = {"go"}
 
 

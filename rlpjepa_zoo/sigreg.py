@@ -108,7 +108,7 @@ def strong_sigreg(x: Tensor, directions: Tensor, knots: int = 17, limit: float =
             8 * chunk * V * B numbers, whatever K and `knots`. Processes exchange chunk * knots * V numbers for each chunk.
 
     Returns:
-        Scalar >= 0, float32 (float64 for float64 `x`). About 1.06 for Gaussian samples of any size, 0.409 B for x = 0.
+        Scalar >= 0, float32 (float64 for float64 `x`). About 1.06 for Gaussian samples of any size, 0.41 B for x = 0.
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, or a rule without knots.
@@ -193,7 +193,7 @@ def weak_sigreg(x: Tensor, sketch: Tensor | None = None) -> Tensor:
     """
     x3 = _views("weak_sigreg", x)
     if x3.shape[1] * collectives.world_size() < 2:
-        raise ValueError(f"weak_sigreg: expected at least 2 rows, a covariance has none of {x3.shape[1]}; got x {tuple(x.shape)}")
+        raise ValueError(f"weak_sigreg: expected at least 2 rows, got x {tuple(x.shape)}")
     if sketch is not None and (sketch.dim() != 2 or sketch.shape[1] != x.shape[-1] or len(sketch) == 0):
         raise ValueError(f"weak_sigreg: expected sketch (K, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(sketch.shape)}")
     with torch.autocast(x.device.type, enabled=False):

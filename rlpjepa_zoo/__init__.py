@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .loading import load_encoder as load_encoder
     from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
     from .recipe import Recipe as Recipe
+    from .sigreg import LeJEPALoss as LeJEPALoss
+    from .sigreg import SIGReg as SIGReg
+    from .sigreg import strong_sigreg as strong_sigreg
+    from .sigreg import weak_sigreg as weak_sigreg
     from .sliced import sliced_wasserstein as sliced_wasserstein
     from .slices import directions as directions
     from .sparse import SparseEmbeddings as SparseEmbeddings
@@ -46,6 +50,10 @@ _HOME = {
     "directions": "slices",
     "sliced_wasserstein": "sliced",
     "Recipe": "recipe",
+    "LeJEPALoss": "sigreg",
+    "SIGReg": "sigreg",
+    "strong_sigreg": "sigreg",
+    "weak_sigreg": "sigreg",
     "SparseEmbeddings": "sparse",
     "train": "training",
     "finetune": "tuning",

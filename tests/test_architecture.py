@@ -15,7 +15,7 @@ LEVELS = [
     {"slices", "distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "sliced", "diagnostics", "page", "dial"},
     {"recipe", "objectives", "variance", "preprocess", "pictures", "hub", "probes", "classifier_card"},
-    {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
+    {"sigreg", "sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
     {"encoder", "evalsets"},
     {"classifier"},
     {"loading", "export"},
@@ -36,7 +36,7 @@ OWNERS = {
     "matplotlib": {"pictures", "charts"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
-TRAINING = {"training", "engine", "objectives", "sliced", "optim", "data", "sources"}
+TRAINING = {"training", "engine", "objectives", "sliced", "sigreg", "optim", "data", "sources"}
 LONG = {"go"}
 
 

@@ -284,7 +284,7 @@ class Objective(Section):
     gradient_error: Positive | None = None
     """Of the directions, relative, where embeddings are a sample of the target; for auto, which takes 0.45 without it: what 8192 random
     directions have at a batch of 256 and a width of 512."""
-    chunk: Count = 1024
+    chunk: Count = 256
     """Directions worked on at once: bounds memory, changes nothing else."""
 
     @model_validator(mode="after")

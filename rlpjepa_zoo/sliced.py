@@ -25,7 +25,7 @@ from .slices import Part, Rotations, Rows
 
 __all__ = ["CHUNK", "sliced_wasserstein"]
 
-CHUNK = 1024
+CHUNK = 256
 """Directions sorted at once unless told otherwise."""
 
 
@@ -93,14 +93,15 @@ def _distance(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high
     """Mean squared distance for z (V, B, D), and its gradient (empty if not wanted); opaque to torch.compile."""
     part: Part = Rotations(table, low, high) if rotated else Rows(table)
     views, batch, dim = z.shape
-    columns = torch.cat([y.unsqueeze(0), z]).view(-1, dim).T.contiguous()  # (D, (1 + V) B): the target first
-    spread = part.spread(columns)
+    spread = part.spread(torch.cat([y.unsqueeze(0), z]).view(-1, dim).T.contiguous())  # (D, (1 + V) B): the target first
     grad = z.new_zeros(dim, views * batch) if gradient else None
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     for first, last in part.spans(chunk):
         projected = part.project(spread, first, last).view(-1, 1 + views, batch)
-        gaps = torch.cat([_match(rows) for rows in projected.split(chunk)])
-        total += gaps.square().sum(dim=(1, 2)).sum(dtype=torch.float64)
+        gaps = projected.new_empty(last - first, views, batch)
+        for rows, out in zip(projected.split(chunk), gaps.split(chunk), strict=True):
+            _match(rows, out)
+            total += out.square().sum(dim=(1, 2)).sum(dtype=torch.float64)
         if grad is not None:
             grad += part.back(gaps.view(len(gaps), -1), first, last)
     count = len(part) * views * batch
@@ -131,20 +132,17 @@ _distance.register_autograd(_backward, setup_context=_keep)
 # --- matching by rank ---------------------------------------------------------------------------------------------------------------
 
 
-def _match(projected: Tensor) -> Tensor:
+def _match(projected: Tensor, out: Tensor) -> None:
     """Signed distance of every projection to the target's projection of the same rank.
 
     Args:
         projected: (n, 1 + V, B), the target's projections first, then those of each view.
-
-    Returns:
-        (n, V, B), in the order of the batch.
+        out: (n, V, B), where they are written, in the order of the batch.
     """
     target, views = projected[:, :1], projected[:, 1:]
     fast = projected.device.type == "cpu" and projected.dtype == torch.float32
     values, order = (_sorted_by_numpy if fast else _sorted_by_torch)(target, views)
-    matched = torch.empty_like(order, dtype=views.dtype).scatter_(2, order, values.expand_as(order))
-    return torch.sub(views, matched, out=matched)
+    torch.sub(views, out.scatter_(2, order, values.expand_as(order)), out=out)
 
 
 def _sorted_by_torch(target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:

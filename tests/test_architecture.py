@@ -23,7 +23,7 @@ LEVELS = [
     {"task", "cached", "sections", "extraction"},
     {"engine"},
     {"training", "tuning"},
-    {"demo", "report"},
+    {"demo", "report", "bench"},
     {"cli"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

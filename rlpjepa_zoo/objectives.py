@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import collectives, streams
 from .distributions import RectifiedGeneralizedGaussian
-from .sliced import CHUNK, sliced_wasserstein
+from .sliced import sliced_wasserstein
 from .slices import cut, directions, slices
 
 __all__ = ["RectifiedLpJEPALoss", "Terms", "invariance"]
@@ -82,7 +82,7 @@ class RectifiedLpJEPALoss:
         kind: str = "random",
         n: int = 8192,
         seed: int = 0,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
     ) -> None:
         self.target, self.kind, self.n, self.seed, self.chunk = target, kind, n, seed, chunk
         self.invariance_weight, self.matching_weight = invariance_weight, matching_weight

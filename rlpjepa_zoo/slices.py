@@ -120,36 +120,39 @@ class Rotations:
         return self.high - self.low
 
     def spans(self, chunk: int) -> list[tuple[int, int]]:
-        """One basis at a time, whatever the chunk: a basis is as large as the samples."""
+        """Whole bases, and one at least: a basis is as large as the samples."""
         dim = self.table.shape[1]
-        ends = [*range(self.low // dim * dim + dim, self.high, dim), self.high]
+        step = max(1, chunk // dim) * dim
+        ends = [*range(self.low // dim * dim + step, self.high, step), self.high]
         return [(low - self.low, high - self.low) for low, high in zip([self.low, *ends[:-1]], ends, strict=True)]
 
     def spread(self, x: Tensor) -> Tensor:
         for signs in self.table[:2]:
-            x = _transform(signs[:, None] * x)
+            x = _transform((signs[:, None] * x)[None])[0]
         return x
 
     def gather(self, g: Tensor) -> Tensor:
         for signs in self.table[:2].flip(0):
-            g = signs[:, None] * _transform(g)
+            g = _transform(g[None])[0].mul_(signs[:, None])
         return g
 
     def project(self, spread: Tensor, low: int, high: int) -> Tensor:
-        basis, first, last = self._place(low, high)
-        return _transform(self.table[2 + basis, :, None] * spread)[first:last]
+        signs, first = self._bases(low, high)
+        return _transform(signs * spread).flatten(0, 1)[first : first + high - low]
 
     def back(self, g: Tensor, low: int, high: int) -> Tensor:
-        basis, first, last = self._place(low, high)
-        dim = self.table.shape[1]
-        if len(g) < dim:
-            g = torch.nn.functional.pad(g, (0, 0, first, dim - last))
-        return self.table[2 + basis, :, None] * _transform(g)
+        signs, first = self._bases(low, high)
+        rows = signs.shape[0] * signs.shape[1]
+        if len(g) < rows:
+            g = torch.nn.functional.pad(g, (0, 0, first, rows - first - len(g)))
+        turned = _transform(g.view(*signs.shape[:2], -1)).mul_(signs)
+        return turned.sum(0) if len(turned) > 1 else turned[0]
 
-    def _place(self, low: int, high: int) -> tuple[int, int, int]:
-        """The basis, and the rows of it; a span never reaches over the end of a basis."""
+    def _bases(self, low: int, high: int) -> tuple[Tensor, int]:
+        """Signs (k, D, 1) of the bases that hold these directions, and the place of the first in them."""
         basis, first = divmod(self.low + low, self.table.shape[1])
-        return basis, first, first + high - low
+        last = -(-(self.low + high) // self.table.shape[1])
+        return self.table[2 + basis : 2 + last, :, None], first
 
     def cut(self, low: int, high: int) -> Rotations:
         return replace(self, low=self.low + low, high=self.low + high)
@@ -160,9 +163,9 @@ class Rotations:
 
 
 def _transform(x: Tensor) -> Tensor:
-    """M x for x (D, R): one small matrix product for each factor of D."""
-    done, shape = 1, x.shape
-    for size in _factors(len(x)):
+    """M x for each x (D, R) of (k, D, R): one small matrix product for each factor of D."""
+    done, shape = len(x), x.shape
+    for size in _factors(shape[1]):
         x = torch.matmul(_hartley(size, x.dtype, x.device), x.reshape(done, size, -1))
         done *= size
     return x.reshape(shape)

@@ -44,7 +44,7 @@ def near(batch: int, dim: int) -> Tensor:
     return z
 
 
-def gradient(z: Tensor, y: Tensor, c: Tensor | list[Part], chunk: int = sliced.CHUNK) -> tuple[Tensor, Tensor]:
+def gradient(z: Tensor, y: Tensor, c: Tensor | list[Part], chunk: int | None = None) -> tuple[Tensor, Tensor]:
     x = z.clone().requires_grad_()
     loss = sliced_wasserstein(x, y, c, chunk)
     loss.backward()
@@ -98,8 +98,9 @@ def test_constant_features_and_any_number_of_views(family: str, views: int, make
     assert error(slope.sum(1), grad.sum(1)) < 1e-4, "ties may swap ranks, but not what their rows get together"
 
 
+@pytest.mark.parametrize("chunk", [1, 250])
 @pytest.mark.parametrize("dim", [64, 96, 100, 127, 512])
-def test_rotations_are_orthonormal_bases_and_go_back_by_their_transpose(dim: int) -> None:
+def test_rotations_are_orthonormal_bases_and_go_back_by_their_transpose(dim: int, chunk: int) -> None:
     (part,) = slices("hadamard", 2 * dim + 7, dim, source())
     assert isinstance(part, Rotations) and part.table.shape == (5, dim)
     c = part.dense().double()
@@ -108,7 +109,7 @@ def test_rotations_are_orthonormal_bases_and_go_back_by_their_transpose(dim: int
         assert float((basis @ basis.T - torch.eye(dim)).abs().max()) < 1e-5
     x, g = torch.randn(dim, 6, generator=source(1)), torch.randn(len(c), 6, generator=source(2))
     spread, back = part.spread(x), torch.zeros(dim, 6)
-    for low, high in part.spans(1):
+    for low, high in part.spans(chunk):
         assert torch.allclose(part.project(spread, low, high), (c[low:high] @ x.double()).float(), atol=1e-5)
         back += part.back(g[low:high], low, high)
     assert torch.allclose(part.gather(back), (c.T @ g.double()).float(), atol=1e-4)
@@ -128,11 +129,12 @@ def test_rotations_have_the_moments_of_uniform_directions() -> None:
 
 
 @pytest.mark.parametrize("cuts", [(0, 300), (0, 100, 300), (0, 75, 150, 225, 300), (0, 1, 129, 299, 300)])
-def test_shares_of_the_directions_add_up(cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("chunk", [7, None, 1000])
+def test_shares_of_the_directions_add_up(cuts: tuple[int, ...], chunk: int | None) -> None:
     z, y = law(32, 128, 1), law(32, 128, 2)
     parts = slices("axes:40+hadamard+random:20", 300, 128, source())
     value, grad = gradient(z, y, parts)
-    shares = [(high - low, *gradient(z, y, cut(parts, low, high))) for low, high in zip(cuts, cuts[1:], strict=False)]
+    shares = [(high - low, *gradient(z, y, cut(parts, low, high), chunk)) for low, high in zip(cuts, cuts[1:], strict=False)]
     assert float(sum(n * v for n, v, _ in shares)) / 300 == pytest.approx(float(value), rel=1e-5)
     assert error(sum(n * g for n, _, g in shares) / 300, grad.double()) < 1e-5
     whole = torch.cat([part.dense() for low, high in zip(cuts, cuts[1:], strict=False) for part in cut(parts, low, high)])

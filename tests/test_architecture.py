@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
-    {"errors", "streams", "collectives", "interrupts"},
-    {"distributions", "folder", "metrics", "golden", "network", "served"},
+    {"errors", "streams", "collectives", "interrupts", "triton_kernels"},
+    {"distributions", "folder", "metrics", "golden", "network", "served", "kernels"},
     {"sparse", "images", "resnet", "zoo", "objectives", "diagnostics", "page", "dial"},
     {"recipe", "preprocess", "pictures", "hub", "probes", "classifier_card"},
     {"sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
@@ -34,6 +34,7 @@ OWNERS = {
     "pickle": set(),
     "typer": {"cli"},
     "matplotlib": {"pictures", "charts"},
+    "triton": {"kernels", "triton_kernels"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
 TRAINING = {"training", "engine", "objectives", "optim", "data", "sources"}

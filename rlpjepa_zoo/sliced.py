@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .slices import Part, Rotations, Rows
+from . import kernels
+from .slices import Part, Rotations, Rows, full_float32
 
 __all__ = ["CHUNK", "sliced_wasserstein"]
 
@@ -94,7 +95,14 @@ def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int) -> None:
 @torch.library.custom_op("rlpjepa_zoo::sliced_wasserstein", mutates_args=())
 def _distance(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high: int, chunk: int, gradient: bool) -> tuple[Tensor, Tensor]:
     """Mean squared distance for z (V, B, D), and its gradient (empty if not wanted); opaque to torch.compile."""
-    part: Part = Rotations(table, low, high) if rotated else Rows(table)
+    with full_float32():
+        if not rotated and kernels.supported(z):
+            value, grad = kernels.loss_and_gradient(z.contiguous(), y.contiguous(), table.contiguous(), chunk, gradient)
+            return value, z.new_empty(0) if grad is None else grad
+        return _sweep(z, y, Rotations(table, low, high) if rotated else Rows(table), chunk, gradient)
+
+
+def _sweep(z: Tensor, y: Tensor, part: Part, chunk: int, gradient: bool) -> tuple[Tensor, Tensor]:
     views, batch, dim = z.shape
     spread = part.spread(torch.cat([y.unsqueeze(0), z]).view(-1, dim).T.contiguous())  # (D, (1 + V) B): the target first
     grad = z.new_zeros(dim, views * batch) if gradient else None
@@ -142,6 +150,9 @@ def _match(projected: Tensor, out: Tensor) -> None:
         projected: (n, 1 + V, B), the target's projections first, then those of each view.
         out: (n, V, B), where they are written, in the order of the batch.
     """
+    if kernels.supported(projected.mT):  # which looks for B in the last place but one
+        kernels.match(projected, out)
+        return
     target, views = projected[:, :1], projected[:, 1:]
     fast = projected.device.type == "cpu" and projected.dtype == torch.float32
     values, order = (_sorted_by_numpy if fast else _sorted_by_torch)(target, views)

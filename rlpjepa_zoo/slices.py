@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
@@ -18,13 +19,27 @@ from torch import Tensor
 
 from .errors import NonFiniteError
 
-__all__ = ["FAMILIES", "INDEPENDENT", "Part", "Rotations", "Rows", "cut", "directions", "parse_directions", "slices"]
+__all__ = ["FAMILIES", "INDEPENDENT", "Part", "Rotations", "Rows", "cut", "directions", "full_float32", "parse_directions", "slices"]
 
 FAMILIES = ("random", "orthogonal", "hadamard", "axes", "eigen", "eigen-bottom")
 INDEPENDENT = ("random", "orthogonal", "hadamard")
 """Those of which one can have ever more, with ever less noise; the others are fixed, or depend on the batch."""
 SMALLEST_TRANSFORM = 64
 """Widths below this get their `hadamard` bases by QR: few signs make few directions, and a small QR costs nothing."""
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the user allows elsewhere: TF32 and bfloat16 products would move projections past each other."""
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, vars(torch.backends)["mkldnn"].matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 # --- two ways to hold directions ------------------------------------------------------------------------------------------------------

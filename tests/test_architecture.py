@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
-    {"errors", "streams", "collectives", "interrupts"},
-    {"slices", "distributions", "folder", "metrics", "golden", "network", "served"},
+    {"errors", "streams", "collectives", "interrupts", "triton_kernels"},
+    {"slices", "kernels", "distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "sliced", "diagnostics", "page", "dial"},
     {"recipe", "objectives", "variance", "preprocess", "pictures", "hub", "probes", "classifier_card"},
     {"sigreg", "sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
@@ -34,6 +34,7 @@ OWNERS = {
     "pickle": set(),
     "typer": {"cli"},
     "matplotlib": {"pictures", "charts"},
+    "triton": {"kernels", "triton_kernels"},
 }
 EMBEDDING = {"encoder", "loading", "sparse", "images"}
 TRAINING = {"training", "engine", "objectives", "sliced", "sigreg", "optim", "data", "sources"}

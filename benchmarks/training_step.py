@@ -8,7 +8,7 @@ slows both; the figure to trust is the ratio of the medians.
 
 `plain` is written from the method's description: float32, a pass for each view, a target sample for each view, autograd through
 `torch.sort` along the batch. `ours` is what `rlpjepa train` runs: bfloat16 autocast, channels_last, both views in one pass, one target, the
-loss of `rlpjepa_zoo.objectives`.
+loss of `rlpjepa_zoo.objectives`; once with as many random directions, once with the fewest `hadamard` ones that give their gradient error.
 """
 
 import statistics
@@ -22,9 +22,10 @@ from torch import Tensor
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.optim import make_optimizer
+from rlpjepa_zoo.variance import directions_needed, gradient_error, matched
 
 
-def plain(batch: int, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
+def plain(count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
     encoder = rz.create_encoder("resnet18_small", dim=512, hidden_dim=512).train()
     optimizer = make_optimizer(encoder, torch.nn.ModuleDict(), recipe)
     scale = rz.sigma_gn(1.0)
@@ -45,10 +46,10 @@ def plain(batch: int, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float
     return step
 
 
-def ours(batch: int, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
+def ours(family: str, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
     encoder = rz.create_encoder("resnet18_small", dim=512, hidden_dim=512).train().to(memory_format=torch.channels_last)
     optimizer = make_optimizer(encoder, torch.nn.ModuleDict(), recipe)
-    objective = rz.RectifiedLpJEPALoss(rz.RectifiedGeneralizedGaussian(0.0, rz.sigma_gn(1.0), 1.0), 25, 125, "random", count)
+    objective = rz.RectifiedLpJEPALoss(rz.RectifiedGeneralizedGaussian(0.0, rz.sigma_gn(1.0), 1.0), 25, 125, family, count)
     steps = iter(range(1 << 30))
 
     def step(views: Tensor) -> float:
@@ -71,7 +72,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     recipe = rz.Recipe.load("cifar10-resnet18", [f"train.batch_size={options.batch}"])
-    loops = {"plain": plain(options.batch, options.directions, recipe), "ours": ours(options.batch, options.directions, recipe)}
+    sample = matched(rz.RectifiedGeneralizedGaussian(0.0, rz.sigma_gn(1.0), 1.0), options.batch, 512)
+    enough = directions_needed("hadamard", gradient_error("random", options.directions, *sample, seed=1), *sample)
+    loops = {
+        "plain": plain(options.directions, recipe), "ours": ours("random", options.directions, recipe),
+        "ours, equal gradient error": ours("hadamard", enough, recipe),
+    }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for repeat in range(options.repeats + 1):  # the first is warm-up
         views = torch.randn(2, options.batch, 3, 32, 32)
@@ -86,6 +92,8 @@ def main() -> None:
         "seconds": {name: [round(v, 3) for v in values] for name, values in seconds.items()},
         "images_per_second": {name: round(options.batch / value, 1) for name, value in medians.items()},
         "ratio": round(medians["plain"] / medians["ours"], 2),
+        "ratio at equal gradient error": round(medians["plain"] / medians["ours, equal gradient error"], 2),
+        "hadamard directions": enough,
     }
     flags = f"--batch {options.batch} --directions {options.directions} --repeats {options.repeats}"
     result.tell(f"python benchmarks/training_step.py {flags}", found, f"{torch.get_num_threads()} threads", options.json)

@@ -63,10 +63,10 @@ class Part(Protocol):
         """Projections on directions low to high - 1: (high - low, R)."""
 
     def back(self, g: Tensor, low: int, high: int) -> Tensor:
-        """The transpose of `project`: (high - low, R) -> (D, R)."""
+        """The transpose of `project`: (high - low, R) -> (D, R); may use g up."""
 
     def gather(self, g: Tensor) -> Tensor:
-        """The transpose of `spread`."""
+        """The transpose of `spread`; may use g up."""
 
     def cut(self, low: int, high: int) -> Part:
         """Directions low to high - 1 alone."""
@@ -178,12 +178,13 @@ class Rotations:
 
 
 def _transform(x: Tensor) -> Tensor:
-    """M x for each x (D, R) of (k, D, R): one small matrix product for each factor of D."""
-    done, shape = len(x), x.shape
+    """M x for each x (D, R) of (k, D, R), contiguous: one small matrix product for each factor of D. Uses x up: two buffers take turns."""
+    done, other, shape = len(x), torch.empty_like(x), x.shape
     for size in _factors(shape[1]):
-        x = torch.matmul(_hartley(size, x.dtype, x.device), x.reshape(done, size, -1))
-        done *= size
-    return x.reshape(shape)
+        matrix = _hartley(size, x.dtype, x.device).expand(done, size, size)
+        torch.bmm(matrix, x.view(done, size, -1), out=other.view(done, size, -1))
+        done, x, other = done * size, other, x
+    return x.view(shape)
 
 
 @cache

@@ -111,7 +111,7 @@ def test_rotations_are_orthonormal_bases_and_go_back_by_their_transpose(dim: int
     spread, back = part.spread(x), torch.zeros(dim, 6)
     for low, high in part.spans(chunk):
         assert torch.allclose(part.project(spread, low, high), (c[low:high] @ x.double()).float(), atol=1e-5)
-        back += part.back(g[low:high], low, high)
+        back += part.back(g[low:high].clone(), low, high)
     assert torch.allclose(part.gather(back), (c.T @ g.double()).float(), atol=1e-4)
 
 

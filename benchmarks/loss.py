@@ -22,7 +22,7 @@ from rlpjepa_zoo import bench
 from rlpjepa_zoo.slices import _factors
 from rlpjepa_zoo.variance import gradient_error
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 FAMILIES = ("random", "orthogonal", "hadamard")
 COUNTS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -124,7 +124,7 @@ def main() -> None:
         scaling = [{**row, "expected": float(f"{e:.4g}")} for row, e in zip(rows, expected, strict=True)]
         found = {"compared": compared, "noise": noise(), "scaling": scaling, "model_error": round(off, 3)}
         result.tell(f"python benchmarks/loss.py --repeats {options.repeats}", found, compared["machine"], options.json)
-    if options.draw or options.json == HERE / "loss.json":
+    if options.draw or (options.json and options.json.resolve() == HERE / "loss.json"):
         write(json.loads((HERE / "loss.json").read_text()))
 
 

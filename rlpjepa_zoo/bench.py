@@ -7,6 +7,7 @@ its directions and targets, computes the loss of two views and its gradient.
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -114,10 +115,11 @@ def others(batch: int, dim: int) -> dict[str, Loss]:
 
 
 def timed(work: Mapping[str, Callable[[], Any]], repeats: int, cuda: bool = False) -> dict[str, list[float]]:
-    """Seconds of each piece of work, done by turns; one round before the first counts as warm-up."""
+    """Seconds of each piece of work, done by turns in an order that changes from round to round, since what follows heavy work finds a cold
+    cache; one round before the first is warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
-        for name, do in work.items():
+        for name, do in random.Random(repeat).sample(list(work.items()), len(work)):
             if cuda:
                 torch.cuda.synchronize()
             started = time.perf_counter()

@@ -65,6 +65,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
     for axis, (state, families) in zip(axes[0], found["noise"].items(), strict=False):
@@ -74,7 +75,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.set(title=f"noise of the gradient, {state}", xlabel="directions", ylabel="relative error")
     axes[0, 0].legend(frameon=False)
     rows = found["compared"]["rows"]
-    axes[0, 3].barh(list(rows), [1e3 * row["seconds"][0] for row in rows.values()], color="#2a7f9e")
+    bars = axes[0, 3].barh(list(rows), [1e3 * row["seconds"][0] for row in rows.values()], color="#2a7f9e")
+    axes[0, 3].bar_label(bars, [f" {1e3 * row['seconds'][0]:.3g}" for row in rows.values()])
     axes[0, 3].set(title="one step of the loss", xlabel="ms (log)", xscale="log")
     axes[0, 3].invert_yaxis()
     names = {"directions": "directions N", "dim": "width D", "batch": "batch B", "ranks": "ranks W"}
@@ -84,11 +86,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 (row[sweep], row["seconds"], row["expected"]) for row in found["scaling"] if (row["sweep"], row["family"]) == (sweep, kind)
             ]
             x, seconds, expected = zip(*points, strict=True)
-            axis.loglog(x, [1e3 * s[0] for s in seconds], "o", color=COLORS[kind], label=f"{kind}, measured", ms=5)
-            axis.loglog(x, [1e3 * e for e in expected], "-", color=COLORS[kind], lw=1, label="model of the cost")
-        axis.set(title=f"growth with the {name}", xlabel=name, ylabel="ms")
+            axis.loglog(x, [1e3 * s[0] for s in seconds], "o", color=COLORS[kind], label=kind, ms=5)
+            axis.loglog(x, [1e3 * e for e in expected], "-", color=COLORS[kind], lw=1)
+        axis.set(title=f"growth with the {name}", xlabel=name, ylabel="ms (lines: model of the cost)")
     axes[1, 0].legend(frameon=False)
     for axis in axes.flat:
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -79,8 +79,8 @@ class RectifiedLpJEPALoss:
         target: RectifiedGeneralizedGaussian,
         invariance_weight: float = 25.0,
         matching_weight: float = 125.0,
-        kind: str = "random",
-        n: int = 8192,
+        kind: str = "hadamard",
+        n: int = 4096,
         seed: int = 0,
         chunk: int | None = None,
     ) -> None:

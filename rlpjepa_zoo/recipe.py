@@ -277,9 +277,9 @@ class Objective(Section):
     invariance: NonNegative = 25.0
     matching: NonNegative = 125.0
     """Weight of the mean over views of the sliced distance."""
-    directions: str = "random"
-    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random."""
-    num_directions: Count | Literal["auto"] = 8192
+    directions: str = "hadamard"
+    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random; paper for the paper's 8192 random ones."""
+    num_directions: Count | Literal["auto"] = "auto"
     """auto: the fewest that keep the gradient within `gradient_error`; for random, orthogonal and hadamard."""
     gradient_error: Positive | None = None
     """Of the directions, relative, where embeddings are a sample of the target; for auto, which takes 0.45 without it: what 8192 random
@@ -287,11 +287,21 @@ class Objective(Section):
     chunk: Count | None = None
     """Directions worked on at once: bounds memory, changes nothing else; null takes 256 on a CPU, 4096 elsewhere."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _paper(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("directions") != "paper":
+            return values
+        if str(given := values.get("num_directions", 8192)) != "8192":
+            raise ValueError(f"directions: paper is 8192 random ones, but num_directions is {given}; remove it, or say random")
+        return values | {"directions": "random", "num_directions": 8192}
+
     @model_validator(mode="after")
     def _counted(self) -> Self:
-        from .slices import INDEPENDENT
+        from .slices import FAMILIES, INDEPENDENT
 
-        if self.num_directions == "auto" and self.directions not in INDEPENDENT:
+        known = {part.partition(":")[0].strip() for part in self.directions.split("+")} <= set(FAMILIES)  # else it is refused for that
+        if self.num_directions == "auto" and known and self.directions not in INDEPENDENT:
             raise ValueError(f"num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number")
         if self.num_directions != "auto" and self.gradient_error is not None:
             raise ValueError(f"gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
@@ -474,7 +484,7 @@ class Plan(Section):
         values = read_yaml(text, where)
         for override in overrides:
             _override(values, override)
-        _one_dial(values, overrides)
+        _replace_rivals(values, overrides)
         if (kind := kind_of(values)) != cls.kind:
             mark = next(section for section in KINDS[kind] if section in values)
             raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")
@@ -688,11 +698,23 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[last] = ""
 
 
-def _one_dial(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """target.mu on the command line replaces target.density of the file, and the other way round."""
-    given = {o.partition("=")[0] for o in overrides} & {"target.mu", "target.density"}
-    if len(given) == 1 and isinstance(values.get("target"), dict):
-        values["target"].pop({"target.mu": "density", "target.density": "mu"}[given.pop()], None)
+def _replace_rivals(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """What is on the command line takes out of the file what excludes it: target.mu and target.density each other, directions=paper another number."""
+    given = dict(o.partition("=")[::2] for o in overrides)
+    rivals = {"target.mu": ["target.density"], "target.density": ["target.mu"]}
+    if given.get("objective.directions") == "paper":
+        rivals["objective.directions"] = ["objective.num_directions", "objective.gradient_error"]
+    if given.get("objective.num_directions", "auto") != "auto":
+        rivals["objective.num_directions"] = ["objective.gradient_error"]
+    objective = values.get("objective")
+    if isinstance(objective, dict) and objective.get("directions") == "paper" and "objective.directions" not in given:
+        if "objective.num_directions" in given:
+            objective["directions"] = "random"  # the paper's, but for their number
+    for key in rivals.keys() & given.keys():
+        for rival in set(rivals[key]) - given.keys():
+            section, _, name = rival.partition(".")
+            if isinstance(values.get(section), dict):
+                values[section].pop(name, None)
 
 
 _ACCUMULATION = (

@@ -607,3 +607,49 @@ def test_density_is_inverted_for_every_scale(sigma: str, p: float, density: floa
     mu, scale = target.law()
     assert target.density_in_theory() == pytest.approx(density, abs=1e-8)
     assert 1 - float(oracles.law(p, mu, scale).cdf(0)) == pytest.approx(density, abs=1e-8)
+
+
+# --- directions ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "wanted"),
+    [
+        ("cifar10-resnet18", [], ("random", 8192)),
+        ("cifar10-resnet18", ["objective.num_directions=100"], ("random", 100)),
+        ("cifar10-resnet18", ["objective.directions=hadamard"], ("hadamard", "auto")),
+        ("digits", ["objective.directions=paper"], ("random", 8192)),
+        ("digits", ["objective.directions=paper", "objective.num_directions=8192"], ("random", 8192)),
+        ("digits", ["objective.directions=axes", "objective.num_directions=256"], ("axes", 256)),
+    ],
+)
+def test_the_paper_s_directions_are_a_preset(recipe: str, overrides: list[str], wanted: tuple[str, int | str]) -> None:
+    objective = Recipe.load(recipe, overrides).objective
+    assert (objective.directions, objective.num_directions) == wanted
+    assert Recipe.parse(Recipe.load(recipe, overrides).dump()).objective == objective
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["objective.directions=paper", "objective.num_directions=100"],
+            "directions: paper is 8192 random ones, but num_directions is 100",
+        ),
+        (
+            ["objective.directions=axes", "objective.num_directions=auto"],
+            "num_directions: auto needs one of random, orthogonal, hadamard, not 'axes'",
+        ),
+        (["objective.num_directions=64", "objective.gradient_error=0.3"], "gradient_error: is for num_directions: auto, not for 64"),
+        (["objective.num_directions=many"], "objective.num_directions: got 'many', expected a whole number above 0, or auto"),
+        (["objective.num_directions=auto", "objective.gradient_error=0"], "objective.gradient_error: got '0', expected"),
+    ],
+)
+def test_directions_that_do_not_fit_are_refused_in_one_line(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        Recipe.load("digits", overrides)
+
+
+def test_a_number_on_the_command_line_takes_the_error_of_the_file_out() -> None:
+    text = Recipe.load("digits", ["objective.num_directions=auto", "objective.gradient_error=0.3"]).dump()
+    assert Recipe.parse(text, ["objective.num_directions=64"]).objective.gradient_error is None

@@ -76,7 +76,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes[0, 0].legend(frameon=False)
     rows = found["compared"]["rows"]
     bars = axes[0, 3].barh(list(rows), [1e3 * row["seconds"][0] for row in rows.values()], color="#2a7f9e")
-    axes[0, 3].bar_label(bars, [f" {1e3 * row['seconds'][0]:.3g}" for row in rows.values()])
+    axes[0, 3].bar_label(
+        bars, [f" {value:.0f}" if value > 99 else f" {value:.3g}" for value in (1e3 * row["seconds"][0] for row in rows.values())]
+    )
     axes[0, 3].set(title="one step of the loss", xlabel="ms (log)", xscale="log")
     axes[0, 3].invert_yaxis()
     names = {"directions": "directions N", "dim": "width D", "batch": "batch B", "ranks": "ranks W"}

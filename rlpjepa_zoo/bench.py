@@ -237,6 +237,10 @@ def scaling(repeats: int = 5, device: str = "cpu", sweeps: Mapping[str, tuple[in
     return rows
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value > 99 else f"{value:.3g}"
+
+
 def table(found: Mapping[str, Any]) -> str:
     """`compare` in Markdown."""
     asked, lines = found["asked"], []
@@ -244,7 +248,7 @@ def table(found: Mapping[str, Any]) -> str:
     for name, row in (*found["rows"].items(), *found["others"].items()):
         median, low, high = (1e3 * value for value in row["seconds"])
         lines.append(
-            f"| {name} | {row.get('directions', '')} | {median:.3g} ({low:.3g} to {high:.3g}) | {row['faster']:.3g} "
+            f"| {name} | {row.get('directions', '')} | {_short(median)} ({_short(low)} to {_short(high)}) | {row['faster']:.3g} "
             f"| {row['bytes'] / 1e6:.3g} | {row['memory']:.3g} |"
         )
     lines += [""]

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -223,6 +224,37 @@ def test_the_embedding_that_is_claimed_is_the_one_measured() -> None:
     )
     assert claimed and forward["embed to bare, channels_last"] > 0.98 and found["memory"]["ratio"] < 1.05
     for text, measured in zip(claimed.groups(), (forward["embed to bare"], *ends), strict=True):
+        assert abs(float(text) - measured) < 0.06
+
+
+def test_the_loss_that_is_claimed_is_the_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    found, page = json.loads((ROOT / "benchmarks/loss.json").read_text()), (ROOT / "docs/loss.md").read_text()
+    for name, content in runpy.run_path(str(ROOT / "benchmarks/loss.py"))["tables"](found).items():
+        assert f"<!-- {name} -->\n{content}\n<!-- /{name} -->" in page or f"<!-- {name} -->{content}<!-- /{name} -->" in page, name
+    rows = found["compared"]["rows"]
+    same, near, early = rows["random"], rows["hadamard, equal error near"], rows["hadamard, equal error early"]
+    claimed = re.search(r"is ([0-9.]+) times as fast as that of .*? and ([0-9.]+) to ([0-9.]+) times at the same error", README, re.S)
+    assert claimed
+    for text, row in zip(claimed.groups(), (same, near, early), strict=True):
+        assert abs(float(text) - row["faster"]) < 0.51
+    assert same["faster"] >= 3.5 and near["faster"] >= 10 and early["faster"] >= 15
+    assert near["memory"] <= 1 / 12 and early["memory"] <= 1 / 12, "a twelfth of the memory"
+    for error in found["compared"]["gradient_error"].values():
+        assert error["seen"] <= error["random"]
+
+
+def test_the_path_that_is_claimed_is_the_one_measured() -> None:
+    found, page = json.loads((ROOT / "benchmarks/path.json").read_text()), (ROOT / "docs/loss.md").read_text()
+    claimed = re.search(
+        r"probes take ([0-9.]+) % and the rows of the log ([0-9.]+) %.*?checkpoint takes ([0-9.]+) s.*?takes ([0-9.]+) times", page, re.S
+    )
+    watching, saved = found["watching"], found["anatomy"]["parts"]["checkpoint"]["median"]
+    log = next(share for name, share in watching.items() if name.startswith("log every"))
+    assert claimed and watching["probes, share of a step"] + log <= 0.03
+    for text, measured in zip(
+        claimed.groups(), (100 * watching["probes, share of a step"], 100 * log, saved, found["loading"]["ratio"]), strict=True
+    ):
         assert abs(float(text) - measured) < 0.06
 
 

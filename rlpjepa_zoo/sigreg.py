@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import collectives, streams
 from .objectives import Terms
-from .slices import directions
+from .slices import directions, full_float32
 
 __all__ = ["KINDS", "LeJEPALoss", "SIGReg", "sketch", "strong_sigreg", "weak_sigreg"]
 
@@ -62,6 +62,7 @@ class _Strong(torch.autograd.Function):
     """
 
     @staticmethod
+    @full_float32()
     def forward(ctx: Any, x: Tensor, c: Tensor, knots: int, limit: float, chunk: int) -> Tensor:
         views, batch, dim = x.shape
         flat, count, world = x.reshape(views * batch, dim), (knots - 1) // 2, collectives.world_size()
@@ -144,6 +145,7 @@ class _Weak(torch.autograd.Function):
     """
 
     @staticmethod
+    @full_float32()
     def forward(ctx: Any, x: Tensor, narrow: Tensor | None) -> Tensor:
         x = x if narrow is None else x @ narrow.T
         rows, dim = x.shape
@@ -235,7 +237,7 @@ class SIGReg:
         kind: ``strong``, ``lejepa`` or ``weak``, see `KINDS`.
         n: number of directions; for the weak form, rows of the sketch, which only states wider than that get.
         seed: of the run.
-        family: of the directions, see `objectives.directions`; not for the weak form, and none that needs features.
+        family: of the directions, see `slices.directions`; not for the weak form, and none that needs features.
 
     Raises:
         ValueError: unknown kind, n < 1, or a family that does not fit; when called, as `strong_sigreg` and `weak_sigreg`.

@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ Loss = Callable[[Tensor], Tensor]
 SIGMA = sigma_gn(1.0)
 
 
-def law() -> RectifiedGeneralizedGaussian:
-    return RectifiedGeneralizedGaussian(0.0, SIGMA, 1.0)
+def law(device: torch.device | str = "cpu") -> RectifiedGeneralizedGaussian:
+    """p = 1, mu = 0, sampled on a device."""
+    return RectifiedGeneralizedGaussian(torch.tensor(0.0, device=device), torch.tensor(SIGMA, device=device), 1.0)
 
 
 def states(batch: int, dim: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -51,7 +53,7 @@ def minimal(n: int) -> Loss:
 
     def distance(z: Tensor) -> Tensor:
         c = F.normalize(torch.randn(n, z.shape[1], device=z.device), dim=1)
-        y = torch.distributions.Laplace(0.0, SIGMA).sample(z.shape).to(z.device).relu()
+        y = torch.distributions.Laplace(torch.tensor(0.0, device=z.device), SIGMA).sample(z.shape).relu()
         return (torch.sort(z @ c.T, dim=0).values - torch.sort(y @ c.T, dim=0).values).square().mean()
 
     return lambda z: torch.stack([distance(view) for view in z]).mean()
@@ -62,7 +64,7 @@ def plain(n: int) -> Loss:
 
     def loss(z: Tensor) -> Tensor:
         c = F.normalize(torch.randn(n, z.shape[2], device=z.device), dim=1)
-        y = law().sample(z.shape[1:]).to(z.device)
+        y = law(z.device).sample(z.shape[1:])
         return ((z @ c.T).sort(dim=1).values - (y @ c.T).sort(dim=0).values).square().mean()
 
     return loss
@@ -77,7 +79,7 @@ def optimal_transport(n: int) -> Loss | None:
 
     def loss(z: Tensor) -> Tensor:
         c = F.normalize(torch.randn(n, z.shape[2], device=z.device), dim=1).T
-        y = law().sample(z.shape[1:]).to(z.device)
+        y = law(z.device).sample(z.shape[1:])
         return torch.stack([ot.sliced_wasserstein_distance(view, y, projections=c).square() for view in z]).mean()
 
     return loss
@@ -85,7 +87,7 @@ def optimal_transport(n: int) -> Loss | None:
 
 def ours(kind: str, n: int) -> Loss:
     """The matching term of `RectifiedLpJEPALoss`."""
-    objective, steps = RectifiedLpJEPALoss(law(), kind=kind, n=n), iter(range(1 << 40))
+    objective, steps = RectifiedLpJEPALoss(law(), kind=kind, n=n), count()
     return lambda z: objective(z, next(steps)).matching
 
 

@@ -25,8 +25,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def network() -> nn.Module:
-    net = nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.ReLU()).double()
+def network(width: int) -> nn.Module:
+    net = nn.Sequential(nn.Linear(INPUTS, width), nn.ReLU()).double()
     with torch.no_grad():
         for i, parameter in enumerate(net.parameters()):
             parameter.copy_(draw(*parameter.shape, seed=10 + i) - 0.3)
@@ -38,9 +38,9 @@ def share(x: Tensor, dim: int = 0) -> Tensor:
     return x.chunk(collectives.world_size(), dim)[collectives.rank()]
 
 
-def train_step(kind: str, views: int = 2, n: int = COUNT) -> dict[str, Any]:
+def train_step(kind: str, views: int = 2, n: int = COUNT, width: int = WIDTH) -> dict[str, Any]:
     """Terms averaged over ranks and parameter gradients of one step, on one process or on many."""
-    net = network()
+    net = network(width)
     model = DistributedDataParallel(net) if dist.is_initialized() else net
     images = share(2 * draw(views, BATCH, INPUTS, seed=1) - 1, 1)
     law = RectifiedGeneralizedGaussian(-0.2, sigma_gn(1.0), 1.0)
@@ -137,6 +137,7 @@ def on_a_rank() -> dict[str, Any]:
         "objects": collectives.gather_objects({"rank": rank, "names": ["a"] * rank}),
         "steps": {kind: train_step(kind) for kind in KINDS},
         "even": train_step("random", n=32),
+        "bases": train_step("axes:10+hadamard", n=175, width=64),
         "views": {views: train_step("random", views) for views in (1, 3)},
         "detached": mutated_step(detached_gather),
         "own slice": mutated_step(_OwnSlice.apply),
@@ -263,6 +264,10 @@ def test_two_ranks_get_loss_and_gradient_of_one_process(reports: list[dict[str, 
 
 def test_even_shares_of_the_directions_give_the_same_too(reports: list[dict[str, Any]]) -> None:
     assert_equal_to_one_process([r["even"] for r in reports], train_step("random", n=32))
+
+
+def test_shares_that_cut_a_basis_in_two_give_the_same_too(reports: list[dict[str, Any]]) -> None:
+    assert_equal_to_one_process([r["bases"] for r in reports], train_step("axes:10+hadamard", n=175, width=64))
 
 
 @pytest.mark.parametrize("views", [1, 3])

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from rlpjepa_zoo import bench
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.loading import create_encoder, load_encoder
 from rlpjepa_zoo.objectives import RectifiedLpJEPALoss
 from rlpjepa_zoo.recipe import Data, Recipe, Views
 from rlpjepa_zoo.sliced import sliced_wasserstein
-from rlpjepa_zoo.slices import FAMILIES, directions
+from rlpjepa_zoo.slices import FAMILIES, directions, slices
 from rlpjepa_zoo.training import train
 from rlpjepa_zoo.views import Augment
 
@@ -35,12 +36,14 @@ def test_samples_are_drawn_on_the_device_from_the_generator(p: float) -> None:
 
 @pytest.mark.parametrize(("batch", "dim", "n"), [(64, 100, 300), (256, 512, 1024), (1000, 64, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient_match_the_float64_oracle(batch: int, dim: int, n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["random", "hadamard"])
+def test_loss_and_gradient_match_the_float64_oracle(batch: int, dim: int, n: int, dtype: torch.dtype, kind: str) -> None:
     z = torch.rand(2, batch, dim, device="cuda").to(dtype)
-    y, c = law().sample((batch, dim)), directions("random", n, dim, torch.Generator("cuda").manual_seed(0))
+    y, parts = law().sample((batch, dim)), slices(kind, n, dim, torch.Generator("cuda").manual_seed(0))
+    c = torch.cat([part.dense() for part in parts])
     x = z.clone().requires_grad_()
     with torch.autocast("cuda", torch.bfloat16):
-        loss = sliced_wasserstein(x, y, c)
+        loss = sliced_wasserstein(x, y, parts)
     loss.backward()
     a, b, k = (t.double().cpu() for t in (z, y, c))
     reference = a.clone().requires_grad_()
@@ -113,3 +116,19 @@ def test_a_resumed_run_on_the_device_goes_on_where_it_was(tmp_path: Path) -> Non
     train(whole, tmp_path / "run", resume=True, allow_change=["train.epochs"], progress=False)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, rows[-1]["step"] + 1))
+
+
+def test_products_stay_float32_whatever_is_allowed_elsewhere() -> None:
+    y, c = law().sample((256, 512)), directions("random", 64, 512, torch.Generator("cuda").manual_seed(0))
+    z = torch.rand(2, 256, 512, device="cuda")
+    wanted = sliced_wasserstein(z, y, c)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.equal(sliced_wasserstein(z, y, c), wanted) and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_loss_is_benched_on_the_device() -> None:
+    found = bench.compare(64, 64, 256, repeats=2, device="cuda")
+    assert all(row["bytes"] > 0 and row["seconds"][0] > 0 for row in found["rows"].values()) and "threads" not in found["machine"]

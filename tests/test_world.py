@@ -16,7 +16,13 @@ from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.objectives import RectifiedLpJEPALoss
 
 UPDATES, VIEWS, BATCH, INPUTS, HIDDEN, WIDTH, DIRECTIONS = 20, 2, 24, 5, 16, 8, 34  # 34 directions: uneven shares for four
-CASES = [("random", torch.float64), ("orthogonal", torch.float64), ("eigen+random", torch.float64), ("random", torch.float32)]
+CASES = [
+    ("random", torch.float64),
+    ("orthogonal", torch.float64),
+    ("eigen+random", torch.float64),
+    ("hadamard", torch.float64),
+    ("random", torch.float32),
+]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 """Relative to the largest entry, after twenty steps of AdamW, whose normalised steps amplify rounding."""
 
@@ -27,13 +33,14 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def updates(kind: str, dtype: torch.dtype) -> dict[str, Any]:
     """Losses of twenty updates and the parameters after them, on one process or on this rank of several."""
-    net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU()).to(dtype)
+    width, n = (64, 150) if kind == "hadamard" else (WIDTH, DIRECTIONS)  # transforms begin at 64
+    net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width), nn.ReLU()).to(dtype)
     with torch.no_grad():
         for i, parameter in enumerate(net.parameters()):
             parameter.copy_(draw(*parameter.shape, seed=10 + i) - 0.4)
     model = DistributedDataParallel(net) if dist.is_initialized() else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-4)
-    objective = RectifiedLpJEPALoss(RectifiedGeneralizedGaussian(-0.2, sigma_gn(1.0), 1.0), kind=kind, n=DIRECTIONS, chunk=7)
+    objective = RectifiedLpJEPALoss(RectifiedGeneralizedGaussian(-0.2, sigma_gn(1.0), 1.0), kind=kind, n=n, chunk=7)
     losses = []
     for step in range(UPDATES):
         images = (2 * draw(VIEWS, BATCH, INPUTS, seed=100 + step) - 1).to(dtype)

@@ -191,9 +191,9 @@ def compare(batch: int = 256, dim: int = 512, n: int = 8192, repeats: int = 9, d
 def _equal(n: int, z: Tensor, y: Tensor) -> dict[str, Any]:
     """Directions of the family `hadamard` that have the gradient error of n random ones, and both errors as measured."""
     error = gradient_error("random", n, z, y, seed=1)
-    count = directions_needed("hadamard", error, z, y, seed=2)
-    seen = gradient_error("hadamard", count, z, y, seed=3)
-    return {"random": round(error, 4), "hadamard": count, "seen": round(seen, 4)}
+    enough = directions_needed("hadamard", error, z, y, seed=2)
+    seen = gradient_error("hadamard", enough, z, y, seed=3)
+    return {"random": round(error, 4), "hadamard": enough, "seen": round(seen, 4)}
 
 
 def _measured(losses: Mapping[str, Loss], batch: int, dim: int, repeats: int, device: str) -> dict[str, dict[str, Any]]:

@@ -24,11 +24,7 @@ from torch.autograd.function import once_differentiable
 from . import kernels
 from .slices import Part, Rotations, Rows, full_float32
 
-__all__ = ["CHUNK", "sliced_wasserstein"]
-
-CHUNK = {"cpu": 256}
-"""Directions worked on at once unless told otherwise: what stays in the cache of a core; elsewhere `LARGE_CHUNK`."""
-LARGE_CHUNK = 4096
+__all__ = ["sliced_wasserstein"]
 
 
 def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part], chunk: int | None = None) -> Tensor:
@@ -40,8 +36,8 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part]
         z: (B, D) or (V, B, D) embeddings; receives the gradient. float16 / bfloat16 are computed in float32.
         y: (B, D) sample of the target, same device, without gradient; one sample serves all views.
         directions: (N, D), rows of unit length, or the parts that `slices` makes.
-        chunk: directions worked on at once (whole bases of `hadamard`); 256 on a CPU and 4096 elsewhere unless given. Peak extra memory is
-            about 10 * chunk * V * B numbers and a few times the size of z, whatever N.
+        chunk: directions worked on at once (whole bases of `hadamard`); 256 for each thread of a CPU and 4096 elsewhere unless given. Peak extra
+            memory is about 10 * chunk * V * B numbers and a few times the size of z, whatever N.
 
     Returns:
         Scalar >= 0, float32 (float64 for float64 `z`). For Z = 0 its expectation is mean(y^2); for matched samples it is not zero
@@ -57,7 +53,8 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part]
         0.0
     """
     parts = [Rows(directions.detach())] if isinstance(directions, Tensor) else list(directions)
-    chunk = CHUNK.get(z.device.type, LARGE_CHUNK) if chunk is None else chunk
+    if chunk is None:
+        chunk = 256 * torch.get_num_threads() if z.device.type == "cpu" else 4096  # what stays in the caches of the cores
     _check(z, y, parts, chunk)
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
@@ -106,13 +103,13 @@ def _sweep(z: Tensor, y: Tensor, part: Part, chunk: int, gradient: bool) -> tupl
     views, batch, dim = z.shape
     spread = part.spread(torch.cat([y.unsqueeze(0), z]).view(-1, dim).T.contiguous())  # (D, (1 + V) B): the target first
     grad = z.new_zeros(dim, views * batch) if gradient else None
-    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    total = torch.zeros((), dtype=_wide(z), device=z.device)
     for first, last in part.spans(chunk):
         projected = part.project(spread, first, last).view(-1, 1 + views, batch)
         gaps = projected.new_empty(last - first, views, batch)
         for rows, out in zip(projected.split(chunk), gaps.split(chunk), strict=True):
             _match(rows, out)
-            total += out.square().sum(dim=(1, 2)).sum(dtype=torch.float64)
+            total += out.square().sum(dim=(1, 2)).sum(dtype=total.dtype)
         if grad is not None:
             grad += part.back(gaps.view(len(gaps), -1), first, last)
     count = len(part) * views * batch
@@ -138,6 +135,11 @@ def _backward(ctx: Any, value: Tensor, gradient: Tensor | None) -> tuple[Tensor 
 
 
 _distance.register_autograd(_backward, setup_context=_keep)
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    """In which sums of squares add up."""
+    return torch.float32 if z.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 # --- matching by rank ---------------------------------------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def _sorted_by_numpy(target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
 def _sort_rows(x: np.ndarray[Any, Any]) -> None:
     """Sort along the last axis in place, on as many threads as torch uses; numpy lets go of the interpreter meanwhile."""
     rows, threads = x.reshape(-1, x.shape[-1]), torch.get_num_threads()
-    if threads == 1 or rows.size < 1 << 18:
+    if threads == 1 or rows.size <= threads << 16:  # less is sorted sooner than handed out
         rows.sort(axis=1)
         return
     list(_pool(threads).map(lambda part: part.sort(axis=1), np.array_split(rows, threads)))

@@ -53,8 +53,6 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part]
         0.0
     """
     parts = [Rows(directions.detach())] if isinstance(directions, Tensor) else list(directions)
-    if chunk is None:
-        chunk = 256 * torch.get_num_threads() if z.device.type == "cpu" else 4096  # what stays in the caches of the cores
     _check(z, y, parts, chunk)
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
@@ -64,12 +62,12 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part]
             table, rotated = part.table.to(z.device, z.dtype), isinstance(part, Rotations)
             low, high = (part.low, part.high) if isinstance(part, Rotations) else (0, len(part))
             wanted = z.requires_grad and torch.is_grad_enabled()
-            value, _ = _distance(z, y, table, rotated, low, high, chunk, wanted)
+            value, _ = _distance(z, y, table, rotated, low, high, chunk or 0, wanted)
             total = total + value * (len(part) / count)
         return total
 
 
-def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int) -> None:
+def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int | None) -> None:
     tables = [part.table for part in parts]
     shapes = ", ".join(str(tuple(table.shape)) for table in tables)
     if z.dim() not in (2, 3) or y.dim() != 2 or any(table.dim() != 2 for table in tables):
@@ -82,7 +80,7 @@ def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int) -> None:
         raise ValueError("sliced_wasserstein: empty batch or no directions")
     if y.requires_grad:
         raise ValueError("sliced_wasserstein: the target must not require a gradient; pass y.detach()")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"sliced_wasserstein: chunk must be >= 1, got {chunk}")
 
 
@@ -91,7 +89,8 @@ def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int) -> None:
 
 @torch.library.custom_op("rlpjepa_zoo::sliced_wasserstein", mutates_args=())
 def _distance(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high: int, chunk: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Mean squared distance for z (V, B, D), and its gradient (empty if not wanted); opaque to torch.compile."""
+    """Mean squared distance for z (V, B, D), and its gradient (empty if not wanted); opaque to torch.compile. A chunk of 0 is for us to choose."""
+    chunk = chunk or (256 * torch.get_num_threads() if z.device.type == "cpu" else 4096)  # what stays in the caches of the cores
     with full_float32():
         if not rotated and kernels.supported(z):
             value, grad = kernels.loss_and_gradient(z.contiguous(), y.contiguous(), table.contiguous(), chunk, gradient)

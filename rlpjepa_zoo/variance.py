@@ -54,7 +54,7 @@ def gradient_error(kind: str, n: int, z: Tensor, y: Tensor, seed: int = 0, draws
         total += grad
         squares += float(grad.double().square().sum())
     mean = float((total / draws).square().sum())
-    scatter = (squares - draws * mean) / (draws - 1)
+    scatter = max(squares - draws * mean, 0.0) / (draws - 1)  # where all draws agree, rounding leaves it either side of 0
     return math.sqrt(scatter / max(mean - scatter / draws, 1e-30))
 
 

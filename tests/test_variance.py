@@ -55,6 +55,13 @@ def test_as_many_directions_as_an_error_needs(kind: str) -> None:
     assert directions_needed(kind, 1e6, z, y) == (1 if kind == "random" else DIM)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_where_every_direction_gives_the_same_gradient_one_is_enough(seed: int) -> None:
+    z, y = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(seed))  # of one dimension all directions are 1 or -1; no ties
+    for kind in ("random", "orthogonal", "hadamard"):
+        assert gradient_error(kind, 3, z, y, draws=7) < 1e-5 and directions_needed(kind, 0.1, z, y, draws=7) == 1
+
+
 def test_families_whose_error_does_not_fall_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of random, orthogonal, hadamard, got 'axes'"):
         directions_needed("axes", 0.3, *matched(RectifiedGeneralizedGaussian(0.0, sigma_gn(1.0), 1.0), 8, 8))

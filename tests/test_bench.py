@@ -41,7 +41,11 @@ def test_peak_memory_is_what_is_held_at_once() -> None:
 def test_work_is_timed_by_turns_after_a_warm_up() -> None:
     calls: list[str] = []
     seconds = bench.timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert len(calls) == 8 and all(set(calls[i : i + 2]) == {"a", "b"} for i in range(0, 8, 2)) and {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3}
+    assert (
+        len(calls) == 8
+        and all(set(calls[i : i + 2]) == {"a", "b"} for i in range(0, 8, 2))
+        and {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3}
+    )
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import result
+import torch
 from scipy.optimize import nnls
 
 from rlpjepa_zoo import bench
@@ -129,7 +130,7 @@ def main() -> None:
         expected, off = fitted(rows)
         scaling = [{**row, "expected": float(f"{e:.4g}")} for row, e in zip(rows, expected, strict=True)]
         found = {"compared": compared, "noise": noise(), "scaling": scaling, "model_error": round(off, 3)}
-        result.tell(f"python benchmarks/loss.py --repeats {options.repeats}", found, compared["machine"], options.json)
+        result.tell(f"python benchmarks/loss.py --repeats {options.repeats}", found, f"{torch.get_num_threads()} threads", options.json)
     if options.draw or (options.json and options.json.resolve() == HERE / "loss.json"):
         write(json.loads((HERE / "loss.json").read_text()))
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,7 +157,9 @@ def peak_memory(work: Callable[[], Any], cuda: bool = False) -> int:
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    return {"machine": f"{name}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", "versions": zoo.versions()}
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else None
+    cpu = f"{model[1] if model else platform.processor()}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"machine": f"{name}, {cpu}", "versions": zoo.versions()}
 
 
 # --- what is told -------------------------------------------------------------------------------------------------------------------

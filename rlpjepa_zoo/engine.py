@@ -64,6 +64,7 @@ _OF_A_NODE = ("data.path", "data.download", "train.num_workers")
 
 _MAY_CHANGE = (
     "name",
+    "objective.chunk",
     "train.log_every",
     "train.num_workers",
     "train.keep",

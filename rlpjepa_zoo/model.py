@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from . import streams
+from . import collectives, streams
 from .distributions import RectifiedGeneralizedGaussian
 from .encoder import Output, SparseEncoder
 from .errors import RecipeError, first_line
@@ -66,12 +66,21 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
 
 
 def build_objective(recipe: Recipe) -> RectifiedLpJEPALoss:
-    """The loss a recipe describes; `num_directions: auto` becomes a number, the same on every rank and in every resume."""
+    """The loss a recipe describes; `num_directions: auto` becomes a number, that of rank 0 on every rank (all of them call this).
+
+    Raises:
+        RecipeError: the error asked for takes too many directions.
+    """
     mu, sigma = recipe.target.law()
     law, options, count = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p), recipe.objective, recipe.objective.num_directions
     if count == "auto":
         sample = matched(law, recipe.train.batch_size, recipe.encoder.dim)
-        count = directions_needed(options.directions, options.gradient_error or PAPER_ERROR, *sample)
+        with collectives.one_for_all():
+            try:
+                count = directions_needed(options.directions, options.gradient_error or PAPER_ERROR, *sample)
+            except ValueError as error:
+                raise RecipeError(f"objective.gradient_error: {error}") from error
+        count = collectives.gather_objects(count)[0]
     return RectifiedLpJEPALoss(law, options.invariance, options.matching, options.directions, count, recipe.seed, options.chunk)
 
 

@@ -293,7 +293,7 @@ class Objective(Section):
         if not isinstance(values, dict) or values.get("directions") != "paper":
             return values
         if str(given := values.get("num_directions", 8192)) != "8192":
-            raise ValueError(f"directions: paper is 8192 random ones, but num_directions is {given}; remove it, or say random")
+            raise ValueError(f"objective.directions: paper is 8192 random ones, but num_directions is {given}; remove it, or say random")
         return values | {"directions": "random", "num_directions": 8192}
 
     @model_validator(mode="after")
@@ -302,9 +302,11 @@ class Objective(Section):
 
         known = {part.partition(":")[0].strip() for part in self.directions.split("+")} <= set(FAMILIES)  # else it is refused for that
         if self.num_directions == "auto" and known and self.directions not in INDEPENDENT:
-            raise ValueError(f"num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number")
+            raise ValueError(
+                f"objective.num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number"
+            )
         if self.num_directions != "auto" and self.gradient_error is not None:
-            raise ValueError(f"gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
+            raise ValueError(f"objective.gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
         return self
 
 

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from . import collectives, streams
 from .objectives import Terms
-from .slices import directions, full_float32
+from .precision import full_float32
+from .slices import directions
 
 __all__ = ["KINDS", "LeJEPALoss", "SIGReg", "sketch", "strong_sigreg", "weak_sigreg"]
 

@@ -13,21 +13,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import kernels
-from .slices import Part, Rotations, Rows, full_float32
+from .precision import full_float32
+from .slices import Part, Rotations, Rows
 
 __all__ = ["sliced_wasserstein"]
 
 
-def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part], chunk: int | None = None) -> Tensor:
+def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Part | Sequence[Part], chunk: int | None = None) -> Tensor:
     """Sliced squared 2-Wasserstein distance between two samples of equal size.
 
     mean over directions c, over ranks i and over views of (sort(Z c)_i - sort(Y c)_i)^2.
@@ -44,7 +44,8 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part]
         but a floor proportional to 1/B.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, or a target that requires a gradient.
+        ValueError: shapes, dtypes or devices that do not fit, an empty batch, or a target that requires a gradient.
+        RuntimeError: when differentiated twice; the permutation is a constant of the first derivative alone.
 
     Example:
         >>> from rlpjepa_zoo import directions
@@ -52,7 +53,9 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Sequence[Part]
         >>> float(sliced_wasserstein(y.flip(0), y, directions("axes", 3, 3)))  # order of rows does not matter
         0.0
     """
-    parts = [Rows(directions.detach())] if isinstance(directions, Tensor) else list(directions)
+    if isinstance(directions, Tensor):
+        directions = Rows(directions.detach())
+    parts: list[Part] = [directions] if isinstance(directions, Rows | Rotations) else list(directions)  # type: ignore[arg-type]
     _check(z, y, parts, chunk)
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
@@ -76,6 +79,10 @@ def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int | None) -> No
         )
     if z.shape[-2:] != y.shape or any(table.shape[1] != y.shape[1] for table in tables):
         raise ValueError(f"sliced_wasserstein: sizes differ: z {tuple(z.shape)}, y {tuple(y.shape)}, directions {shapes}")
+    if not z.is_floating_point() or y.device != z.device:
+        raise ValueError(
+            f"sliced_wasserstein: expected floating-point z and y on one device, got {z.dtype} on {z.device} and y on {y.device}"
+        )
     if z.numel() == 0 or not sum(map(len, parts)):
         raise ValueError("sliced_wasserstein: empty batch or no directions")
     if y.requires_grad:
@@ -125,12 +132,14 @@ def _(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high: int, c
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
 
 
-@once_differentiable
-def _backward(ctx: Any, value: Tensor, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, value: Tensor | None, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient is not None:
+        raise RuntimeError("sliced_wasserstein: has no second derivative; its gradient was differentiated")
     (kept,) = ctx.saved_tensors
-    return kept * value, *[None] * 7
+    return None if value is None else kept * value, *[None] * 7
 
 
 _distance.register_autograd(_backward, setup_context=_keep)
@@ -170,7 +179,7 @@ def _sorted_by_numpy(target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
     low half of a 64-bit key whose high half orders like the float."""
     bits = views.view(torch.int32)
     keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).to(torch.int64)  # negative floats order backwards as integers
-    keys.bitwise_left_shift_(32).bitwise_or_(torch.arange(views.shape[2]))
+    keys.bitwise_left_shift_(32).bitwise_or_(torch.arange(views.shape[2], device=views.device))
     values = target.contiguous()
     _sort_rows(values.numpy())
     _sort_rows(keys.numpy())
@@ -183,10 +192,13 @@ def _sort_rows(x: np.ndarray[Any, Any]) -> None:
     if threads == 1 or rows.size <= threads << 16:  # less is sorted sooner than handed out
         rows.sort(axis=1)
         return
-    list(_pool(threads).map(lambda part: part.sort(axis=1), np.array_split(rows, threads)))
+    try:
+        list(_pool(threads).map(lambda part: part.sort(axis=1), np.array_split(rows, threads)))
+    except RuntimeError:  # the interpreter is ending and takes no more work; what is sorted already stays so
+        rows.sort(axis=1)
 
 
-@cache
+@lru_cache(1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="sort")
 

@@ -8,38 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
 
-__all__ = ["FAMILIES", "INDEPENDENT", "Part", "Rotations", "Rows", "cut", "directions", "full_float32", "parse_directions", "slices"]
+__all__ = ["FAMILIES", "INDEPENDENT", "Part", "Rotations", "Rows", "cut", "directions", "parse_directions", "slices"]
 
 FAMILIES = ("random", "orthogonal", "hadamard", "axes", "eigen", "eigen-bottom")
 INDEPENDENT = ("random", "orthogonal", "hadamard")
 """Those of which one can have ever more, with ever less noise; the others are fixed, or depend on the batch."""
 SMALLEST_TRANSFORM = 64
 """Widths below this get their `hadamard` bases by QR: few signs make few directions, and a small QR costs nothing."""
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the user allows elsewhere: TF32 and bfloat16 products would move projections past each other."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, vars(torch.backends)["mkldnn"].matmul)
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
 
 
 # --- two ways to hold directions ------------------------------------------------------------------------------------------------------
@@ -108,21 +94,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Rotations:
-    """Rows of random orthonormal bases Q_k = M S_k M S_b M S_a, with random signs S on the diagonal and one fixed orthogonal transform M.
+    """Rows of random orthonormal bases Q_k = M S_k P_b M S_b P_a M S_a: random signs S, random permutations P, one fixed orthogonal transform M.
 
     M is a Kronecker product of small Hartley matrices, one for each prime factor of D: the Hadamard transform where D is a power of two,
     and any D has one. It costs D times the sum of a few small factors where a matrix costs D^2. Two rounds are shared by all bases, so
-    each further basis costs one. Three rounds of signs make each row uniform on the sphere but for relative errors of order 1 / D^2 in its
-    fourth moments; second moments are exact, for each basis as for the sphere.
+    each further basis costs one. Second moments are those of uniform directions exactly, fourth moments nearly so; the permutations
+    matter where a factor is odd, for its matrix is uneven and two coordinates that differ in its digit alone would stay together.
 
     Args:
-        table: (2 + K, D) signs: S_a, S_b and one row for each basis.
+        table: (2 + K, D): two rows of signed numbers +-(i + 1), the signs of S and the places i that P takes its rows from; then one row of
+            signs for each basis.
         low, high: the directions meant, of the K * D.
 
     Source: randomised Hadamard products as in Ailon and Chazelle (2006) and Yu et al. (2016), "Orthogonal Random Features".
 
     Example:
-        >>> q = Rotations(torch.ones(3, 6), 0, 6).dense()
+        >>> q = Rotations(torch.tensor([[1.0, 2, 3, -4, -5, 6], [6, 5, 4, 3, 2, 1], [1, 1, 1, 1, 1, 1]]), 0, 6).dense()
         >>> bool(torch.allclose(q @ q.T, torch.eye(6), atol=1e-6))
         True
     """
@@ -142,13 +129,13 @@ class Rotations:
         return [(low - self.low, high - self.low) for low, high in zip([self.low, *ends[:-1]], ends, strict=True)]
 
     def spread(self, x: Tensor) -> Tensor:
-        for signs in self.table[:2]:
-            x = _transform((signs[:, None] * x)[None])[0]
+        for row in self.table[:2]:
+            x = _transform((row.sign()[:, None] * x)[None])[0][row.abs().long() - 1]
         return x
 
     def gather(self, g: Tensor) -> Tensor:
-        for signs in self.table[:2].flip(0):
-            g = _transform(g[None])[0].mul_(signs[:, None])
+        for row in self.table[:2].flip(0):
+            g = _transform(torch.empty_like(g).index_copy_(0, row.abs().long() - 1, g)[None])[0].mul_(row.sign()[:, None])
         return g
 
     def project(self, spread: Tensor, low: int, high: int) -> Tensor:
@@ -181,7 +168,7 @@ def _transform(x: Tensor) -> Tensor:
     """M x for each x (D, R) of (k, D, R), contiguous: one small matrix product for each factor of D. Uses x up: two buffers take turns."""
     done, other, shape = len(x), torch.empty_like(x), x.shape
     for size in _factors(shape[1]):
-        matrix = _hartley(size, x.dtype, x.device).expand(done, size, size)
+        matrix = torch.from_numpy(_hartley(size, x.dtype)).to(x.device).expand(done, size, size)
         torch.bmm(matrix, x.view(done, size, -1), out=other.view(done, size, -1))
         done, x, other = done * size, other, x
     return x.view(shape)
@@ -207,14 +194,14 @@ def _primes(n: int) -> list[int]:
 
 
 @cache
-def _hartley(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _hartley(size: int, dtype: torch.dtype) -> np.ndarray[Any, Any]:
     """Kronecker product of the Hartley matrices of the primes of `size`: orthogonal and symmetric, (size, size)."""
-    made = torch.ones(1, 1, dtype=torch.float64)
+    made = np.ones((1, 1))
     for prime in _primes(size):
-        k = torch.arange(prime)
-        angle = (torch.outer(k, k) % prime).double() * (2 * math.pi / prime)
-        made = torch.kron(made, (angle.cos() + angle.sin()) / math.sqrt(prime))
-    return made.to(device, dtype)
+        k = np.arange(prime)
+        angle = np.outer(k, k) % prime * (2 * math.pi / prime)
+        made = np.kron(made, (np.cos(angle) + np.sin(angle)) / math.sqrt(prime))
+    return made.astype(np.float64 if dtype == torch.float64 else np.float32)
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------------
@@ -314,19 +301,21 @@ def cut(parts: Sequence[Part], low: int, high: int) -> list[Part]:
 
 def _family(family: str, n: int, dim: int, generator: torch.Generator | None, device: torch.device, features: Tensor | None) -> Part:
     def gaussian(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator, device=device)
+        return torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
 
     if family == "random":
         return Rows(torch.nn.functional.normalize(gaussian(n, dim), dim=1))
     if family == "hadamard" and dim >= SMALLEST_TRANSFORM:
-        coins = torch.randint(0, 2, (2 + -(-n // dim), dim), generator=generator, device=device)
-        return Rotations(coins.mul_(2).sub_(1).float(), 0, n)
+        table = torch.randint(0, 2, (2 + -(-n // dim), dim), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+        for row in table[:2]:
+            row.mul_(torch.randperm(dim, generator=generator, device=device) + 1)
+        return Rotations(table, 0, n)
     if family in ("orthogonal", "hadamard"):
         return Rows(torch.cat([_haar(gaussian(dim, min(dim, n - start))) for start in range(0, n, dim)]))
     if family == "axes":
         last = torch.randperm(dim, generator=generator, device=device)[: n % dim].sort().values
         order = torch.cat([torch.arange(dim, device=device).repeat(n // dim), last])
-        return Rows(torch.eye(dim, device=device)[order])
+        return Rows(torch.eye(dim, device=device, dtype=torch.float32)[order])
     if features is None:
         raise ValueError(f"directions: '{family}' needs features, the embeddings whose covariance is decomposed")
     basis = _eigenbasis(features.detach().float().reshape(-1, dim).to(device), gaussian(dim, dim))

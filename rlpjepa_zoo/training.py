@@ -61,7 +61,6 @@ class _Pretraining(Task):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.objective = build_objective(recipe)
         self.zeros = 0
 
     @property
@@ -78,6 +77,7 @@ class _Pretraining(Task):
         return build_encoder(self.recipe)
 
     def wrap(self, core: SparseEncoder, source: Source) -> Watched:
+        self.objective = build_objective(self.recipe)
         self.floor = self.objective.floor(self.recipe.train.batch_size, self.recipe.encoder.dim)
         with streams.seeded(self.recipe.seed, "init-probes"):
             return Watched(core, source.classes if self.recipe.probe.online else 0)
@@ -137,7 +137,7 @@ class _Pretraining(Task):
 
     def aim(self, source: Source) -> str:
         density = self.recipe.target.density_in_theory()
-        return f"{self.recipe.encoder.backbone} + projector, target l0 {density:.3f}, floor {self.floor:.4g}"
+        return f"{self.recipe.encoder.backbone} + projector, target l0 {density:.3f}, floor {self.floor:.4g}, {self.objective.n} {self.objective.kind} directions"
 
     def describe(
         self, core: SparseEncoder, source: Source, metrics: Mapping[str, float], training: Mapping[str, Any], log_file: Path
@@ -145,7 +145,7 @@ class _Pretraining(Task):
         return record.describe(self.recipe, source, core, metrics, training, log_file)
 
     def state(self) -> dict[str, Any]:
-        return {"zeros": self.zeros}
+        return {"zeros": self.zeros, "directions": self.objective.n}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.zeros = state["zeros"]
+        self.zeros, self.objective.n = state["zeros"], state.get("directions", self.objective.n)  # as before, on other processors too

@@ -8,6 +8,7 @@ gradient of all directions is sqrt(S^2 / (|mean|^2 - S^2 / m)). It falls like 1 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from .distributions import RectifiedGeneralizedGaussian
 from .sliced import sliced_wasserstein
 from .slices import INDEPENDENT, slices
 
-__all__ = ["directions_needed", "gradient_error", "matched"]
+__all__ = ["MOST", "directions_needed", "gradient_error", "matched"]
+
+MOST = 1 << 20
+"""Directions that are still thought to be meant."""
 
 
 def matched(law: RectifiedGeneralizedGaussian, batch: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -40,12 +44,17 @@ def gradient_error(kind: str, n: int, z: Tensor, y: Tensor, seed: int = 0, draws
         seed: of the draws.
         draws: gradients compared, >= 2.
 
+    Raises:
+        ValueError: fewer than two draws.
+
     Example:
         >>> from rlpjepa_zoo import RectifiedGeneralizedGaussian, sigma_gn
         >>> z, y = matched(RectifiedGeneralizedGaussian(0.0, sigma_gn(1.0), 1.0), 32, 64)
         >>> gradient_error("orthogonal", 64, z, y) < gradient_error("random", 64, z, y)
         True
     """
+    if draws < 2:
+        raise ValueError(f"gradient_error: expected draws >= 2, got {draws}")
     total, squares = torch.zeros_like(z, dtype=torch.float64), 0.0
     for draw in range(draws):
         x = z.detach().clone().requires_grad_()
@@ -54,8 +63,8 @@ def gradient_error(kind: str, n: int, z: Tensor, y: Tensor, seed: int = 0, draws
         total += grad
         squares += float(grad.double().square().sum())
     mean = float((total / draws).square().sum())
-    scatter = (squares - draws * mean) / (draws - 1)
-    return math.sqrt(scatter / max(mean - scatter / draws, 1e-30))
+    scatter = max(squares - draws * mean, 0.0) / (draws - 1)  # where all draws agree, rounding leaves it either side of 0
+    return math.sqrt(scatter / max(mean - scatter / draws, 1e-12 * mean, sys.float_info.min))
 
 
 def directions_needed(kind: str, error: float, z: Tensor, y: Tensor, seed: int = 0, draws: int = 8) -> int:
@@ -67,10 +76,12 @@ def directions_needed(kind: str, error: float, z: Tensor, y: Tensor, seed: int =
         z, y, seed, draws: see `gradient_error`.
 
     Raises:
-        ValueError: a mix, or a family whose error does not fall with its number.
+        ValueError: a mix, a family whose error does not fall with its number, or an error that takes more than `MOST` directions.
     """
     if kind not in INDEPENDENT:
         raise ValueError(f"directions_needed: expected one of {', '.join(INDEPENDENT)}, got '{kind}'")
     dim = z.shape[1]
-    bases = (gradient_error(kind, dim, z, y, seed, draws) / error) ** 2
-    return max(1, math.ceil(bases * dim)) if kind == "random" else dim * max(1, math.ceil(bases))
+    ratio = gradient_error(kind, dim, z, y, seed, draws) / error
+    if ratio > 1e3 or ratio**2 * dim > MOST:
+        raise ValueError(f"an error of {error:g} takes more than {MOST:,} directions; ask for a larger one, or give num_directions")
+    return max(1, math.ceil(ratio**2 * dim)) if kind == "random" else dim * max(1, math.ceil(ratio**2))

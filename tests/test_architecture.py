@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 LEVELS = [
-    {"errors", "streams", "collectives", "interrupts", "triton_kernels"},
+    {"errors", "streams", "collectives", "interrupts", "precision", "triton_kernels"},
     {"slices", "kernels", "distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "sliced", "diagnostics", "page", "dial"},
     {"recipe", "objectives", "variance", "preprocess", "pictures", "hub", "probes", "classifier_card"},

@@ -634,13 +634,16 @@ def test_the_paper_s_directions_are_a_preset(recipe: str, overrides: list[str], 
     [
         (
             ["objective.directions=paper", "objective.num_directions=100"],
-            "directions: paper is 8192 random ones, but num_directions is 100",
+            "objective.directions: paper is 8192 random ones, but num_directions is 100",
         ),
         (
             ["objective.directions=axes", "objective.num_directions=auto"],
-            "num_directions: auto needs one of random, orthogonal, hadamard, not 'axes'",
+            "objective.num_directions: auto needs one of random, orthogonal, hadamard, not 'axes'",
         ),
-        (["objective.num_directions=64", "objective.gradient_error=0.3"], "gradient_error: is for num_directions: auto, not for 64"),
+        (
+            ["objective.num_directions=64", "objective.gradient_error=0.3"],
+            "objective.gradient_error: is for num_directions: auto, not for 64",
+        ),
         (["objective.num_directions=many"], "objective.num_directions: got 'many', expected a whole number above 0, or auto"),
         (["objective.num_directions=auto", "objective.gradient_error=0"], "objective.gradient_error: got '0', expected"),
     ],

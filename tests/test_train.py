@@ -172,8 +172,25 @@ def test_damaged_newest_checkpoint_falls_back(
     assert "damaged checkpoint" in caplog.text and rows(run) == rows(unbroken)
 
 
+def test_a_resumed_run_keeps_its_number_of_directions_and_may_change_their_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Path
+) -> None:
+    import rlpjepa_zoo.model as module
+
+    run, auto = tmp_path / "run", tiny("objective.num_directions=auto")
+    monkeypatch.setattr(module, "directions_needed", lambda *args: 64)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(StoppedBySignal):
+            train(auto, run, progress=False)
+    monkeypatch.setattr(module, "directions_needed", lambda *args: 32)  # what another processor may find
+    train(tiny("objective.num_directions=auto", "objective.chunk=1"), run, resume=True, progress=False)
+    losses, wanted = ([row["loss"] for row in rows(folder) if row["kind"] == "train"] for folder in (run, unbroken))
+    assert losses == pytest.approx(wanted, rel=1e-5)
+
+
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlpjepa_zoo.training as module
+    import rlpjepa_zoo.objectives as module
 
     original = module.RectifiedLpJEPALoss.__call__
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlpjepa_zoo.bench import states
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
+from rlpjepa_zoo.errors import RecipeError
 from rlpjepa_zoo.model import PAPER_ERROR, build_objective
 from rlpjepa_zoo.recipe import Recipe
 from rlpjepa_zoo.slices import directions
@@ -55,6 +56,13 @@ def test_as_many_directions_as_an_error_needs(kind: str) -> None:
     assert directions_needed(kind, 1e6, z, y) == (1 if kind == "random" else DIM)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_where_every_direction_gives_the_same_gradient_one_is_enough(seed: int) -> None:
+    z, y = torch.randn(2, 16, 1, generator=torch.Generator().manual_seed(seed))  # of one dimension all directions are 1 or -1; no ties
+    for kind in ("random", "orthogonal", "hadamard"):
+        assert gradient_error(kind, 3, z, y, draws=7) < 1e-5 and directions_needed(kind, 0.1, z, y, draws=7) == 1
+
+
 def test_families_whose_error_does_not_fall_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of random, orthogonal, hadamard, got 'axes'"):
         directions_needed("axes", 0.3, *matched(RectifiedGeneralizedGaussian(0.0, sigma_gn(1.0), 1.0), 8, 8))
@@ -72,3 +80,10 @@ def test_a_recipe_can_leave_the_number_to_the_error() -> None:
 def test_what_the_paper_s_directions_have_is_what_auto_asks_for() -> None:
     z, y = matched(RectifiedGeneralizedGaussian(0.0, sigma_gn(1.0), 1.0), 256, 512)
     assert gradient_error("random", 8192, z, y, draws=4) == pytest.approx(PAPER_ERROR, abs=0.04)
+
+
+@pytest.mark.parametrize("error", ["1e-9", "1e-200"])
+def test_an_error_that_takes_too_many_directions_is_refused(error: str) -> None:
+    asked = ["objective.directions=hadamard", "objective.num_directions=auto", f"objective.gradient_error={error}"]
+    with pytest.raises(RecipeError, match=r"objective.gradient_error: an error of .* takes more than 1,048,576 directions"):
+        build_objective(Recipe.load("digits", asked))

@@ -84,7 +84,8 @@ def match(projected: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
 def project_and_match(z: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """`match` of the projections of y and z on c, which for B <= 512 never reach memory.
 
-    Larger batches go through one matrix product, which follows torch's TF32 setting, and (n, 1 + V, B) numbers of memory.
+    Larger batches go through one matrix product, which follows torch's TF32 setting (`sliced` sees to it that it is off), and
+    (n, 1 + V, B) numbers of memory.
 
     Args:
         z: (V, B, D) views. y: (B, D) target. c: (n, D) directions. Contiguous float32 on one device, B <= 4096, any D.
@@ -110,8 +111,8 @@ def loss_and_gradient(z: Tensor, y: Tensor, c: Tensor, chunk: int, gradient: boo
 
     The host waits for nothing, so this may lie in an opaque operator under torch.compile; the first call for a new (padded B, D, V,
     power of two of N) times block sizes, so make it before a CUDA graph is captured. The gradient is a product in torch's float32
-    precision: TF32 where the user has allowed TF32 products, which leaves an error of about 1e-3; value and ranks are float32 for
-    B <= 512 and follow the same setting above. Autocast changes nothing here.
+    precision: TF32 where TF32 products are allowed, which `sliced` does not let happen and which would leave an error of about 1e-3; value
+    and ranks are float32 for B <= 512 and follow the same setting above. Autocast changes nothing here.
 
     Args:
         z: (V, B, D) views. y: (B, D) target. c: (N, D) directions. Contiguous float32 on one device, B <= 4096, any D.

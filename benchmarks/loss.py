@@ -100,13 +100,36 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def learned() -> str:
+    """What `benchmarks/directions.py` found: means over seeds, and differences to the first arm with their standard errors."""
+    names = {"knn_z": "kNN z", "linear_z": "linear z", "one_shot_z": "1-shot z", "linear_features": "linear features", "l0": "density of z"}
+    lines = ["| data | directions | ms a step | epochs | " + " | ".join(names.values()) + " |", "|---" * (4 + len(names)) + "|"]
+    for data in ("digits", "cifar10"):
+        study = json.loads((HERE / f"directions-{data}.json").read_text())
+        for arm, means in study["summary"].items():
+            cells = [f"{means[m]:.3f}" for m in names]
+            for i, measure in enumerate(names):
+                if change := means.get(f"{measure}, difference"):
+                    cells[i] += f" ({change[0]:+.3f} ± {change[1]:.3f})"
+            epochs = next(row["epochs"] for row in study["rows"] if row["arm"] == arm)
+            lines.append(
+                f"| {data}, n = {means['n']} | {arm} | {1e3 * study['step_seconds'][arm]:.0f} | {epochs:g} | {' | '.join(cells)} |"
+            )
+    return "\n".join(lines)
+
+
 def tables(found: dict[str, Any]) -> dict[str, str]:
     """Markdown for docs/loss.md, by the name of its place."""
     lines = ["| state | family | " + " | ".join(map(str, COUNTS)) + " |", "|---" * (2 + len(COUNTS)) + "|"]
     for state, families in found["noise"].items():
         for kind, errors in families.items():
             lines.append(f"| {state} | {kind} | " + " | ".join(f"{errors[str(n)]:.2f}" for n in COUNTS) + " |")
-    return {"speed": bench.table(found["compared"]), "noise": "\n".join(lines), "growth": f"{found['model_error']:.0%}"}
+    return {
+        "learned": learned(),
+        "speed": bench.table(found["compared"]),
+        "noise": "\n".join(lines),
+        "growth": f"{found['model_error']:.0%}",
+    }
 
 
 def write(found: dict[str, Any]) -> None:

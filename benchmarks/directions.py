@@ -103,7 +103,8 @@ def main() -> None:
     found = {"step_seconds": steps, "summary": summary(rows, options.arm), "rows": rows}
     arms = " ".join(f"--arm {arm}" for arm in options.arm)
     words = [word for word in options.overrides if not word.startswith("data.path")]
-    command = " ".join(["python benchmarks/directions.py", options.recipe, *words, arms, f"--seeds {options.seeds}"])
+    bank = [] if options.bank is None else [f"--bank {options.bank}"]
+    command = " ".join(["python benchmarks/directions.py", options.recipe, *words, arms, f"--seeds {options.seeds}", *bank])
     result.tell(command, found, f"{torch.get_num_threads()} threads", options.json)
 
 

@@ -285,7 +285,7 @@ class Objective(Section):
     """Of the directions, relative, where embeddings are a sample of the target; for auto, which takes 0.45 without it: what 8192 random
     directions have at a batch of 256 and a width of 512."""
     chunk: Count | None = None
-    """Directions worked on at once: bounds memory, changes nothing else; null takes 256 for each thread of a CPU, 4096 elsewhere."""
+    """Directions worked on at once: bounds memory, changes nothing else; null takes 128 for each thread of a CPU, 4096 elsewhere."""
 
     @model_validator(mode="before")
     @classmethod

@@ -36,7 +36,7 @@ def sliced_wasserstein(z: Tensor, y: Tensor, directions: Tensor | Part | Sequenc
         z: (B, D) or (V, B, D) embeddings; receives the gradient. float16 / bfloat16 are computed in float32.
         y: (B, D) sample of the target, same device, without gradient; one sample serves all views.
         directions: (N, D), rows of unit length, or the parts that `slices` makes.
-        chunk: directions worked on at once (whole bases of `hadamard`); 256 for each thread of a CPU and 4096 elsewhere unless given. Peak extra
+        chunk: directions worked on at once (whole bases of `hadamard`); 128 for each thread of a CPU and 4096 elsewhere unless given. Peak extra
             memory is about 10 * chunk * V * B numbers and a few times the size of z, whatever N.
 
     Returns:
@@ -97,7 +97,7 @@ def _check(z: Tensor, y: Tensor, parts: Sequence[Part], chunk: int | None) -> No
 @torch.library.custom_op("rlpjepa_zoo::sliced_wasserstein", mutates_args=())
 def _distance(z: Tensor, y: Tensor, table: Tensor, rotated: bool, low: int, high: int, chunk: int, gradient: bool) -> tuple[Tensor, Tensor]:
     """Mean squared distance for z (V, B, D), and its gradient (empty if not wanted); opaque to torch.compile. A chunk of 0 is for us to choose."""
-    chunk = chunk or (256 * torch.get_num_threads() if z.device.type == "cpu" else 4096)  # what stays in the caches of the cores
+    chunk = chunk or (128 * torch.get_num_threads() if z.device.type == "cpu" else 4096)  # what stays in the caches of the cores
     with full_float32():
         if not rotated and kernels.supported(z):
             value, grad = kernels.loss_and_gradient(z.contiguous(), y.contiguous(), table.contiguous(), chunk, gradient)
@@ -189,7 +189,7 @@ def _sorted_by_numpy(target: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
 def _sort_rows(x: np.ndarray[Any, Any]) -> None:
     """Sort along the last axis in place, on as many threads as torch uses; numpy lets go of the interpreter meanwhile."""
     rows, threads = x.reshape(-1, x.shape[-1]), torch.get_num_threads()
-    if threads == 1 or rows.size <= threads << 16:  # less is sorted sooner than handed out
+    if threads == 1 or rows.size <= 1 << 17:  # less is sorted sooner than handed out
         rows.sort(axis=1)
         return
     try:

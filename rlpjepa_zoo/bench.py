@@ -93,7 +93,7 @@ def ours(kind: str, n: int) -> Loss:
     return lambda z: objective(z, next(steps)).matching
 
 
-def others(batch: int, dim: int) -> dict[str, Loss]:
+def others() -> dict[str, Loss]:
     """Other objectives of joint embeddings, ours and lightly's where that is installed: what a step of them costs."""
     from .sigreg import SIGReg
 
@@ -154,9 +154,13 @@ def peak_memory(work: Callable[[], Any], cuda: bool = False) -> int:
     return most
 
 
+def _cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if _cuda(device) else f"{torch.get_num_threads()} threads"
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else None
     cpu = f"{model[1] if model else platform.processor()}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"machine": f"{name}, {cpu}", "versions": zoo.versions()}
@@ -183,7 +187,7 @@ def compare(batch: int = 256, dim: int = 512, n: int = 8192, repeats: int = 9, d
     rows = _measured({name: loss for name, (_, loss) in contenders.items() if loss}, batch, dim, repeats, device)
     for name, row in rows.items():
         row["directions"] = contenders[name][0]
-    context = _measured(others(batch, dim), batch, dim, repeats, device)
+    context = _measured(others(), batch, dim, repeats, device)
     base = rows["minimal example"]
     for row in (*rows.values(), *context.values()):
         row["faster"] = round(base["seconds"][0] / row["seconds"][0], 2)
@@ -211,11 +215,11 @@ def _measured(losses: Mapping[str, Loss], batch: int, dim: int, repeats: int, de
         return do
 
     work = {name: step(loss) for name, loss in losses.items()}
-    seconds, found = timed(work, repeats, device == "cuda"), {}
+    seconds, found = timed(work, repeats, _cuda(device)), {}
     for name, do in work.items():
         taken, x.grad = seconds[name], None
         spread = [float(f"{value:.4g}") for value in (statistics.median(taken), min(taken), max(taken))]
-        found[name] = {"seconds": spread, "bytes": peak_memory(do, device == "cuda")}
+        found[name] = {"seconds": spread, "bytes": peak_memory(do, _cuda(device))}
     return found
 
 

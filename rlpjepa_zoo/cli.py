@@ -410,7 +410,7 @@ def list_(
     if recipes:
         import fnmatch
 
-        from .recipe import list_recipes
+        from .recipe_text import list_recipes
 
         names = fnmatch.filter(list_recipes(), pattern)
         print(json.dumps(names) if as_json else "\n".join(names))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import probes, recipe
+from . import probes, recipe, recipe_text
 from .errors import DataError, UsageError, did_you_mean
 from .images import Images
 from .recipe import Data, Recipe
@@ -60,7 +60,7 @@ def section(data: str, overrides: Sequence[str] = ()) -> Data:
         if saved or any(Path(data).rglob("*.parquet")):
             return Data(source="hf", path=data, eval_split="test")
         return Data(source="folder", path=data)
-    known = [*SETS, *recipe.list_recipes()]
+    known = [*SETS, *recipe_text.list_recipes()]
     if not Path(data).is_file() and data not in known:
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."
         raise UsageError(f"--data {data}: neither a named set, a folder, a recipe nor a file.{hint}")

@@ -99,7 +99,7 @@ class Rotations:
     M is a Kronecker product of small Hartley matrices, one for each prime factor of D: the Hadamard transform where D is a power of two,
     and any D has one. It costs D times the sum of a few small factors where a matrix costs D^2. Two rounds are shared by all bases, so
     each further basis costs one. Second moments are those of uniform directions exactly, fourth moments nearly so; the permutations
-    matter where a factor is odd, for its matrix is uneven and two coordinates that differ in its digit alone would stay together.
+    keep coordinates that differ in one digit from staying together, most of all where a factor is odd and its matrix uneven.
 
     Args:
         table: (2 + K, D): two rows of signed numbers +-(i + 1), the signs of S and the places i that P takes its rows from; then one row of

@@ -28,9 +28,8 @@ from .recipe import (
     Views,
     kind_of,
     plain,
-    read_yaml,
-    text_of,
 )
+from .recipe_text import read_yaml, text_of
 
 __all__ = ["Start", "TuningRecipe", "load_any"]
 

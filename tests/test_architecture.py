@@ -14,6 +14,7 @@ LEVELS = [
     {"errors", "streams", "collectives", "interrupts", "precision", "triton_kernels"},
     {"slices", "kernels", "distributions", "folder", "metrics", "golden", "network", "served"},
     {"sparse", "images", "resnet", "zoo", "sliced", "diagnostics", "page", "dial"},
+    {"recipe_text"},
     {"recipe", "objectives", "variance", "preprocess", "pictures", "hub", "probes", "classifier_card"},
     {"sigreg", "sources", "views", "card", "publish", "charts", "journal", "feeds", "scores", "tuning_recipe"},
     {"encoder", "evalsets"},

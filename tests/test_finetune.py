@@ -29,7 +29,8 @@ from rlpjepa_zoo.errors import DataError, ModelError, RecipeError, StoppedBySign
 from rlpjepa_zoo.images import Images
 from rlpjepa_zoo.model import build_encoder
 from rlpjepa_zoo.optim import make_tuner
-from rlpjepa_zoo.recipe import Recipe, list_recipes
+from rlpjepa_zoo.recipe import Recipe
+from rlpjepa_zoo.recipe_text import list_recipes
 from rlpjepa_zoo.sources import Source, open_source
 from rlpjepa_zoo.tuning import choose, finetune
 from rlpjepa_zoo.tuning_recipe import Lora, TuningRecipe, load_any

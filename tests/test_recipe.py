@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from rlpjepa_zoo.errors import RecipeError, UsageError
 from rlpjepa_zoo.model import build_encoder
-from rlpjepa_zoo.recipe import Recipe, find_recipe, list_recipes
+from rlpjepa_zoo.recipe import Recipe
+from rlpjepa_zoo.recipe_text import find_recipe, list_recipes
 from rlpjepa_zoo.tuning_recipe import load_any
 
 BASE = """\

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.data import Batches, decoded, make_loader
-from rlpjepa_zoo.images import Images, deaf_worker
-from rlpjepa_zoo.sources import Source, open_source
+from rlpjepa_zoo.data.images import Images, ignore_signals
+from rlpjepa_zoo.data.loader import Batches, decoded, make_loader
+from rlpjepa_zoo.data.sources import Source, open_source
 
 
 class Plain(Dataset[torch.Tensor]):
@@ -54,7 +54,7 @@ class Plain(Dataset[torch.Tensor]):
 
 
 def plain(encoded: list[bytes], recipe: rz.Recipe) -> Iterator[Any]:
-    options: dict[str, Any] = {"batch_size": recipe.train.batch_size, "shuffle": True, "drop_last": True, "worker_init_fn": deaf_worker}
+    options: dict[str, Any] = {"batch_size": recipe.train.batch_size, "shuffle": True, "drop_last": True, "worker_init_fn": ignore_signals}
     loader = DataLoader(Plain(encoded, recipe), num_workers=recipe.train.num_workers, prefetch_factor=4, persistent_workers=True, **options)
     while True:
         yield from loader

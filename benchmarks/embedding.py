@@ -11,7 +11,7 @@ with the memory format that `embed` uses.
 
 `end to end`: from the parquet file of images to a parquet file of sparse embeddings. `plain` is what one writes in an hour: a Hugging Face
 data set, PIL, timm's own evaluation transform, a DataLoader with two workers, the encoder, and a loop over rows that collects the non-zero
-values into a pandas frame. `ours` is `rlpjepa_zoo.extraction.extract`. Both with the encoder `test_resnet.digits` (whose network is small, so
+values into a pandas frame. `ours` is `rlpjepa_zoo.embedding.extract.extract`. Both with the encoder `test_resnet.digits` (whose network is small, so
 that what is around it shows) and with `resnet10_small_narrow.cifar10`.
 
 `memory`: largest resident memory of a process that embeds 10,000 and 100,000 images (CIFAR-10 twice over), each in a process of its own.
@@ -38,8 +38,8 @@ import timm
 import torch
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.extraction import Extraction, extract
-from rlpjepa_zoo.feeds import open_feed
+from rlpjepa_zoo.data.feeds import open_feed
+from rlpjepa_zoo.embedding.extract import Extraction, extract
 
 
 def turns(kinds: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

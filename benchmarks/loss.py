@@ -4,7 +4,7 @@
     python benchmarks/loss.py --draw                                          # only rewrites docs/loss.md and docs/measured/loss.png
 
 The speed table is what `rlpjepa bench` prints. The noise study estimates the relative error of the gradient at three states of the embeddings
-(see `rlpjepa_zoo.bench.states`). Growth is compared with a model of the cost, t = a + b N D (drawing) + c N B D (projecting) + d N B log2 B (sorting),
+(see `rlpjepa_zoo.report.bench_loss.states`). Growth is compared with a model of the cost, t = a + b N D (drawing) + c N B D (projecting) + d N B log2 B (sorting),
 fitted with coefficients >= 0; a `hadamard` projection costs the sum of the factors of D instead of D, and draws nothing to speak of.
 """
 
@@ -19,9 +19,9 @@ import result
 import torch
 from scipy.optimize import nnls
 
-from rlpjepa_zoo import bench
-from rlpjepa_zoo.slices import _factors
-from rlpjepa_zoo.variance import gradient_error
+from rlpjepa_zoo.ops.directions import _factors
+from rlpjepa_zoo.ops.gradient_noise import gradient_error
+from rlpjepa_zoo.report.report import bench_loss as bench
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"

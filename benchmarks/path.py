@@ -23,14 +23,17 @@ import torch
 from safetensors.torch import load_file
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo import bench, engine, model, training
-from rlpjepa_zoo.recipe import Recipe
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.report.report import bench_loss as bench
+from rlpjepa_zoo.training.pretrain import online_probes as model
+from rlpjepa_zoo.training.pretrain import pretrain as training
+from rlpjepa_zoo.training.pretrain import trainer as engine
 
 PARTS = {
     "waiting for images": (engine.Run, "_next"),
     "views and forward": (engine.Run, "_forward"),
-    "encoder, of that": (model.Watched, "_both"),
-    "online probes and encoder, of that": (model.Watched, "forward"),
+    "encoder, of that": (model.EncoderWithProbes, "_both"),
+    "online probes and encoder, of that": (model.EncoderWithProbes, "forward"),
     "loss": (training._Pretraining, "loss"),
     "update": (engine.Run, "_update"),
     "log": (engine.Run, "_log_step"),
@@ -79,7 +82,7 @@ def watching(recipe: Recipe, repeats: int) -> dict[str, Any]:
     objective = model.build_objective(recipe)
 
     def step(classes: int, logged: bool) -> Callable[[], None]:
-        watched = model.Watched(model.build_encoder(recipe), classes).to(memory_format=torch.channels_last)
+        watched = model.EncoderWithProbes(model.build_encoder(recipe), classes).to(memory_format=torch.channels_last)
         task = training._Pretraining(recipe)
         task.floor, images = 0.0, views.contiguous(memory_format=torch.channels_last)
 
@@ -111,7 +114,7 @@ def starting(folder: Path, repeats: int) -> dict[str, float]:
     """Median seconds of fresh processes."""
     lines = {
         "python": "pass",
-        "rlpjepa --help": "from rlpjepa_zoo.cli import run; run(['--help'])",
+        "rlpjepa --help": "from rlpjepa_zoo.cli.app import run; run(['--help'])",
         "import rlpjepa_zoo": "import rlpjepa_zoo",
         "import torch, timm": "import torch, timm",
         "load_encoder": f"import rlpjepa_zoo; rlpjepa_zoo.load_encoder({str(folder)!r})",

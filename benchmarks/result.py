@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from rlpjepa_zoo import zoo
+from rlpjepa_zoo.core import package
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -18,7 +18,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
 
 def tell(command: str, found: dict[str, Any], cores: str, path: Path | None) -> None:
     """Print what was found, with the command, the machine and the versions, and write it to a file if one is given."""
-    whole = {"command": command, **found, "machine": f"{cores}, {platform.machine()}", "versions": zoo.versions()}
+    whole = {"command": command, **found, "machine": f"{cores}, {platform.machine()}", "versions": package.versions()}
     text = json.dumps(whole, indent=1)
     print(text)
     if path is not None:

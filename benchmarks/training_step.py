@@ -8,7 +8,7 @@ slows both; the figure to trust is the ratio of the medians.
 
 `plain` is written from the method's description: float32, a pass for each view, a target sample for each view, autograd through
 `torch.sort` along the batch. `ours` is what `rlpjepa train` runs: bfloat16 autocast, channels_last, both views in one pass, one target, the
-loss of `rlpjepa_zoo.objectives`; once with as many random directions, once with the fewest `hadamard` ones that give their gradient error.
+loss of `rlpjepa_zoo.objectives.rectified_lpjepa`; once with as many random directions, once with the fewest `hadamard` ones that give their gradient error.
 """
 
 import statistics
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.optim import make_optimizer
-from rlpjepa_zoo.variance import directions_needed, gradient_error, matched
+from rlpjepa_zoo.ops.gradient_noise import directions_needed, gradient_error, matched
+from rlpjepa_zoo.training.optim import make_optimizer
 
 
 def plain(count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:

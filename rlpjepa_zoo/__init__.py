@@ -7,30 +7,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .classifier import Classifier as Classifier
+    from .config.finetune import TuningRecipe as TuningRecipe
+    from .config.pretrain import Recipe as Recipe
     from .distributions import GeneralizedGaussian as GeneralizedGaussian
     from .distributions import RectifiedGeneralizedGaussian as RectifiedGeneralizedGaussian
     from .distributions import mu_for_density as mu_for_density
     from .distributions import sigma_gn as sigma_gn
     from .distributions import sigma_rgn as sigma_rgn
-    from .encoder import SparseEncoder as SparseEncoder
-    from .evaluation import evaluate as evaluate
-    from .loading import create_encoder as create_encoder
-    from .loading import load_classifier as load_classifier
-    from .loading import load_encoder as load_encoder
-    from .objectives import RectifiedLpJEPALoss as RectifiedLpJEPALoss
-    from .recipe import Recipe as Recipe
-    from .sigreg import LeJEPALoss as LeJEPALoss
-    from .sigreg import SIGReg as SIGReg
-    from .sigreg import strong_sigreg as strong_sigreg
-    from .sigreg import weak_sigreg as weak_sigreg
-    from .sliced import sliced_wasserstein as sliced_wasserstein
-    from .slices import directions as directions
-    from .sparse import SparseEmbeddings as SparseEmbeddings
-    from .training import train as train
-    from .tuning import finetune as finetune
-    from .tuning_recipe import TuningRecipe as TuningRecipe
-    from .zoo import list_encoders as list_encoders
+    from .evaluation.evaluate import evaluate as evaluate
+    from .hub.zoo import list_encoders as list_encoders
+    from .models.classifier import Classifier as Classifier
+    from .models.encoder import SparseEncoder as SparseEncoder
+    from .models.pretrained import create_encoder as create_encoder
+    from .models.pretrained import load_classifier as load_classifier
+    from .models.pretrained import load_encoder as load_encoder
+    from .objectives.rectified_lpjepa import RectifiedLpJEPALoss as RectifiedLpJEPALoss
+    from .objectives.sigreg import LeJEPALoss as LeJEPALoss
+    from .objectives.sigreg import SIGReg as SIGReg
+    from .objectives.sigreg import strong_sigreg as strong_sigreg
+    from .objectives.sigreg import weak_sigreg as weak_sigreg
+    from .ops.directions import directions as directions
+    from .ops.sliced_wasserstein import sliced_wasserstein as sliced_wasserstein
+    from .sparse.embeddings import SparseEmbeddings as SparseEmbeddings
+    from .training.finetune import finetune as finetune
+    from .training.pretrain import train as train
 
 __version__ = "0.1.0"
 
@@ -40,25 +40,25 @@ _HOME = {
     "mu_for_density": "distributions",
     "sigma_gn": "distributions",
     "sigma_rgn": "distributions",
-    "Classifier": "classifier",
-    "SparseEncoder": "encoder",
-    "create_encoder": "loading",
-    "load_classifier": "loading",
-    "load_encoder": "loading",
-    "evaluate": "evaluation",
-    "RectifiedLpJEPALoss": "objectives",
-    "directions": "slices",
-    "sliced_wasserstein": "sliced",
-    "Recipe": "recipe",
-    "LeJEPALoss": "sigreg",
-    "SIGReg": "sigreg",
-    "strong_sigreg": "sigreg",
-    "weak_sigreg": "sigreg",
-    "SparseEmbeddings": "sparse",
-    "train": "training",
-    "finetune": "tuning",
-    "TuningRecipe": "tuning_recipe",
-    "list_encoders": "zoo",
+    "Classifier": "models.classifier",
+    "SparseEncoder": "models.encoder",
+    "create_encoder": "models.pretrained",
+    "load_classifier": "models.pretrained",
+    "load_encoder": "models.pretrained",
+    "evaluate": "evaluation.evaluate",
+    "RectifiedLpJEPALoss": "objectives.rectified_lpjepa",
+    "directions": "ops.directions",
+    "sliced_wasserstein": "ops.sliced_wasserstein",
+    "Recipe": "config.pretrain",
+    "LeJEPALoss": "objectives.sigreg",
+    "SIGReg": "objectives.sigreg",
+    "strong_sigreg": "objectives.sigreg",
+    "weak_sigreg": "objectives.sigreg",
+    "SparseEmbeddings": "sparse.embeddings",
+    "train": "training.pretrain",
+    "finetune": "training.finetune",
+    "TuningRecipe": "config.finetune",
+    "list_encoders": "hub.zoo",
 }
 __all__ = ["__version__", *_HOME]
 

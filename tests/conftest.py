@@ -1,6 +1,6 @@
 """What all tests share: one thread (tiny nets run 10 to 100 times slower with two), a private Hugging Face cache, no network.
 
-Tests that talk to the Hub ask for the fixture `hub_server`: a server on the loopback (tests/fakehub.py) at HF_ENDPOINT. The client is
+Tests that talk to the Hub ask for the fixture `hub_server`: a server on the loopback (tests/support/hub_server.py) at HF_ENDPOINT. The client is
 offline in all other tests.
 """
 
@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fakehub import FakeHub
+from hub_server import FakeHub
 from PIL import Image
 
 if {"huggingface_hub", "datasets"} & sys.modules.keys():  # they read HF_ENDPOINT once
@@ -73,7 +73,7 @@ def _switch(patch: pytest.MonkeyPatch, *, offline: bool) -> None:
 
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
-    """An empty Hub on the loopback (see tests/fakehub.py), a client that is on line, and an empty cache; no token is set."""
+    """An empty Hub on the loopback (see tests/support/hub_server.py), a client that is on line, and an empty cache; no token is set."""
     import datasets
     from huggingface_hub import HfFileSystem
     from huggingface_hub.utils import close_session

@@ -10,13 +10,7 @@ import torch
 from scipy import special, stats
 from torch import Tensor
 
-from rlpjepa_zoo.distributions import (
-    GeneralizedGaussian,
-    RectifiedGeneralizedGaussian,
-    mu_for_density,
-    sigma_gn,
-    sigma_rgn,
-)
+from rlpjepa_zoo.distributions import GeneralizedGaussian, RectifiedGeneralizedGaussian, mu_for_density, sigma_gn, sigma_rgn
 
 SHAPES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 PLACES = (-3.0, -2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakehub import FakeHub, User
+from hub_server import FakeHub, User
 from PIL import Image
 
-from rlpjepa_zoo import cli, zoo
-from rlpjepa_zoo.recipe import Recipe
-from rlpjepa_zoo.tuning_recipe import TuningRecipe
+from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.config.finetune import TuningRecipe
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.hub.download import zoo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -36,9 +36,9 @@ def test_wheel_holds_what_it_should(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in (
         "rlpjepa_zoo/py.typed",
-        "rlpjepa_zoo/recipes/cifar10-resnet18.yaml",
-        "rlpjepa_zoo/recipes/accelerate/gpu8.yaml",
-        "rlpjepa_zoo/hub/manifest.json",
+        "rlpjepa_zoo/_shipped/recipes/cifar10-resnet18.yaml",
+        "rlpjepa_zoo/_shipped/recipes/accelerate/gpu8.yaml",
+        "rlpjepa_zoo/_shipped/hub/manifest.json",
     ):
         assert wanted in names
     assert not [n for n in names if n.startswith(("tests", "tools", "recipes", "hub")) or n.endswith((".pkl", ".bin", ".pt"))]

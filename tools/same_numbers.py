@@ -71,7 +71,11 @@ def saved(out: Path, before: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    for name, options in (("test_resnet", {"dim": 16}), ("test_vit", {"dim": 16, "img_size": 32, "patch_size": 4}), ("resnet10_small_narrow", {})):
+    for name, options in (
+        ("test_resnet", {"dim": 16}),
+        ("test_vit", {"dim": 16, "img_size": 32, "patch_size": 4}),
+        ("resnet10_small_narrow", {}),
+    ):
         torch.manual_seed(0)
         encoder = rz.create_encoder(name, hidden_dim=24, **options).eval()
         found[f"save {name}"] = folder(encoder.save_pretrained(out / name))

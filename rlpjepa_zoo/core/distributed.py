@@ -1,0 +1,192 @@
+"""The only module that touches torch.distributed. On one process every function is the identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DistError: type[Exception] = getattr(dist, "DistError", RuntimeError)
+"""What torch raises when processes do not find each other."""
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _active() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _active() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over ranks; the gradient is the sum over ranks of what flows back, cut to this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim, ctx.rows = dim, x.shape[dim]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to other branches
+        dist.all_reduce(grad)
+        return grad.narrow(ctx.dim, dist.get_rank() * ctx.rows, ctx.rows), None
+
+
+def gather_with_grad(x: Tensor, dim: int = 0) -> Tensor:
+    """Concatenate `x` of all ranks along `dim`, in rank order, keeping the gradient.
+
+    With a loss computed from the gathered batch on every rank and gradients *averaged* over ranks (what DistributedDataParallel
+    does), parameters receive exactly the gradient of one process that sees the joined batch. `Accelerator.gather` carries no
+    gradient, and a backward that only cuts its own slice is wrong by the world size.
+
+    Args:
+        x: tensor of equal shape on all ranks.
+        dim: the dimension that grows by the world size.
+    """
+    return _Gather.apply(x, dim) if _active() else x
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Average a tensor of equal shape over ranks (a new tensor, without gradient)."""
+    x = x.detach().clone()
+    if _active():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+@torch.no_grad()
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Element-wise maximum over ranks: how all ranks agree on a flag."""
+    x = x.detach().clone()
+    if _active():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Concatenate tensors (n_r, ...) of all ranks along their first dimension; n_r may differ by rank."""
+    if not _active():
+        return x
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    padded = x.new_zeros((int(max(sizes)), *x.shape[1:]))
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """All of a tensor that is sharded over ranks (every rank must ask for it); any other tensor as it is."""
+    gather = getattr(x, "full_tensor", None)
+    found: Tensor = x if gather is None else gather()
+    return found
+
+
+def copy_with_layout(x: Tensor, like: Tensor) -> Tensor:
+    """A copy of `x` on the device, in the memory format and with the sharding of `like`, which has its shape; its own dtype."""
+    if hasattr(like, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(like, DTensor):
+            return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order; for small host-side records such as the list of unreadable images."""
+    if not _active():
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def raise_on_all_ranks(trouble: BaseException | None) -> None:
+    """Raise on every rank what went wrong on one, so that none waits for another that has left. All ranks call it; it is also a barrier.
+
+    Args:
+        trouble: this rank's error, or None.
+
+    Raises:
+        BaseException: this rank's own, else one of the same type and text as that of the lowest rank that has one.
+    """
+    if trouble is None and not _active():
+        return
+    seen = gather_objects(None if trouble is None else (type(trouble), str(trouble)))
+    if trouble is not None:
+        raise trouble
+    for number, found in enumerate(seen):
+        if found is not None:
+            kind, text = found
+            try:
+                error = kind(f"process {number}: {text}")
+            except TypeError:  # a type that wants more than a text
+                error = RuntimeError(f"process {number}: {kind.__name__}: {text}")
+            raise error
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Run a block that one rank may fail in and that holds no collective: then all fail, see `raise_on_all_ranks`."""
+    trouble = None
+    try:
+        yield
+    except Exception as error:
+        trouble = error
+    raise_on_all_ranks(trouble)
+
+
+@torch.no_grad()
+def from_main(x: Tensor) -> None:
+    """Make a tensor what it is on rank 0, in place."""
+    if _active():
+        dist.broadcast(x, 0)
+
+
+def gather_before(module: torch.nn.Module, method: str) -> None:
+    """Let a sharded module (FSDP 2) gather its weights before this method too, not only before `forward`; any other stays as it is."""
+    if any(hasattr(p, "full_tensor") for p in module.parameters()):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(module, method)
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if _active():
+        dist.barrier()
+
+
+def start(patience: timedelta = timedelta(days=30)) -> None:
+    """Join the other processes of the launch (torchrun, accelerate), if there are any, to talk about small things on the CPU.
+
+    Args:
+        patience: how long to wait for one that is still at work; a launcher ends all when one dies.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=patience)
+
+
+def shut_down() -> None:
+    """Leave the process group, if there is one; torch warns about programs that end without."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,25 @@
+"""What is installed: versions, and data that ships with the package."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+
+def resource(name: str) -> Path:
+    """A folder that ships with the package (``recipes`` or ``hub``): inside it in a wheel, beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    shipped = package / "_shipped" / name
+    return shipped if shipped.is_dir() else package.parent / name
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    names = ("rlpjepa-zoo", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

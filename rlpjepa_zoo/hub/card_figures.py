@@ -1,0 +1,94 @@
+"""Pictures of a model card, as PNG."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+INK, ACCENT, SECOND, SOFT = "#1b2a41", "#c8553d", "#2a7f9e", "#b8c4d0"
+
+
+_MEASURES = {"linear": ("linear", ACCENT), "knn": ("kNN", INK), "one_shot": ("1-shot", SECOND)}
+
+
+def training(history: list[dict[str, Any]], theory: float) -> bytes:
+    """PNG: density of z and distance to the target over the steps of a run.
+
+    Args:
+        history: rows with step and, where measured, l0 (training batches), excess (distance above its floor) and l0_eval.
+        theory: density of the target law, drawn as a line.
+    """
+    figure = _figure(7.2, 3.8)
+    _training(figure.add_subplot(), history, theory)
+    return _png(figure)
+
+
+def accuracy(results: dict[str, Any]) -> bytes:
+    """PNG: accuracy of z against the number of largest values kept, with the full representations as lines.
+
+    Args:
+        results: report of `rlpjepa_zoo.evaluation.evaluate` with its `curve`.
+    """
+    figure = _figure(7.2, 3.8)
+    _curve(figure.add_subplot(), results)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, facecolor="white")
+
+
+def _tidy(figure: Any) -> None:
+    for axes in figure.axes:
+        axes.spines["top"].set_visible(False)
+        axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
+
+
+def _png(figure: Any) -> bytes:
+    _tidy(figure)
+    figure.tight_layout()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})  # the same picture, the same bytes
+    return file.getvalue()
+
+
+def _training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
+    rows = [r for r in history if r.get("l0") is not None]
+    axes.plot([r["step"] for r in rows], [r["l0"] for r in rows], color=ACCENT, lw=1.8, label="density of z, training")
+    tested = [r for r in history if r.get("l0_eval") is not None]
+    axes.plot([r["step"] for r in tested], [r["l0_eval"] for r in tested], "o", color=INK, ms=5, label="density of z, evaluation mode")
+    axes.axhline(theory, color=SECOND, ls="--", lw=1.4, label=f"theory of the target: {theory:.3f}")
+    axes.set(xlabel="step", ylim=(0, None), title="Density while training")
+    far = [r for r in rows if r.get("excess") is not None]
+    if far:
+        other = axes.twinx()
+        other.plot([r["step"] for r in far], [max(r["excess"], 1e-9) for r in far], color=SOFT, lw=1.4)
+        other.set_yscale("log")
+        other.yaxis.set_label_position("right")
+        other.tick_params(axis="y", which="both", colors="#7b8794", labelsize=7)
+        other.spines["right"].set_color(SOFT)
+        axes.plot([], [], color=SOFT, lw=1.4, label="distance above its floor (right)")
+        axes.set_zorder(other.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _curve(axes: Any, results: dict[str, Any]) -> None:
+    curve = results["curve"]
+    for kind, (label, color) in _MEASURES.items():
+        if not curve.get(kind):
+            continue
+        axes.plot(curve["active"], curve[kind], "o-", color=color, ms=4, lw=1.8, label=f"sparse z, {label}")
+        if spread := curve.get(f"{kind}_std"):
+            low, high = ([v + sign * s for v, s in zip(curve[kind], spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(curve["active"], low, high, color=color, alpha=0.15, lw=0)
+        for space, style in (("features", ":"), ("pixels", "--")):
+            if results.get(f"{kind}_{space}") is not None:
+                axes.axhline(results[f"{kind}_{space}"], color=color, ls=style, lw=1, alpha=0.7, label=f"{space}, {label}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(curve["active"], [str(k) for k in curve["active"]])
+    axes.minorticks_off()
+    axes.set(xlabel="largest values kept per image", ylabel="accuracy", title="Accuracy against active dimensions")
+    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -1,0 +1,275 @@
+"""From the name of an encoder to a folder on this machine; `publish` is the way back, and `network` is how both ask.
+
+A busy Hub (429, 5xx, a broken connection) is asked again for about a minute, then the error is one line with its cause and mend.
+With HF_HUB_OFFLINE=1, and for a commit that is cached whole, nothing is requested at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from ..core import files as _files
+from ..core import source as source_names
+from ..errors import HubError, ModelError, UsageError, did_you_mean
+from . import format as hub_format
+from . import zoo
+from .retry import GaveUp, Patience, access, away, cause, explain, network_error
+
+__all__ = ["dataset_commit", "fetch", "resolve"]
+
+_COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+
+log = logging.getLogger("rlpjepa_zoo")
+
+
+# --- loading -------------------------------------------------------------------------------------------------------------------------
+
+
+def resolve(source: str | Path, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """The folder that holds an encoder.
+
+    Args:
+        source: a name of the zoo, ``"hf-hub:owner/repo[@revision]"``, ``"owner/repo"``, ``"local-dir:path"`` or an existing folder
+            (published, or of a run).
+        revision: branch, tag or commit; overrides a commit pinned by the zoo.
+        token: Hub access token; the stored login when None.
+        cache_dir: where downloads are kept; the Hub client's cache when None.
+
+    Raises:
+        UsageError: a name that is none of these.
+        ModelError: ``local-dir:`` of a folder that does not exist, or a repository that holds no encoder of ours.
+        HubError: the Hub refused or could not be reached.
+    """
+    text = str(source)
+    found = _folder(text.removeprefix("local-dir:"))
+    if found is not None and revision is not None:
+        raise UsageError(f"'{text}' is a folder, which has no revision '{revision}'; leave it out, or write 'hf-hub:owner/repo'")
+    if found is not None:
+        return found
+    if text.startswith("local-dir:") or isinstance(source, Path):
+        raise ModelError(f"{text.removeprefix('local-dir:')}: no such folder")
+    repo, _, at = text.removeprefix("hf-hub:").partition("@")
+    if at and revision is not None and at != revision:
+        raise UsageError(f"'{text}' and revision '{revision}': the revision is given twice; give one")
+    if text in zoo.list_encoders():
+        return _of_zoo(text, revision, token, cache_dir)
+    if not source_names.is_repository(repo):
+        known = zoo.list_encoders()
+        raise UsageError(
+            f"'{text}' is neither a folder, nor a name of the zoo ({', '.join(known) or 'empty'}), nor 'owner/repo'.{did_you_mean(text, known)}"
+        )
+    return _encoder(repo, revision or at or None, token, cache_dir)
+
+
+def _folder(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return hub_format.find(path) if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # name too long, no such user after ~, NUL
+        return None
+
+
+def _of_zoo(name: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
+    """What the zoo lists: the copy that ships, or the repository at its pinned commit; config.json (and so every file) as listed."""
+    entry, local = zoo.entry(name), zoo.local_folder(name)
+    if revision is not None and not entry.get("repo"):
+        raise HubError(f"'{name}' ships with this package and is not on the Hub, so it has no revision '{revision}'; leave revision out")
+    if revision is not None:
+        return _encoder(entry["repo"], revision, token, cache_dir)
+    path = local if local is not None else _encoder(entry["repo"], entry.get("commit"), token, cache_dir)
+    if entry.get("sha256") not in (None, _files.sha256(path / "config.json")):
+        raise ModelError(
+            f"{path}/config.json: not the one that the zoo lists for '{name}'; reinstall rlpjepa_zoo, or load the folder itself"
+        )
+    return path
+
+
+def _encoder(repo: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
+    """Folder in the cache with every file that the repository's config.json lists."""
+    if revision is not None and _COMMIT.fullmatch(revision) and not _lacking(repo, revision, cache_dir):
+        return _cached(repo, revision, cache_dir)
+    get = _Download(repo, revision, token, cache_dir)
+    if not get.commit:  # offline, or the Hub cannot be reached
+        if lacking := _lacking(repo, revision, cache_dir):
+            raise get.absent(lacking)
+        return _cached(repo, revision, cache_dir)
+    path = get("config.json", _no_encoder).parent
+    try:
+        config = hub_format.read_config(path)
+    except ModelError:
+        get("config.json", force=True)  # if it was damaged on the way, or in the cache
+        if hub_format.BLOCK.encode() not in (path / "config.json").read_bytes():
+            _no_encoder(get.names(), get.where)
+        config = hub_format.read_config(path)
+    for name, listed in hub_format.listed_files(config, get.where).items():
+        if not hub_format.matches(get(name), listed):
+            get(name, force=True)
+    return get.done(path)
+
+
+def _no_encoder(names: Sequence[str], where: str) -> NoReturn:
+    """Say what a repository holds that is not one of ours."""
+    pickles = sorted(name for name in names if name.endswith(hub_format.PICKLES))
+    if "model.safetensors" not in names and pickles:
+        raise ModelError(
+            f"{where}: holds only {pickles[0]}, a pickle, which can run code when it is read and is refused; ask its author for safetensors"
+        )
+    if "config.json" in names and "model.safetensors" in names:
+        raise ModelError(
+            f"{where}: no '{hub_format.BLOCK}' block in config.json, so this is not a sparse encoder; for a plain timm model use "
+            f"create_encoder('hf-hub:{where}', pretrained=True), which puts a fresh projector on its backbone"
+        )
+    raise ModelError(
+        f"{where}: not a sparse encoder (no {'model.safetensors' if 'config.json' in names else 'config.json'} in the repository)"
+    )
+
+
+def _cached(repo: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(str(try_to_load_from_cache(repo, "config.json", cache_dir=cache_dir, revision=revision))).parent
+
+
+def _lacking(repo: str, revision: str | None, cache_dir: str | Path | None) -> list[str]:
+    """Files of the encoder that the cache does not hold, or holds damaged."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(repo, "config.json", cache_dir=cache_dir, revision=revision), str):
+        return ["config.json missing"]
+    path = _cached(repo, revision, cache_dir)
+    try:
+        files = hub_format.listed_files(hub_format.read_config(path), repo)
+    except ModelError:
+        return ["config.json damaged"]
+    return [
+        f"{name} {'damaged' if (path / name).is_file() else 'missing'}"
+        for name, listed in files.items()
+        if not hub_format.matches(path / name, listed)
+    ]
+
+
+class _Download:
+    """Files of one repository at one commit, through the cache. `commit` is empty when the Hub cannot be asked; `trouble` says why."""
+
+    def __init__(
+        self, repo: str, revision: str | None, token: str | None, cache_dir: str | Path | None, first: str = "config.json"
+    ) -> None:
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import errors as hub
+
+        self.repo, self.revision, self.token, self.cache_dir, self.first = repo, revision, access(token), cache_dir, first
+        self.where = repo + (f"@{revision}" if revision else "")
+        self.commit, self.trouble = "", "HF_HUB_OFFLINE is set"
+        self.patience = Patience(self.where)
+        if constants.is_offline_mode():
+            return
+        url = hf_hub_url(repo, first, revision=revision)
+        try:
+            found = self.patience(lambda: get_hf_file_metadata(url, token=self.token))
+            self.commit = found.commit_hash or ""
+            if not _COMMIT.fullmatch(self.commit):
+                raise HubError(f"{self.where}: the server does not speak the Hub's protocol (no commit in its answer); check HF_ENDPOINT")
+        except hub.RemoteEntryNotFoundError as error:
+            self.commit = error.response.headers.get("X-Repo-Commit", "") or revision or "main"
+        except Exception as error:
+            if not away(error):
+                raise explain(error, self.where) from error
+            self.trouble = f"the Hub cannot be reached ({cause(error)})"
+            log.warning("%s: %s; looking in the local cache", self.where, self.trouble)
+
+    def __call__(
+        self, name: str, why: Callable[[Sequence[str], str], None] | None = None, force: bool = False, revision: str | None = None
+    ) -> Path:
+        """Path of a file; `why` is asked about the repository's names when it does not hold the file."""
+        from huggingface_hub import errors as hub
+        from huggingface_hub import hf_hub_download
+
+        def download() -> str:
+            started = time.monotonic()
+            try:
+                return hf_hub_download(
+                    self.repo, name, revision=revision or self.commit, token=self.token, cache_dir=self.cache_dir, force_download=force
+                )
+            except Exception as error:
+                if network_error(error) is not None and time.monotonic() - started > 5:
+                    raise GaveUp from error
+                raise
+
+        try:
+            path = self.patience(download)
+        except hub.RemoteEntryNotFoundError as error:
+            if why is not None:
+                why(self.names(), self.where)
+            raise ModelError(f"{self.where}: config.json lists {name}, which the repository does not hold; push it again") from error
+        except Exception as error:
+            raise explain(error, self.where) from error
+        return Path(path)
+
+    def done(self, path: Path) -> Path:
+        """Let the cache know, now that all is there, where the branch points; `path` again."""
+        if self.revision is None or not _COMMIT.fullmatch(self.revision):
+            self(self.first, revision=self.revision or "main")
+        return path
+
+    def absent(self, lacking: Sequence[str]) -> HubError:
+        """Why neither the cache nor the Hub can help."""
+        return HubError(f"{self.where}: not in the local cache ({', '.join(lacking)}) and {self.trouble}; go online once, or give a folder")
+
+    def names(self) -> list[str]:
+        from huggingface_hub import HfApi
+
+        try:
+            return self.patience(lambda: HfApi(token=self.token).list_repo_files(self.repo, revision=self.revision))
+        except Exception as error:
+            raise explain(error, self.where) from error
+
+
+def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
+    """Folder in the cache that holds the named files of any repository; the files of a plain timm model, say.
+
+    Raises:
+        ModelError: the repository does not hold one of them; a pickle in its place is named as such.
+        HubError: the Hub refused or could not be reached.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    get = _Download(repo, revision, None, None, names[0])
+    if not get.commit:
+        found = [try_to_load_from_cache(repo, name, revision=revision) for name in names]
+        if lacking := [f"{name} missing" for name, path in zip(names, found, strict=True) if not isinstance(path, str)]:
+            raise get.absent(lacking)
+        return Path(str(found[0])).parent
+    paths = [get(name, partial(_no_file, name)) for name in names]
+    for path in paths:
+        blob = path.resolve().name  # the cache calls a large file by the sha256 that the Hub gave
+        if _SHA256.fullmatch(blob) and _files.sha256(path) != blob and _files.sha256(get(path.name, force=True)) != blob:
+            raise ModelError(f"{path}: differs from the sha256 that the Hub lists for it; try again later")
+    return get.done(paths[0].parent)
+
+
+def dataset_commit(repo: str, revision: str | None = None, token: str | None = None) -> str:
+    """The commit that a revision of a data set stands for now (main when None).
+
+    Raises:
+        HubError: the Hub refused or could not be reached.
+    """
+    from huggingface_hub import HfApi
+
+    where = f"data: {repo}" + (f"@{revision}" if revision else "")
+    try:
+        return str(Patience(where)(lambda: HfApi(token=access(token)).dataset_info(repo, revision=revision).sha))
+    except Exception as error:
+        raise explain(error, where) from error
+
+
+def _no_file(name: str, found: Sequence[str], where: str) -> NoReturn:
+    pickles = sorted(other for other in found if other.endswith(hub_format.PICKLES))
+    if pickles and name.endswith(".safetensors"):
+        raise ModelError(f"{where}: holds {pickles[0]}, a pickle, and no {name}; pickles can run code when they are read and are refused")
+    raise ModelError(f"{where}: holds no {name}")

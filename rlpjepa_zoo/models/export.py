@@ -1,0 +1,191 @@
+"""The whole encoder in one file for other programs: ``.onnx`` for ONNX Runtime and its kin, ``.pt2`` for PyTorch without this package.
+
+    input   images    float32 (batch, 3, H, W), preprocessed as the metadata says; any batch size >= 1
+    output  z         float32 (batch, D), >= 0 with exact zeros
+    output  features  float32 (batch, F), the backbone's dense features, an intermediate of z
+
+Metadata, all strings: `architecture`, `fingerprint`, `preprocess` (JSON: size, mean, std, interpolation, crop_pct; see
+`rlpjepa_zoo.data.preprocess.Preprocess`) and `versions` (JSON). Another program reads them from
+`session.get_modelmeta().custom_metadata_map`, or by `found = {"preprocess": ""}; torch.export.load(path, extra_files=found)`.
+
+Neither file holds a pickle: the .pt2 is raw tensors and JSON, and its sample inputs, which torch would pickle, are left out. That is true
+of files written here; `torch.export.load` itself unpickles whatever a file asks it to, so open only files you trust.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core import files, rng
+from ..core import package as _package
+from ..errors import ModelError, NonFiniteError, UsageError, ZooError, first_line
+from . import golden
+from .encoder import SparseEncoder
+
+__all__ = ["export"]
+
+OUTPUTS = ["z", "features"]
+TOLERANCE, SAME_ZERO = 1e-4, 1e-5
+MAX_ONNX = 2**31 - 2**24  # bytes of weights: protobuf stops at 2 GiB, and the graph needs room too
+
+
+def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write backbone, projector and ReLU, in evaluation mode, to one self-contained file, described in the module; returns its path.
+
+    Before the file takes its name it is reopened and compared, in float32 on the CPU, with the encoder on the golden images and noise, in
+    batches of 1, 2 and 7. Each output may differ by 1e-4 * max(1, its largest value), and z must be zero where the encoder's is and
+    nowhere else, but for values below 1e-5 of the largest. The encoder itself is not touched.
+
+    Args:
+        encoder: any device, any mode, float32 weights.
+        path: file that ends in ``.onnx`` (needs ``pip install 'rlpjepa-zoo[export]'``) or ``.pt2``, in a folder that exists.
+        overwrite: replace an existing file, by one rename.
+
+    Raises:
+        UsageError: another ending, an existing file, weights that are not float32 or too large for .onnx, packages that are missing.
+        ModelError: the architecture cannot be exported, or the file does not give what the encoder gives; nothing is left.
+        NonFiniteError: a weight is NaN or infinite.
+        OutputError: the folder is missing, full or read-only.
+
+    Example:
+        >>> import tempfile, rlpjepa_zoo
+        >>> enc = rlpjepa_zoo.create_encoder("test_resnet", dim=16, hidden_dim=32)
+        >>> with tempfile.TemporaryDirectory() as scratch:
+        ...     program = torch.export.load(export(enc, f"{scratch}/enc.pt2")).module()
+        >>> {name: tuple(value.shape) for name, value in program(torch.zeros(5, 3, *enc.config.preprocess.size)).items()}
+        {'z': (5, 16), 'features': (5, 96)}
+    """
+    path = Path(path)
+    _check(encoder, path)
+    with files.whole_file(path) as aside, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        if path.exists() and not (overwrite and path.is_file()):
+            raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
+        aside.touch()  # a folder that cannot be written is found before the minutes of tracing
+        with _refusing(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
+            twin = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
+            images = golden.make(twin.encoder)["inputs"]
+            more = torch.randn(5, *images.shape[1:], generator=rng.generator(0, "export"))
+            batches = [images[:1], images, torch.cat([images, more])]
+            expected = [twin(x) for x in batches]
+            noise = io.StringIO()  # torch prints whole graphs when it fails; the error below says why
+            with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+                data = _convert(twin, images, path.suffix)
+        files.write_durably(aside, data)
+        with _refusing(f"{path}: the exported file does not open or run"):
+            given = list(map(_open(aside), batches))
+        for got, want in zip(given, expected, strict=True):
+            _compare(got, want, path)
+    return path
+
+
+class _Both(nn.Module):  # its argument and its keys become the names in the file
+    def __init__(self, encoder: SparseEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features, z = self.encoder.both(images)
+        return {"z": z, "features": features}
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a `ModelError` that starts with `what`."""
+    try:
+        yield
+    except ZooError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch.onnx wraps the reason three times
+            cause = cause.__cause__
+        raise ModelError(f"{what}: {first_line(cause)}") from error
+
+
+def _check(encoder: SparseEncoder, path: Path) -> None:
+    if path.suffix not in (".onnx", ".pt2"):
+        raise UsageError(f"{path}: expected a file ending in .onnx or .pt2")
+    state = encoder.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UsageError(f"{name} is {tensor.dtype}; encoders are exported in float32, so call .float() first")
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"{name} holds NaN or infinity; an encoder like that is not exported")
+    if path.suffix == ".onnx":
+        if (total := sum(tensor.nbytes for tensor in state.values())) > MAX_ONNX:
+            raise UsageError(f"{path}: {total / 1e9:.3g} GB of weights, one ONNX file holds {MAX_ONNX / 1e9:.3g} GB; export to .pt2")
+        try:
+            for package in ("onnx", "onnxscript", "onnxruntime"):
+                importlib.import_module(package)
+        except ImportError as error:
+            raise UsageError(f"{path}: needs {package} ({first_line(error)}): pip install 'rlpjepa-zoo[export]'") from error
+
+
+def _convert(twin: _Both, example: Tensor, suffix: str) -> bytes:
+    """The file's content. `example` holds two images: torch takes a size of 1 for a constant."""
+    metadata = {
+        "architecture": twin.encoder.config.architecture,
+        "fingerprint": twin.encoder.fingerprint(),
+        "preprocess": json.dumps(dataclasses.asdict(twin.encoder.config.preprocess)),
+        "versions": json.dumps(_package.versions()),
+    }
+    program = torch.export.export(twin, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths and source lines of this machine
+    if suffix == ".onnx":
+        import onnx
+
+        axes = {"images": {0: "batch"}}
+        made = torch.onnx.export(program, input_names=["images"], output_names=OUTPUTS, dynamic_shapes=axes, dynamo=True, verbose=False)
+        proto = cast(torch.onnx.ONNXProgram, made).model_proto
+        onnx.helper.set_model_props(proto, metadata)
+        return proto.SerializeToString()
+    program.example_inputs = None  # torch would pickle them
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=metadata)
+    with zipfile.ZipFile(buffer) as archive:
+        for member in archive.infolist():
+            sample = "/sample_inputs/" in member.filename and member.file_size > 0
+            if sample or (member.filename.endswith("_config.json") and b'"use_pickle": true' in archive.read(member)):
+                raise ModelError(f"torch {torch.__version__} puts a pickle into this .pt2 ({member.filename}); export to .onnx")
+    return buffer.getvalue()
+
+
+def _open(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The file as a function of a batch."""
+    if file.suffix == ".pt2":
+        return cast(Callable[[Tensor], dict[str, Tensor]], torch.export.load(file).module())
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda x: dict(zip(OUTPUTS, map(torch.from_numpy, session.run(OUTPUTS, {"images": x.numpy()})), strict=True))
+
+
+def _compare(given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Refuse a file that does not give what the encoder gives."""
+    for name in OUTPUTS:
+        got, want = given[name], wanted[name]
+        if got.shape != want.shape:
+            raise ModelError(f"{path}: {name} of the exported file has shape {tuple(got.shape)}, the encoder's {tuple(want.shape)}")
+        error, allowed = float((got - want).abs().max()), TOLERANCE * max(1.0, float(want.abs().max()))
+        if not error <= allowed:
+            raise ModelError(f"{path}: {name} of the exported file differs from the encoder's by {error:.2g} (allowed {allowed:.2g})")
+    got, want = given["z"], wanted["z"]
+    moved = ((got != 0) != (want != 0)) & (torch.maximum(got, want) > SAME_ZERO * want.max())
+    if moved.any() or (got < 0).any():
+        raise ModelError(f"{path}: z of the exported file has other zeros than the encoder's, {int(moved.sum())} of {moved.numel()}")

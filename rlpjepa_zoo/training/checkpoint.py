@@ -1,0 +1,206 @@
+"""Training checkpoints: a directory published by one rename, verified by its manifest, without pickle.
+
+    checkpoints/step-00000123/{model,optimizer}.safetensors  state.json  MANIFEST.json
+
+A new one is written aside (files synced, manifest last), renamed into place, and only then are old ones removed; so at every
+instant at least one complete checkpoint exists. No random state is stored: draws are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..core import distributed
+from ..core.files import lock, parse_json, sha256, sync_folder, write_durably
+from ..errors import ModelError, OutputError
+
+__all__ = ["Checkpoint", "check_space", "latest", "lock", "optimizer_state", "restore_optimizer", "save"]
+
+_STEP = re.compile(r"step-(\d{8})")
+FORMAT = 1
+"""Of a checkpoint; a newer one is refused by its number."""
+_BESIDE = 16_000_000
+"""Bytes that logs and small files of a run need."""
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on: step = number of updates made."""
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int] = ()) -> Path:
+    """Publish a checkpoint of a run and remove all but the newest `keep` and those of the steps in `also`.
+
+    Raises:
+        OutputError: disk full, no permission, folder gone; checkpoints that were there stay.
+    """
+    home = run / "checkpoints"
+    final = home / f"step-{checkpoint.step:08d}"
+    contents: dict[str, bytes] = {}
+    partial = home / f".tmp-{checkpoint.step:08d}-{os.getpid()}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        contents = {
+            "model.safetensors": safetensors.torch.save(checkpoint.model),
+            "optimizer.safetensors": safetensors.torch.save(checkpoint.optimizer),
+            "state.json": json.dumps(checkpoint.state, indent=1, allow_nan=False).encode(),
+        }
+        manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
+        for name, data in contents.items():
+            write_durably(partial / name, data)
+        write_durably(partial / "MANIFEST.json", json.dumps({"format": FORMAT, "step": checkpoint.step, "files": manifest}).encode())
+        sync_folder(partial)
+        if _verifies(checkpoint.step, final):  # saved before at this step: the same, as steps are deterministic
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            if final.exists():
+                os.rename(final, final.with_name(f".del-{final.name}-{os.getpid()}"))
+            os.rename(partial, final)
+            sync_folder(home)
+        published = _steps(home)
+        newer = [entry for entry in published if entry[0] > checkpoint.step]  # damaged, or they would have been resumed from
+        older = [entry for entry in published if entry[0] <= checkpoint.step][:-keep]
+        for _, old in [entry for entry in older if entry[0] not in also] + newer:
+            os.rename(old, old.with_name(f".del-{old.name}-{os.getpid()}"))  # never half there under its own name
+        for doomed in home.glob(".del-*"):
+            shutil.rmtree(doomed, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(map(len, contents.values()))
+            reason = f"disk full ({reason}; it needs {needed / 1e6:.1f} MB, {shutil.disk_usage(_there(run)).free / 1e6:.1f} MB are free)"
+        raise OutputError(f"{final}: checkpoint not written: {reason}; earlier ones are untouched") from error
+    return final
+
+
+def check_space(run: Path, size: int) -> None:
+    """Refuse a run whose disk cannot hold two checkpoints of `size` bytes and what is written beside them (those that are there count).
+
+    Raises:
+        OutputError: says how much is needed and how much is free.
+    """
+    needed = max(1, 2 - len(_steps(run / "checkpoints"))) * size + _BESIDE
+    free = shutil.disk_usage(_there(run)).free
+    if free < needed:
+        room = f"{needed / 1e6:.0f} MB are needed for two checkpoints, {free / 1e6:.0f} MB are free"
+        raise OutputError(f"{run}: too little room on the disk: {room}; make room, or choose another --out")
+
+
+def _there(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
+def _verifies(step: int, path: Path) -> bool:
+    try:
+        return _read(step, path).step == step
+    except ModelError:
+        return False
+
+
+def _steps(home: Path) -> list[tuple[int, Path]]:
+    """Published checkpoints, oldest first; anything else in the folder is none of our business."""
+    found = [(int(match[1]), path) for path in home.iterdir() if (match := _STEP.fullmatch(path.name))] if home.is_dir() else []
+    return sorted(found)
+
+
+def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+    Returns:
+        (None, []) when the run has none.
+
+    Raises:
+        ModelError: there are checkpoints and none verifies; it is never silently started anew.
+    """
+    damaged: list[str] = []
+    published = _steps(run / "checkpoints")
+    for step, path in reversed(published):
+        try:
+            return _read(step, path), damaged
+        except ModelError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise ModelError(f"{run}: none of {len(damaged)} checkpoints can be used: {'; '.join(damaged)}")
+    return None, []
+
+
+def _read(step: int, path: Path) -> Checkpoint:
+    manifest_path = path / "MANIFEST.json"
+    if not manifest_path.is_file():
+        raise ModelError(f"{path}: no MANIFEST.json")
+    manifest = parse_json(manifest_path.read_bytes(), str(manifest_path))
+    if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] > FORMAT:
+        raise ModelError(f"{path}: format {manifest['format']}, this version reads {FORMAT}; upgrade rlpjepa_zoo")
+    files = manifest.get("files") if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    if (
+        not isinstance(files, dict)
+        or manifest.get("step") != step
+        or set(files) != {"model.safetensors", "optimizer.safetensors", "state.json"}
+    ):
+        raise ModelError(f"{manifest_path}: not the manifest of step {step}")
+    for name, entry in files.items():
+        file = path / name
+        if (
+            not file.is_file()
+            or not isinstance(entry, dict)
+            or file.stat().st_size != entry.get("size")
+            or sha256(file) != entry.get("sha256")
+        ):
+            raise ModelError(f"{file}: missing or differs from its sha256")
+    model, optimizer = (safetensors.torch.load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
+    return Checkpoint(step, model, optimizer, parse_json((path / "state.json").read_bytes(), str(path / "state.json"), limit=1 << 28))
+
+
+# --- optimizer state as tensors + JSON ------------------------------------------------------------------------------------------------
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors named ``<parameter number>.<state name>``, and the scalars that are not tensors. Of sharded ones all ranks must ask."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for number, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = distributed.full_tensor(value.detach()).cpu().contiguous()
+            elif value is not None:
+                scalars[f"{number}.{name}"] = value
+    return tensors, scalars
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    """Put the state back; groups and rates are made by the recipe and not stored."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    current = optimizer.state_dict()
+    known = {n for group in current["param_groups"] for n in group["params"]}
+    if not set(state) <= known:
+        raise ModelError(f"checkpoint: optimizer state of {len(state)} parameters, the model has {len(known)}")
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    for parameter, entries in optimizer.state.items():  # in the memory format of the parameter, which the fast paths expect
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[name] = distributed.copy_with_layout(value, parameter)
+
+
+# --- one run, one folder --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""Features of a frozen backbone, computed once: each image in so many random views, of which every step draws the few that it needs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..config.pretrain import Recipe
+from ..core import distributed, rng
+from ..data.loader import Batch, Batches, views_of
+from ..data.sources import Source
+from ..errors import DataError, RecipeError
+
+__all__ = ["CachedViews", "cache_views"]
+
+log = logging.getLogger("rlpjepa_zoo")
+
+
+class CachedViews(Dataset[Batch]):
+    """Batches of features (V, b, F) float32 in the place of views.
+
+    Args:
+        features: (N, n, F) of the n views of each image, float32 or float16.
+        labels: (N,), -1 where unknown.
+        views: V, how many a step takes of each image, at most n.
+        seed: of the run; which ones is a function of (seed, epoch, row).
+
+    Example:
+        >>> cached = CachedViews(torch.zeros(10, 8, 4), torch.zeros(10, dtype=torch.long), views=2, seed=0)
+        >>> cached[3, [5, 7, 1]].images[0].shape
+        torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, views: int, seed: int) -> None:
+        self.features, self.labels, self.views, self.seed = features, labels, views, seed
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
+        epoch, chosen = key
+        rows = torch.tensor(chosen)
+        taken = self.features[rows[:, None], self.drawn(epoch, rows)]
+        return Batch([taken.transpose(0, 1).float().contiguous()], self.labels[rows], rows, epoch, [])
+
+    def drawn(self, epoch: int, rows: Tensor) -> Tensor:
+        """Numbers (b, V) of the views of these rows in an epoch, all different; all in order when there are no more than that."""
+        n = self.features.shape[1]
+        if n == self.views:
+            return torch.arange(n).expand(len(rows), n)
+        return rng.mix(rng.key(self.seed, "cached", epoch), rows[:, None], torch.arange(n)).argsort(1)[:, : self.views]
+
+
+def cache_views(
+    encoder: Any, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]], memory: Any, progress: bool
+) -> tuple[CachedViews, list[tuple[int, str]]]:
+    """Encode `encoder.cached_views` views of every training image (those of epoch 0); each rank its share, and all keep all of them.
+
+    Args:
+        encoder: with a frozen backbone.
+        source, recipe: of the run.
+        autocast: a context for the precision of the forward passes.
+        memory: format of the images.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The features, and the images that this rank could not read, with the reason; another stands in the place of each.
+
+    Raises:
+        RecipeError: they need more than `data.cache_gb`.
+        DataError: nothing can be read.
+    """
+    count, n, width = recipe.encoder.cached_views or 0, len(source.train), encoder.config.features
+    size, most = 4 * n * count * width / 2**30, recipe.data.cache_gb
+    if size / 2 > most:
+        what = f"{count} views of {n} images with {width} features need {size / 2:.3g} GB in float16, data.cache_gb is {most:g}"
+        raise RecipeError(f"encoder.cached_views: {what}; raise that, lower encoder.cached_views, or set it to null")
+    kind = torch.float32 if size <= most else torch.float16
+    started, world = time.monotonic(), distributed.world_size()
+    mine = range(distributed.rank(), n, world)
+    trouble, bad = None, list[tuple[int, str]]()
+    features, labels = torch.empty(len(mine), count, width, dtype=kind), torch.empty(len(mine), dtype=torch.long)
+    try:
+        chunk = max(1, recipe.train.batch_size // count)
+        loader, at = views_of(source.train, recipe.with_views(count), mine, chunk), 0
+        with Batches(loader) as batches, tqdm(total=len(mine), desc="encode", unit="image", disable=not progress) as bar, torch.no_grad():
+            while at < len(mine):
+                batch = batches.next()
+                x = batch.images[0].flatten(0, 1).to(encoder.device).contiguous(memory_format=memory)
+                with autocast():
+                    found = encoder.features(x).unflatten(0, (count, -1)).transpose(0, 1)
+                stop = at + len(batch.labels)
+                features[at:stop], labels[at:stop], at = found.to("cpu", kind), batch.labels, stop
+                bad += batch.bad
+                bar.update(len(batch.labels))
+    except DataError as error:
+        trouble = error
+    distributed.raise_on_all_ranks(trouble)
+    order = torch.from_numpy(np.concatenate([np.arange(rank, n, world) for rank in range(world)])).argsort()
+    features, labels = (distributed.gather_rows(part.to(encoder.device)).cpu()[order] for part in (features, labels))
+    log.info(
+        "cached features: %d views of %d images, %d wide, %s, %.3g GB, in %.0f s",
+        count, n, width, str(kind).removeprefix("torch."), features.nbytes / 2**30, time.monotonic() - started,
+    )  # fmt: skip
+    return CachedViews(features, labels, recipe.views.count, recipe.seed), bad

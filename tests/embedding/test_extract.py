@@ -1,0 +1,652 @@
+"""Embedding into a folder: complete, in order, without duplicates, to go on with after any interruption, by any number of processes."""
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import settled
+from PIL import Image
+from processes import run_ranks
+from refusals import refused
+from test_feeds import N as FEW
+from test_feeds import samples, table, tar
+
+import rlpjepa_zoo as rz
+from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.core import files as _files
+from rlpjepa_zoo.data.feeds import open_feed
+from rlpjepa_zoo.embedding import extract as extraction
+from rlpjepa_zoo.embedding.extract import Extraction, extract
+from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal, UsageError
+from rlpjepa_zoo.models.encoder import OutputOptions
+from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
+
+N = 30
+HOW = Extraction(part_rows=7, batch_size=3, num_workers=2)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for i in range(N):
+        path = tmp_path / "photos" / ("blue", "red")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32 + i % 3, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def called(*words: Any) -> tuple[int, str, str]:
+        code = cli.run([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return called
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file but the lock, by its path."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def test_rows_are_those_of_embed_in_input_order_each_once(photos: Path, tmp_path: Path) -> None:
+    enc = settled()
+    found = extract(enc, open_feed(photos), tmp_path / "out", HOW)
+    e, expected = SparseEmbeddings.load(tmp_path / "out"), enc.embed(photos)
+    assert e.ids.tolist() == expected.ids.tolist() == sorted(expected.ids.tolist()) and len(e) == N
+    np.testing.assert_allclose(e.to_dense(), expected.to_dense(), rtol=1e-4, atol=1e-5)
+    assert found["rows"] == N and found["skipped"] == 0 and found["parts"] == 5 and found["density"] == pytest.approx(e.l0)
+    assert found["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out/data").iterdir())
+    assert json.loads((tmp_path / "out/embeddings.json").read_text())["result"] == found
+    assert enc.training
+
+
+def test_the_folder_opens_in_datasets_pandas_polars_and_scipy(photos: Path, tmp_path: Path) -> None:
+    import datasets
+    import pandas
+    import polars
+
+    enc = settled()
+    for values in ("float32", "float16", "uint8"):
+        out = tmp_path / values
+        extract(enc, open_feed(photos), out, Extraction(values, 7, batch_size=3))
+        e = SparseEmbeddings.load(out)
+        rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+        assert rows.features["label"].names == ["blue", "red"] and rows["id"][:] == e.ids.tolist()
+        frames = [pandas.read_parquet(out / "data"), polars.read_parquet(out / "data/*.parquet").to_pandas()]
+        for frame in [rows.with_format("numpy")[:], *frames]:
+            assert [("blue", "red")[k] for k in frame["label"]] == [name.split("/")[0] for name in e.ids.tolist()]
+            assert np.concatenate([np.asarray(x) for x in frame["indices"]]).tolist() == e.indices.tolist()
+            stored = [np.asarray(x, np.float32) for x in frame["values"]]
+            scaled = [x * s for x, s in zip(stored, frame["scale"], strict=True)] if values == "uint8" else stored
+            np.testing.assert_array_equal(np.concatenate(scaled).astype(np.float32), e.values)
+        assert e.to_scipy().shape == (N, 24) and e.to_scipy().nnz == e.nnz
+    whole = SparseEmbeddings.load(tmp_path / "float32")
+    np.testing.assert_array_equal(SparseEmbeddings.load(tmp_path / "float16").values, whole.values.astype(np.float16).astype(np.float32))
+    small = SparseEmbeddings.load(tmp_path / "uint8")
+    np.testing.assert_array_equal(small.indices, whole.indices)
+    largest = np.repeat(whole.to_dense().max(1), np.diff(whole.indptr))
+    assert (np.abs(small.values - whole.values) <= np.maximum(largest / 509, 0) + (whole.values < largest / 255) * largest / 255).all()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "hf", "stream"])
+def test_every_source_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    enc = settled()
+    expected = enc.embed([Image.open(__import__("io").BytesIO(cell["bytes"])) for cell in raw()]).to_dense()
+    sources = {"parquet": tmp_path / "t.parquet", "hf": table(), "stream": table().to_iterable_dataset()}
+    if kind == "parquet":
+        table().to_parquet(str(tmp_path / "t.parquet"))
+    source: Any = tar(tmp_path / "x.tar", samples(range(FEW))) if kind == "tar" else sources[kind]
+    found = extract(enc, open_feed(source), tmp_path / "out", Extraction(part_rows=4, batch_size=3, num_workers=1))
+    e = SparseEmbeddings.load(tmp_path / "out")
+    np.testing.assert_allclose(e.to_dense(), expected, rtol=1e-4, atol=1e-5)
+    assert found["rows"] == FEW and found["parts"] == 3
+
+
+def raw() -> list[dict[str, Any]]:
+    import datasets
+
+    return table().cast_column("image", datasets.Image(decode=False))["image"][:]
+
+
+def test_a_stopped_run_is_gone_on_with_and_ends_byte_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enc = settled()
+    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
+    write = _files.whole_file
+    for stop in range(1, 8):
+        out, seen = tmp_path / f"out{stop}", [0]
+
+        def failing(path: Path, seen: list[int] = seen, stop: int = stop) -> Any:
+            seen[0] += 1
+            if seen[0] == stop:
+                raise KeyboardInterrupt
+            return write(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("rlpjepa_zoo.core.files.whole_file", failing)
+            with pytest.raises(KeyboardInterrupt):
+                extract(enc, open_feed(photos), out, HOW)
+        before = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "part-" in name}
+        assert len(before) == min(5, max(0, stop - 2))
+        with refused(DataError, match="not finished" if len(before) else "no data/"):
+            SparseEmbeddings.load(out)
+        extract(enc, open_feed(photos), out, HOW)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())  # what was there is not made again
+
+
+def test_killed_at_random_instants_and_started_again_the_files_are_byte_equal(photos: Path, tmp_path: Path) -> None:
+    enc = settled()
+    started = time.monotonic()
+    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
+    usual, source, kills = time.monotonic() - started, random.Random(0), 0
+    while kills < 6:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                extract(enc, open_feed(photos), tmp_path / "out", HOW)
+                code = 0
+            finally:
+                os._exit(code)
+        time.sleep(usual * source.random())
+        os.kill(pid, signal.SIGKILL)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert ended in (-signal.SIGKILL, 0)
+        if ended:
+            kills += 1
+        else:  # it was done before
+            __import__("shutil").rmtree(tmp_path / "out")
+    extract(enc, open_feed(photos), tmp_path / "out", HOW)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_part_that_is_damaged_and_what_a_killed_run_left_are_made_again(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    enc, out = settled(), tmp_path / "out"
+    extract(enc, open_feed(photos), out, HOW)
+    before = contents(out)
+    (out / "data/part-000001.parquet").write_bytes(before["data/part-000001.parquet"][:500])
+    (out / "data/.part-000003.77.partial.parquet").write_bytes(b"half")
+    (out / "data/part-000004.parquet").unlink()
+    extract(enc, open_feed(photos), out, HOW)
+    assert contents(out) == before
+    assert "part-000001.parquet: damaged" in caplog.text
+
+
+def share(photos: Path, out: Path) -> dict[str, Any]:
+    return extract(settled(), open_feed(photos), out, HOW)
+
+
+def test_two_and_three_processes_write_the_same_files_as_one(photos: Path, tmp_path: Path) -> None:
+    one = share(photos, tmp_path / "one")
+    for world in (2, 3):
+        found = run_ranks(share, world, photos, tmp_path / str(world))
+        assert found == [one] * world
+        assert contents(tmp_path / str(world)) == contents(tmp_path / "one")
+
+
+def test_images_that_cannot_be_read_are_left_out_and_listed_also_when_gone_on_with(photos: Path, tmp_path: Path) -> None:
+    enc, out = settled(), tmp_path / "out"
+    (photos / "blue/00.png").write_bytes(b"")
+    (photos / "red/13.png").write_bytes(b"\x89PNG no")
+    how = Extraction(part_rows=7, batch_size=3, num_workers=2, skip_bad=True)
+    with refused(DataError, match=r"blue/00\.png: .*--skip-bad"):
+        extract(enc, open_feed(photos), out, HOW)
+    found = extract(enc, open_feed(photos), out, how)  # as the error said
+    assert found["rows"] == N - 2 and found["skipped"] == 2 and sum(found["reasons"].values()) == 2
+    rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["blue/00.png", "red/13.png"] and all("cannot be read" in row["reason"] for row in rows)
+    before = contents(out)
+    (out / "data/part-000002.parquet").unlink()
+    (out / "failed.jsonl").unlink()
+    extract(enc, open_feed(photos), out, how)
+    assert contents(out) == before
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"none")
+    with refused(DataError, match="none of the images can be read; the first of 30"):
+        extract(enc, open_feed(photos), tmp_path / "bad", how)
+
+
+def test_another_encoder_other_images_and_other_options_are_refused_and_overwrite_begins_anew(photos: Path, tmp_path: Path) -> None:
+    enc, out = settled(), tmp_path / "out"
+    extract(enc, open_feed(photos), out, HOW)
+    before = contents(out)
+    other = settled()
+    with torch.no_grad():
+        other.projector[-2].bias += 1
+    for encoder, how, words in (
+        (other, HOW, "another model: fingerprint"),
+        (enc.with_budget(3), HOW, "another model: dial"),
+        (enc, Extraction("float16", 7, batch_size=3), "another options: values was 'float32', is 'float16'"),
+        (enc, Extraction(part_rows=8, batch_size=3), "part_rows was 7, is 8"),
+        (enc, Extraction(part_rows=7, batch_size=3, budget=OutputOptions(max_active=2)), "max_active was None, is 2"),
+    ):
+        with refused(UsageError, match=words):
+            extract(encoder, open_feed(photos), out, how)
+    (photos / "blue/00.png").unlink()
+    with refused(UsageError, match="another input"):
+        extract(enc, open_feed(photos), out, HOW)
+    assert contents(out) == before
+    extract(other, open_feed(photos), out, HOW, overwrite=True)
+    assert len(SparseEmbeddings.load(out)) == N - 1
+
+
+def test_another_batch_size_goes_on_with_a_warning(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    enc, out = settled(), tmp_path / "out"
+    extract(enc, open_feed(photos), out, HOW)
+    (out / "data/part-000000.parquet").unlink()
+    extract(enc, open_feed(photos), out, Extraction(part_rows=7, batch_size=5))
+    assert "batch_size 3 -> 5; equal up to rounding" in caplog.text and len(SparseEmbeddings.load(out)) == N
+
+
+def test_a_folder_of_something_else_is_left_alone(photos: Path, tmp_path: Path) -> None:
+    for name in ("notes.txt", "README.md"):
+        out = tmp_path / name.split(".")[0]
+        out.mkdir()
+        (out / name).write_text("mine")
+        with refused(UsageError, match="which is not of embeddings"):
+            extract(settled(), open_feed(photos), out, HOW)
+        assert (out / name).read_text() == "mine"
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/embeddings.json").write_text("{")
+    with refused(DataError, match="embeddings.json: damaged"):
+        extract(settled(), open_feed(photos), tmp_path / "torn", HOW)
+
+
+def test_files_of_others_are_never_removed_not_even_to_begin_anew(photos: Path, tmp_path: Path) -> None:
+    home = tmp_path / "set"
+    (home / "data").mkdir(parents=True)
+    table().to_parquet(str(home / "data/train-0.parquet"))
+    (home / "README.md").write_text("a card")
+    before = contents(home)
+    for overwrite in (False, True):
+        with refused(UsageError, match="which is not of embeddings"):
+            extract(settled(), open_feed(home), home, HOW, overwrite=overwrite)
+    assert contents(home) == before
+    extract(settled(), open_feed(photos), tmp_path / "out", HOW)
+    (tmp_path / "out/data/mine.parquet").write_bytes(b"mine")
+    with refused(UsageError, match=r"data/mine\.parquet"):
+        extract(settled(), open_feed(photos), tmp_path / "out", HOW, overwrite=True)
+
+
+def test_other_columns_of_the_same_file_are_other_input(tmp_path: Path) -> None:
+    table().to_parquet(str(tmp_path / "t.parquet"))
+    enc, how = settled(), Extraction(part_rows=4, batch_size=3)
+    extract(enc, open_feed(tmp_path / "t.parquet"), tmp_path / "out", how)
+    for options in ({"columns": ["note"]}, {"id_column": "key"}):
+        with refused(UsageError, match="another input: (columns|id column) was"):
+            extract(enc, open_feed(tmp_path / "t.parquet", **options), tmp_path / "out", how)  # type: ignore[arg-type]
+
+
+def test_a_part_without_a_readable_image_does_not_keep_others_from_opening_the_folder(photos: Path, tmp_path: Path) -> None:
+    import datasets
+
+    for name in ("blue/14.png", "blue/16.png"):
+        (photos / name).write_bytes(b"")
+    enc, out, how = settled(), tmp_path / "out", Extraction(part_rows=1, batch_size=3, num_workers=0, skip_bad=True)
+    found = extract(enc, open_feed(photos), out, how)
+    assert (
+        found["rows"] == N - 2
+        and found["parts"] == N - 2
+        and [row["id"] for row in map(json.loads, (out / "failed.jsonl").open())] == ["blue/14.png", "blue/16.png"]
+    )
+    assert (
+        len(datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))) == N - 2 == len(SparseEmbeddings.load(out))
+    )
+    before = contents(out)
+    (out / "data/part-000003.parquet").unlink()
+    extract(enc, open_feed(photos), out, how)
+    assert contents(out) == before
+
+
+def test_encoded_images_are_let_go_as_soon_as_they_are_decoded(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import weakref
+
+    from rlpjepa_zoo.data.feeds import Feed, Row
+
+    class Cell:
+        def __call__(self) -> Image.Image:
+            return Image.new("RGB", (32, 32))
+
+    alive: list[weakref.ref[Cell]] = []
+
+    def rows(start: int) -> Any:
+        for i in range(start, 40):
+            cell = Cell()
+            alive.append(weakref.ref(cell))
+            yield Row(i, cell, {})
+
+    held: list[int] = []
+    codes = rz.SparseEncoder.codes
+
+    def counting(self: Any, *args: Any) -> Any:
+        gc.collect()
+        held.append(sum(ref() is not None for ref in alive))
+        return codes(self, *args)
+
+    monkeypatch.setattr(rz.SparseEncoder, "codes", counting)
+    extract(settled(), Feed(rows, 40, {}), tmp_path / "out", Extraction(part_rows=40, batch_size=2, num_workers=1))
+    assert max(held) <= 8 < len(held)  # a few batches, not the part
+
+
+def failing_share(photos: Path, out: Path) -> str:
+    try:
+        extract(settled(), open_feed(photos), out, HOW)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def test_processes_that_see_other_images_stop_before_anything_is_embedded(photos: Path, tmp_path: Path) -> None:
+    said = run_ranks(other_share, 2, photos, tmp_path / "out")
+    assert all(text.startswith("UsageError") and "processes see another input" in text for text in said)
+    assert list((tmp_path / "out/data").iterdir()) == []
+
+
+def other_share(photos: Path, out: Path) -> str:
+    from rlpjepa_zoo.core import distributed
+
+    if distributed.rank() == 1:
+        photos = photos / "red"
+    return failing_share(photos, out)
+
+
+def test_a_name_that_is_no_text_is_an_id_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in (b"good.png", b"bad\xff.png"):
+        Image.new("RGB", (32, 32)).save(os.fsdecode(os.path.join(os.fsencode(tmp_path / "photos"), name)))
+    extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", HOW)
+    assert SparseEmbeddings.load(tmp_path / "out").ids.tolist() == ["bad\\xff.png", "good.png"]
+
+
+def test_an_image_that_is_too_long_and_thin_costs_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("1", (100_000, 1)).save(tmp_path / "photos/line.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos/good.png")
+    found = extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", Extraction(skip_bad=True))
+    assert found["skipped"] == 1 and "line.png: 100000 x 1 pixels: too long and thin" in (tmp_path / "out/failed.jsonl").read_text()
+
+
+def test_a_full_disk_keeps_the_parts_that_are_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet as pq
+
+    enc, out, write, calls = settled(), tmp_path / "out", pq.write_table, [0]
+
+    def full(*args: Any, **options: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args, **options)
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with refused(OutputError, match=r"part-000002\.parquet: cannot write: No space left"):
+        extract(enc, open_feed(photos), out, HOW)
+    assert sorted(p.name for p in (out / "data").iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
+    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_not_a_number_never_reaches_a_file(photos: Path, tmp_path: Path) -> None:
+    enc = settled()
+    with torch.no_grad():
+        enc.projector[-2].weight[0, 0] = torch.nan
+    with refused(NonFiniteError, match="NaN or infinity for the batch that starts at 'blue/00.png'"):
+        extract(enc, open_feed(photos), tmp_path / "out", HOW)
+    assert list((tmp_path / "out/data").iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_between_batches_and_the_same_call_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    enc, out, batches = settled(), tmp_path / "out", [0]
+    codes = type(enc).codes
+
+    def signalled(self: Any, *args: Any) -> Any:
+        batches[0] += 1
+        if batches[0] == 5:
+            os.kill(os.getpid(), number)
+        return codes(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(enc), "codes", signalled)
+        with refused(StoppedBySignal, match="the same command goes on") as caught:
+            extract(enc, open_feed(photos), out, HOW)
+    assert caught.value.exit_code == code
+    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_two_runs_into_one_folder_are_refused(photos: Path, tmp_path: Path) -> None:
+    from rlpjepa_zoo.core.files import lock
+
+    with lock(tmp_path / "out"), refused(UsageError, match="in use by process"):
+        extract(settled(), open_feed(photos), tmp_path / "out", HOW)
+
+
+def test_provenance_is_inside_every_file(photos: Path, tmp_path: Path) -> None:
+    enc = settled().with_budget(3)
+    model = extraction.provenance(enc, str(tmp_path), "abc")
+    extract(enc, open_feed(photos), tmp_path / "out", HOW, model=model)
+    for part in (tmp_path / "out/data").iterdir():
+        meta = SparseEmbeddings.load(part).meta
+        said = json.loads(meta["provenance"])
+        assert meta["model"] == enc.fingerprint() and said["model"] == model and said["options"]["values"] == "float32"
+        assert said["input"]["files"] == N and said["model"]["dial"] == {"mode": "top_k", "value": 3}
+    assert model["source"] == tmp_path.name  # no path of a machine
+
+
+def test_parts_of_two_encoders_are_not_loaded_together(photos: Path, tmp_path: Path) -> None:
+    enc = settled()
+    for name, encoder in (("a", enc), ("b", enc.with_budget(3))):
+        extract(encoder, open_feed(photos), tmp_path / name, HOW)
+    (tmp_path / "b/data/part-000000.parquet").rename(tmp_path / "a/data/part-000004.parquet")
+    with refused(UsageError, match="rows of different encoders do not mix"):
+        SparseEmbeddings.load(tmp_path / "a")
+    with refused(DataError, match="no data/"):
+        SparseEmbeddings.load(tmp_path)
+
+
+def test_budgets_and_precision(photos: Path) -> None:
+    enc = settled()
+    whole = enc.embed(photos)
+    assert enc.embed(photos, max_active=4) == whole.top_k(4)
+    least = float(np.median(whole.values))
+    assert enc.embed(photos, min_value=least) == whole.at_least(least) and 0 < whole.at_least(least).nnz < whole.nnz
+    half = enc.embed(photos, precision="bf16").to_dense()
+    assert 0 < np.abs(half - whole.to_dense()).max() < 0.05
+    for options in ({"min_value": -1.0}, {"precision": "fp8"}, {"min_value": float("nan")}):
+        with refused(UsageError):
+            enc.embed(photos, **options)
+
+
+def test_files_of_sparse_embeddings_are_an_eighth_of_dense_ones(tmp_path: Path, rng: np.random.Generator) -> None:
+    dense = np.where(rng.random((2000, 512)) < 0.06, rng.laplace(size=(2000, 512)).__abs__(), 0).astype(np.float32)
+    e = SparseEmbeddings.from_dense(dense, [f"folder/image-{i:06d}.jpg" for i in range(2000)])
+    assert e.l0 == pytest.approx(0.06, abs=0.002)
+    sizes = {}
+    for suffix in (".parquet", ".safetensors", ".npz"):
+        for values in ("float32", "float16") + (("uint8",) if suffix != ".npz" else ()):
+            path = e.save(tmp_path / f"{values}{suffix}", values)
+            sizes[path.name] = dense.nbytes / path.stat().st_size
+            if values == "float32":
+                assert SparseEmbeddings.load(path) == e
+            once = SparseEmbeddings.load(path)
+            assert once.ids.tolist() == e.ids.tolist() and np.array_equal(once.indices, e.indices)
+    assert sizes["float32.parquet"] > 8 and sizes["float16.safetensors"] > 8 and sizes["uint8.parquet"] > 16, sizes
+
+
+def test_the_command_embeds_into_a_folder_and_goes_on(photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    settled().save_pretrained(tmp_path / "enc")
+    words = [
+        "embed",
+        tmp_path / "enc",
+        photos,
+        "--out",
+        tmp_path / "out",
+        "--part-rows",
+        7,
+        "--quiet",
+        "--max-active",
+        5,
+        "--values",
+        "uint8",
+    ]
+    code, out, _ = run(*words, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["rows"] == N and found["density"] <= 5 / 24
+    before = contents(tmp_path / "out")
+    code, out, _ = run(*words)
+    assert code == 0 and contents(tmp_path / "out") == before and "rows: 30" in out
+    assert rz.SparseEmbeddings.load(tmp_path / "out").meta["model"] == found["model"]
+
+
+def test_mistakes_on_the_command_line_are_one_line_with_their_code(
+    photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled().save_pretrained(tmp_path / "enc")
+    (tmp_path / "file").write_text("")
+    embed = ["embed", tmp_path / "enc", photos, "--quiet", "--out"]
+    for words, expected in (
+        ([*embed, tmp_path / "out", "--values", "int4"], 2),
+        ([*embed, tmp_path / "out", "--precision", "fp8"], 2),
+        ([*embed, tmp_path / "out", "--columns", "note"], 2),
+        ([*embed, tmp_path / "out.csv"], 2),
+        ([*embed, tmp_path / "no" / "out"], 6),
+        ([*embed, tmp_path / "file" / "out"], 6),
+        (["embed", tmp_path / "enc", tmp_path / "nowhere", "--out", tmp_path / "out"], 3),
+        (["embed", tmp_path / "nowhere", photos, "--out", tmp_path / "out"], 2),
+        ([*embed, tmp_path / "out.npz", "--columns", "note"], 2),
+        ([*embed, tmp_path / "out", "--split", "test"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "enc", "--budget", "3"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "d"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "d", "--density", "0.2", "--budget", "3"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "d", "--density", "1.5"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "d", "--density", "0.1", "--mode", "threshold"], 2),
+        (["dial", tmp_path / "enc", "--out", tmp_path / "d", "--budget", "3", "--images", photos], 2),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (expected, ""), (words, err)
+        assert err.startswith("error: ") and err.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(*embed, tmp_path / "out.npz")
+    assert code == 2 and "several processes write a folder" in err
+
+
+def test_a_finished_folder_is_pushed_as_a_data_set_that_opens_from_the_hub(
+    photos: Path, tmp_path: Path, hub_server: Any, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    enc, out = settled(), tmp_path / "out"
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    code, _, err = run("push", out, "owner/rows")
+    assert code == 4 and "no such folder" in err
+    extract(enc, open_feed(photos), out, HOW)
+    (out / "data/part-000004.parquet").rename(tmp_path / "kept")
+    code, _, err = run("push", out, "owner/rows")
+    assert code == 2 and "4 parts, 5 were written" in err
+    (tmp_path / "kept").rename(out / "data/part-000004.parquet")
+    code, said, _ = run("push", out, "owner/rows", "--dry-run")
+    assert code == 0 and "part-000004.parquet" in said and ("dataset", "owner/rows") not in hub_server.repos
+    code, said, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
+    assert code == 0 and len(json.loads(said)["changed"]) == 7
+    assert [entry.title for entry in hub_server.log("owner/rows", type="dataset")] == ["Upload sparse embeddings", "initial commit"]
+    rows = datasets.load_dataset("owner/rows", split="train", token="hf_writer")
+    assert rows["id"][:] == SparseEmbeddings.load(out).ids.tolist() and rows.features["label"].names == ["blue", "red"]
+    assert SparseEmbeddings.load(snapshot_download("owner/rows", repo_type="dataset")) == SparseEmbeddings.load(out)
+    assert "license: cc-by-4.0" in hub_server.files("owner/rows", type="dataset")["README.md"].decode()
+    extract(enc, open_feed(photos), out, Extraction(part_rows=15, batch_size=3), overwrite=True)
+    code, said, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
+    left = hub_server.files("owner/rows", type="dataset")
+    assert code == 0 and sorted(name for name in left if name.startswith("data/")) == [
+        "data/part-000000.parquet",
+        "data/part-000001.parquet",
+    ]
+    hub_server.put("owner/pictures", {"data/train.parquet": b"of somebody"}, type="dataset")
+    code, _, err = run("push", out, "owner/pictures")
+    assert code == 2 and "holds another dataset" in err
+
+
+def test_batch_size_threads_and_part_size_change_no_row(photos: Path, tmp_path: Path) -> None:
+    enc = settled()
+    extract(enc, open_feed(photos), tmp_path / "one", Extraction(num_workers=0))
+    expected = SparseEmbeddings.load(tmp_path / "one")
+    for i, how in enumerate(
+        (Extraction(part_rows=1, batch_size=9), Extraction(part_rows=8, batch_size=1, num_workers=3), Extraction(part_rows=N, batch_size=4))
+    ):
+        extract(enc, open_feed(photos), tmp_path / str(i), how)
+        e = SparseEmbeddings.load(tmp_path / str(i))
+        assert (
+            e.ids.tolist() == expected.ids.tolist()
+            and np.array_equal(e.indptr, expected.indptr)
+            and np.array_equal(e.indices, expected.indices)
+        )
+        np.testing.assert_allclose(e.values, expected.values, rtol=1e-4, atol=1e-6)
+
+
+def test_no_file_stays_open_and_no_thread_runs_on(photos: Path, tmp_path: Path) -> None:
+    import threading
+
+    enc = settled()
+    extract(enc, open_feed(photos), tmp_path / "first", HOW)
+    held, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for i in range(3):
+        extract(enc, open_feed(photos), tmp_path / str(i), HOW)
+    (photos / "red/13.png").write_bytes(b"")
+    with refused(DataError):
+        extract(enc, open_feed(photos), tmp_path / "bad", HOW)
+    assert len(os.listdir("/proc/self/fd")) == held and threading.active_count() == threads
+
+
+def test_more_numbers_than_32_bits_count_and_wide_rows_have_wide_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+
+    wide = SparseEmbeddings([0, 2], [5, 40_000], [1.0, 2.0], 2**16)
+    assert str(wide.to_arrow().schema.field("indices").type) == "list<item: int32>"
+    monkeypatch.setattr(SparseEmbeddings, "nnz", property(lambda self: 2**31))
+    assert wide.to_arrow().schema.field("indices").type == pa.large_list(pa.int32()) and wide.to_scipy().indptr.dtype == np.int64
+
+
+MEASURE = """
+import sys
+import torch
+import rlpjepa_zoo as rz
+from rlpjepa_zoo.embedding.extract import Extraction, extract
+from rlpjepa_zoo.data.feeds import open_feed
+torch.set_num_threads(1)
+extract(rz.load_encoder("test_resnet.digits"), open_feed(sys.argv[2:]), sys.argv[1], Extraction(num_workers=2, part_rows=1000))
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss counts the parent's too
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    source, peaks = table(), []
+    one = tmp_path / "images.parquet"
+    import datasets
+
+    datasets.concatenate_datasets([source] * 200).to_parquet(str(one))
+    for files in (1, 10):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / str(files)), *[str(one)] * files]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
+        assert len(list((tmp_path / str(files) / "data").iterdir())) == -(-FEW * 200 * files // 1000)
+    print(f"largest resident memory: {peaks[0] / 1024:.1f} MB for {FEW * 200} images, {peaks[1] / 1024:.1f} MB for ten times as many")
+    assert peaks[1] < 1.05 * peaks[0]

@@ -1,0 +1,408 @@
+"""Exported files: the encoder's numbers and zeros, any batch size, metadata, no pickle, nothing touched, nothing left after a refusal."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import pickletools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from models import settled as make
+from refusals import refused
+
+from rlpjepa_zoo.core import package
+from rlpjepa_zoo.errors import ModelError, NonFiniteError, OutputError, UsageError
+from rlpjepa_zoo.models import export as module
+from rlpjepa_zoo.models.encoder import Preprocess
+from rlpjepa_zoo.models.export import export
+
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+CASES = {
+    "resnet": ("test_resnet", {}),
+    "vit": ("test_vit", {"img_size": 32, "patch_size": 4}),
+    "convnext": ("test_convnext3", {"preprocess": Preprocess((64, 64))}),
+    "small resnet": ("resnet10_small_narrow", {}),
+    "one layer": ("test_resnet", {"projector_depth": 1}),
+}
+SUFFIXES = (".onnx", ".pt2")
+TOLERANCE = 2e-5  # of the largest value; the worst of 41 architectures was 2e-6
+
+
+def images(enc, n):
+    return torch.randn(n, 3, *enc.config.preprocess.size, generator=torch.Generator().manual_seed(1))
+
+
+def run(path, x):
+    """What a program without this package does."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(x)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return dict(zip(("z", "features"), map(torch.from_numpy, session.run(["z", "features"], {"images": x.numpy()})), strict=True))
+
+
+def metadata(path):
+    if path.suffix == ".pt2":
+        found = {"preprocess": ""}  # torch fills every name in, but only into a dictionary that is not empty
+        torch.export.load(path, extra_files=found)
+        return found
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(encoder, {ending: file}) of a case, made once."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            name, options = CASES[case]
+            enc, home = make(name, **options), tmp_path_factory.mktemp("exported")
+            made[case] = enc, {suffix: export(enc, home / f"enc{suffix}") for suffix in SUFFIXES}
+        return made[case]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make("resnet10_small_narrow", projector_depth=1)
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_file_gives_the_encoders_numbers_and_zeros_for_any_batch(exported, case, suffix):
+    enc, files = exported(case)
+    for n in (1, 2, 7):
+        x = images(enc, n)
+        with enc.evaluating(), torch.no_grad():
+            wanted = enc.both(x)
+        given = run(files[suffix], x)
+        assert given["z"].shape == (n, 24) and given["features"].shape == (n, enc.config.features)
+        assert given["z"].dtype == given["features"].dtype == torch.float32
+        for got, want in ((given["z"], wanted.z), (given["features"], wanted.features)):
+            assert float((got - want).abs().max()) <= TOLERANCE * float(want.abs().max())
+        assert torch.equal(given["z"] == 0, wanted.z == 0) and float(given["z"].min()) >= 0
+        assert 0.1 < float((wanted.z == 0).float().mean()) < 0.9  # else equal zeros would say little
+
+
+def test_evaluation_mode_is_exported_whatever_the_encoders_mode(exported):
+    enc, files = exported("resnet")
+    x = images(enc, 7)
+    with torch.no_grad():
+        trained = make()(x)
+    assert enc.training and not torch.allclose(run(files[".pt2"], x)["z"], trained, atol=1e-2)
+
+
+def test_names_and_shapes_in_the_onnx_file(exported):
+    enc, files = exported("vit")
+    session = onnxruntime.InferenceSession(str(files[".onnx"]), providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32], "tensor(float)")]
+    assert {o.name: o.shape for o in session.get_outputs()} == {"z": ["batch", 24], "features": ["batch", enc.config.features]}
+    onnx.checker.check_model(str(files[".onnx"]), full_check=True)
+
+
+def test_the_pt2_file_runs_without_this_package_and_timm(exported):
+    _, files = exported("vit")
+    code = (
+        "import sys, torch\ntorch.set_num_threads(1)\n"
+        f"out = torch.export.load({str(files['.pt2'])!r}).module()(torch.zeros(3, 3, 32, 32))\n"
+        "print(tuple(out['z'].shape), [m for m in ('timm', 'rlpjepa_zoo') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(3, 24) []"
+
+
+# --- what is in the file -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_metadata_says_how_to_preprocess_and_which_encoder_it_is(exported, suffix):
+    enc, files = exported("resnet")
+    found = metadata(files[suffix])
+    assert found["architecture"] == "test_resnet" and found["fingerprint"] == enc.fingerprint()
+    assert json.loads(found["preprocess"]) == {
+        "size": [32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear", "crop_pct": 0.9,
+    }  # fmt: skip
+    assert json.loads(found["versions"]) == package.versions() and {"torch", "timm"} <= set(package.versions())
+
+
+def pickles(data: bytes) -> list[str]:
+    """Members of a zip archive that are pickles or archives of pickles."""
+    found = []
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in archive.namelist():
+            member = archive.read(name)
+            if zipfile.is_zipfile(io.BytesIO(member)):
+                found += [f"{name}/{inner}" for inner in pickles(member)]
+                continue
+            try:
+                *_, (last, _, position) = pickletools.genops(member)
+            except ValueError:
+                continue
+            if last.name == "STOP" and position == len(member) - 1:  # raw numbers do not parse as a pickle to their last byte
+                found.append(name)
+    return found
+
+
+def test_no_member_of_the_pt2_file_is_a_pickle(exported):
+    for case in CASES:
+        assert pickles(exported(case)[1][".pt2"].read_bytes()) == []
+
+
+def test_the_scan_finds_pickles_where_they_are():
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), buffer)
+    assert [name.split("/", 1)[1] for name in pickles(buffer.getvalue())] == ["data/sample_inputs/model.pt/archive/data.pkl"]
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("archive/plain", pickle.dumps({"a": 1}))
+    assert "archive/plain" in pickles(buffer.getvalue())
+
+
+def test_opening_the_pt2_file_unpickles_nothing(exported, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("unpickled")
+
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch._C, "_pickle_load_obj")):
+        monkeypatch.setattr(owner, name, never)
+    assert run(exported("vit")[1][".pt2"], torch.zeros(1, 3, 32, 32))["z"].shape == (1, 24)
+
+
+def test_a_torch_that_would_pickle_is_refused(tmp_path, encoder, monkeypatch):
+    save = torch.export.save
+
+    def pickling(program, *args, **kwargs):
+        program.example_inputs = ((images(encoder, 2),), {})
+        save(program, *args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "save", pickling)
+    with refused(ModelError, match="sample_inputs"):
+        export(encoder, tmp_path / "enc.pt2")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_path_of_this_machine_is_in_the_file(exported, suffix):
+    data = exported("vit")[1][suffix].read_bytes()
+    for text in ("site-packages", str(Path(module.__file__).parent), os.path.expanduser("~")):
+        assert text.encode() not in data
+    assert b"Attention" in data  # names of layers are there, uncompressed: the search can find something
+
+
+# --- the encoder is not touched ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_mode_weights_gradients_random_state_and_standard_output_stay(tmp_path, capfd, suffix):
+    enc = make("resnet10_small_narrow", freeze_backbone=True)
+    enc.projector[1].eval()
+    enc(images(enc, 4)).sum().backward()
+    modes, state = [m.training for m in enc.modules()], {k: v.clone() for k, v in enc.state_dict().items()}
+    asks = [(p.requires_grad, None if p.grad is None else p.grad.clone(), p.device) for p in enc.parameters()]
+    random = torch.get_rng_state()
+    path = export(enc, str(tmp_path / f"enc{suffix}"))
+    assert path == tmp_path / f"enc{suffix}" and os.listdir(tmp_path) == [path.name]
+    assert capfd.readouterr().out == ""
+    assert len(set(modes)) == 2 and [m.training for m in enc.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in enc.state_dict().items())
+    for parameter, (asked, grad, device) in zip(enc.parameters(), asks, strict=True):
+        assert parameter.requires_grad == asked and parameter.device == device
+        assert parameter.grad is None if grad is None else torch.equal(parameter.grad, grad)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_surroundings_of_the_call_and_order_in_memory_do_not_matter(tmp_path, encoder, recwarn):
+    x = images(encoder, 3)
+    plain = run(export(encoder, tmp_path / "plain.pt2"), x)["z"]
+    with torch.inference_mode():
+        assert torch.equal(run(export(encoder, tmp_path / "inference.pt2"), x)["z"], plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        path = export(encoder, tmp_path / "autocast.onnx")
+    assert torch.allclose(run(path, x)["z"], plain, atol=1e-6)
+    path = export(make("resnet10_small_narrow", projector_depth=1).to(memory_format=torch.channels_last), tmp_path / "last.pt2")
+    assert torch.allclose(run(path, x)["z"], plain, atol=1e-6)
+    assert not [w for w in recwarn if "complete tensor" in str(w.message)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_encoder_on_a_gpu_stays_there_and_its_file_runs_on_the_cpu(tmp_path, suffix):
+    enc = make().cuda()
+    path = export(enc, tmp_path / f"enc{suffix}")
+    assert {p.device.type for p in enc.state_dict().values()} == {"cuda"}
+    with enc.evaluating(), torch.no_grad():
+        wanted = enc(images(enc, 4).cuda()).cpu()
+    assert torch.allclose(run(path, images(enc, 4))["z"], wanted, atol=1e-2 * float(wanted.max()))
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["enc.pt", "enc.onnx.gz", "enc", "enc.ONNX", ".pt2"])
+def test_another_ending_is_refused(tmp_path, encoder, name):
+    with refused(UsageError, match=r"\.onnx or \.pt2"):
+        export(encoder, tmp_path / name)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path, encoder):
+    path = tmp_path / "enc.pt2"
+    path.write_text("kept")
+    with refused(UsageError, match="exists"):
+        export(encoder, path)
+    assert path.read_text() == "kept" and os.listdir(tmp_path) == ["enc.pt2"]
+    os.link(path, tmp_path / "old")
+    assert export(encoder, path, overwrite=True) == path
+    assert run(path, images(encoder, 1))["z"].shape == (1, 24) and sorted(os.listdir(tmp_path)) == ["enc.pt2", "old"]
+    assert (tmp_path / "old").read_text() == "kept"  # a new file took the name
+    (tmp_path / "folder.pt2").mkdir()
+    with refused(UsageError, match="exists"):
+        export(encoder, tmp_path / "folder.pt2", overwrite=True)
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, encoder):
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file" / "enc.pt2", tmp_path / "missing" / "enc.pt2", tmp_path / ("x" * 300 + ".pt2")):
+        with refused(OutputError, match="cannot write"):
+            export(encoder, path)
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_leaves_nothing_and_the_old_file(tmp_path, encoder, monkeypatch):
+    def full(path, data):
+        path.write_bytes(data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "enc.pt2").write_text("kept")
+    monkeypatch.setattr(module.folder, "write_durably", full)
+    with refused(OutputError, match="No space left"):
+        export(encoder, tmp_path / "enc.pt2", overwrite=True)
+    assert os.listdir(tmp_path) == ["enc.pt2"] and (tmp_path / "enc.pt2").read_text() == "kept"
+
+
+def spoiled(change):
+    """The exported file gives something else than the encoder."""
+
+    def opened(file):
+        inside = torch.export.load(file).module()
+        return lambda x: change(inside(x))
+
+    return opened
+
+
+SPOILT = {
+    "number": (lambda out: {**out, "z": out["z"] + 1e-3 * (out["z"] > 0)}, "z of the exported file differs"),
+    "features": (lambda out: {**out, "features": out["features"] * 1.01}, "features of the exported file differs"),
+    "not a number": (lambda out: {**out, "features": out["features"] * float("nan")}, "differs .* by nan"),
+    "zeros": (lambda out: {**out, "z": out["z"] + 5e-5 * (out["z"] == 0)}, "other zeros"),
+    "lost": (lambda out: {**out, "z": torch.where(out["z"] > 0, out["z"], -1e-9)}, "other zeros"),
+    "shape": (lambda out: {**out, "z": out["z"][:, :1]}, "shape"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_a_file_that_gives_other_numbers_is_refused_and_the_old_one_kept(tmp_path, encoder, monkeypatch, kind):
+    change, match = SPOILT[kind]
+    (tmp_path / "enc.pt2").write_text("kept")
+    monkeypatch.setattr(module, "_open", spoiled(change))
+    with refused(ModelError, match=match):
+        export(encoder, tmp_path / "enc.pt2", overwrite=True)
+    assert os.listdir(tmp_path) == ["enc.pt2"] and (tmp_path / "enc.pt2").read_text() == "kept"
+
+
+def test_a_difference_of_rounding_passes(tmp_path, encoder, monkeypatch):
+    def rounded(out):
+        z = out["z"]
+        return {**out, "z": torch.where(z == 0, 1e-6 * z.max(), z * (1 + 1e-6))}
+
+    monkeypatch.setattr(module, "_open", spoiled(rounded))
+    assert export(encoder, tmp_path / "enc.pt2").is_file()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_does_not_open_is_refused(tmp_path, encoder, monkeypatch, suffix):
+    monkeypatch.setattr(module, "_convert", lambda *_: b"no model")
+    with refused(ModelError, match="does not open"):
+        export(encoder, tmp_path / f"enc{suffix}")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_the_onnx_packages_only_onnx_is_refused(tmp_path, encoder, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with refused(UsageError, match=rf"{missing} .*pip install 'rlpjepa-zoo\[export\]'"):
+        export(encoder, tmp_path / "enc.onnx")
+    assert os.listdir(tmp_path) == []
+    assert export(encoder, tmp_path / "enc.pt2").is_file()
+
+
+def test_weights_beyond_the_limit_of_protobuf_are_refused(tmp_path, encoder, monkeypatch):
+    total = sum(t.nbytes for t in encoder.state_dict().values())
+    monkeypatch.setattr(module, "MAX_ONNX", total - 1)
+    with refused(UsageError, match="export to .pt2"):
+        export(encoder, tmp_path / "enc.onnx")
+    assert os.listdir(tmp_path) == [] and module.MAX_ONNX < 2**31
+    assert export(encoder, tmp_path / "enc.pt2").is_file()
+
+
+class OnePerBatch(torch.nn.Module):
+    """A backbone that looks at values, which cannot be traced."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x) if float(x.sum()) > 0 else self.inside(x) + 1
+
+
+class Unknown(OnePerBatch):
+    """A backbone with an operator that ONNX does not have."""
+
+    def forward(self, x):
+        return self.inside(x) + torch.linalg.eigvalsh(x[:, 0] + x[:, 0].mT)[:, :1]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(OnePerBatch, ".pt2"), (OnePerBatch, ".onnx"), (Unknown, ".onnx")])
+def test_an_architecture_that_cannot_be_exported_is_refused_with_the_reason(tmp_path, capfd, kind, suffix):
+    enc = make("resnet10_small_narrow")
+    enc.backbone = kind(enc.backbone)
+    with refused(ModelError, match=rf"'resnet10_small_narrow' cannot be exported to {suffix}: \w.{{10}}") as info:
+        export(enc, tmp_path / f"enc{suffix}")
+    assert "\x1b" not in str(info.value) and os.listdir(tmp_path) == []
+    out, err = capfd.readouterr()
+    assert out == "" and "def forward" not in err  # torch prints whole graphs
+
+
+def test_a_model_that_wants_one_batch_size_is_refused(tmp_path):
+    class Fixed(OnePerBatch):
+        def forward(self, x):
+            return self.inside(x) + torch.arange(2).view(2, 1) if len(x) == 2 else self.inside(x)
+
+    enc = make()
+    enc.backbone = Fixed(enc.backbone)
+    with refused(ModelError, match="cannot be exported"):
+        export(enc, tmp_path / "enc.pt2")
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_or_not_float32_are_refused(tmp_path):
+    with refused(UsageError, match=r"torch.bfloat16.*\.float\(\)"):
+        export(make().bfloat16(), tmp_path / "enc.pt2")
+    enc = make()
+    enc.projector[1].running_var[0] = float("inf")
+    with refused(NonFiniteError, match="running_var"):
+        export(enc, tmp_path / "enc.pt2")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,159 @@
+"""One, two and four gloo processes make the same twenty updates; planted mistakes of the kind public code makes are noticed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rlpjepa_zoo.core import distributed as collectives
+from rlpjepa_zoo.core import rng
+from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
+from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
+
+UPDATES, VIEWS, BATCH, INPUTS, HIDDEN, WIDTH, DIRECTIONS = 20, 2, 24, 5, 16, 8, 34  # 34 directions: uneven shares for four
+CASES = [
+    ("random", torch.float64),
+    ("orthogonal", torch.float64),
+    ("eigen+random", torch.float64),
+    ("hadamard", torch.float64),
+    ("random", torch.float32),
+]
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+"""Relative to the largest entry, after twenty steps of AdamW, whose normalised steps amplify rounding."""
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def updates(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Losses of twenty updates and the parameters after them, on one process or on this rank of several."""
+    width, n = (64, 150) if kind == "hadamard" else (WIDTH, DIRECTIONS)  # transforms begin at 64
+    net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width), nn.ReLU()).to(dtype)
+    with torch.no_grad():
+        for i, parameter in enumerate(net.parameters()):
+            parameter.copy_(draw(*parameter.shape, seed=10 + i) - 0.4)
+    model = DistributedDataParallel(net) if dist.is_initialized() else net
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-4)
+    objective = RectifiedLpJEPALoss(RectifiedGeneralizedGaussian(-0.2, sigma_gn(1.0), 1.0), kind=kind, n=n, chunk=7)
+    losses = []
+    for step in range(UPDATES):
+        images = (2 * draw(VIEWS, BATCH, INPUTS, seed=100 + step) - 1).to(dtype)
+        images = images.chunk(collectives.world_size(), 1)[collectives.rank()]
+        terms = objective(model(images.flatten(0, 1)).unflatten(0, images.shape[:2]), step)
+        optimizer.zero_grad()
+        terms.loss.backward()
+        optimizer.step()
+        losses.append(collectives.mean_over_ranks(terms.loss).item())
+    return {"losses": losses, "parameters": [p.detach().clone() for p in net.parameters()]}
+
+
+# --- planted mistakes -----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    right = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
+
+
+def without_reduction() -> dict[str, Any]:
+    """The gather's backward forgets what the other ranks send."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].narrow(ctx.dim, dist.get_rank() * ctx.rows, ctx.rows), None
+
+    with patched(collectives._Gather, "backward", staticmethod(backward)):
+        return updates("random", torch.float64)
+
+
+def with_targets_of_each_rank() -> dict[str, Any]:
+    """Every rank draws a target of its own, as with a generator that is seeded by rank."""
+    right = rng.generator
+
+    def generator(seed: int, purpose: Any, *counters: Any, **options: Any) -> torch.Generator:
+        return right(seed, purpose, *counters, *([dist.get_rank()] if purpose == "target" else []), **options)
+
+    with patched(rng, "generator", generator):
+        return updates("random", torch.float64)
+
+
+def with_directions_of_each_rank() -> dict[str, Any]:
+    """Every rank takes the first share of the directions instead of its own."""
+    right = collectives.rank
+
+    def first() -> int:
+        return 0
+
+    def loss(self: RectifiedLpJEPALoss, z: Tensor, step: int) -> Any:
+        with patched(collectives, "rank", first):
+            return right_call(self, z, step)
+
+    right_call = RectifiedLpJEPALoss.__call__
+    with patched(RectifiedLpJEPALoss, "__call__", loss):
+        found = updates("random", torch.float64)
+    assert collectives.rank is right
+    return found
+
+
+MISTAKES: dict[str, Callable[[], dict[str, Any]]] = {
+    "no reduction": without_reduction,
+    "targets of each rank": with_targets_of_each_rank,
+    "the same directions everywhere": with_directions_of_each_rank,
+}
+
+
+# --- the tests ------------------------------------------------------------------------------------------------------------------------
+
+
+def on_a_rank() -> dict[Any, dict[str, Any]]:
+    found: dict[Any, dict[str, Any]] = {case: updates(*case) for case in CASES}
+    return found | {name: mistaken() for name, mistaken in MISTAKES.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> dict[int, list[dict[Any, dict[str, Any]]]]:
+    """What each rank of two and of four found."""
+    return {world: run_ranks(on_a_rank, world, limit=120) for world in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Any, dict[str, Any]]:
+    return {case: updates(*case) for case in CASES}
+
+
+def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """Largest difference of losses and of parameters, relative to the largest entry of each."""
+    pairs = [(torch.tensor(found["losses"]), torch.tensor(wanted["losses"])), *zip(found["parameters"], wanted["parameters"], strict=True)]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_many_processes_make_the_updates_of_one(ranks: Any, alone: Any, world: int, case: tuple[str, torch.dtype]) -> None:
+    for rank in ranks[world]:
+        assert apart(rank[case], alone[case]) < TOLERANCE[case[1]]
+    for a, b in zip(ranks[world][0][case]["parameters"], ranks[world][-1][case]["parameters"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_updates_change_the_network(alone: Any) -> None:
+    for case in CASES:
+        assert alone[case]["losses"][-1] < 0.9 * alone[case]["losses"][0]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_noticed(ranks: Any, alone: Any, world: int, mistake: str) -> None:
+    for rank in ranks[world]:
+        assert apart(rank[mistake], alone["random", torch.float64]) > 1e-3

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .hub.zoo import list_encoders as list_encoders
     from .models.classifier import Classifier as Classifier
     from .models.encoder import SparseEncoder as SparseEncoder
-    from .models.pretrained import create_encoder as create_encoder
+    from .models.factory import create_encoder as create_encoder
     from .models.pretrained import load_classifier as load_classifier
     from .models.pretrained import load_encoder as load_encoder
     from .objectives.rectified_lpjepa import RectifiedLpJEPALoss as RectifiedLpJEPALoss
@@ -42,7 +42,7 @@ _HOME = {
     "sigma_rgn": "distributions",
     "Classifier": "models.classifier",
     "SparseEncoder": "models.encoder",
-    "create_encoder": "models.pretrained",
+    "create_encoder": "models.factory",
     "load_classifier": "models.pretrained",
     "load_encoder": "models.pretrained",
     "evaluate": "evaluation.evaluate",

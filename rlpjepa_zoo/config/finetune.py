@@ -11,23 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import RecipeError
 from .load import read_yaml, text_of
-from .pretrain import (
-    Count,
-    Data,
-    Finite,
-    Hub,
-    NonNegative,
-    Optim,
-    Plan,
-    Positive,
-    Probability,
-    Recipe,
-    Section,
-    Train,
-    Views,
-    kind_of,
-    plain,
-)
+from .pretrain import Recipe
+from .sections import Count, Data, Finite, Hub, NonNegative, Optim, Plan, Positive, Probability, Section, Train, Views, kind_of, plain
 
 __all__ = ["Start", "TuningRecipe", "load_any"]
 

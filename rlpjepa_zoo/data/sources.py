@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..config.pretrain import Data
+from ..config.sections import Data
 from ..core import rng
 from ..errors import DataError, HubError, first_line
 from ..hub import retry

@@ -18,7 +18,7 @@ import torch.nn as nn
 from PIL import Image
 from torch import Tensor
 
-from ..config.pretrain import Data, Views
+from ..config.sections import Data, Views
 from ..core import rng
 
 __all__ = ["Augment", "Group"]

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import load as recipe_text
-from ..config import pretrain as recipe
-from ..config.pretrain import Data, Recipe
+from ..config.pretrain import Recipe
+from ..config.sections import Data, data_section
 from ..data.images import Images
 from ..data.sources import open_source
 from ..errors import DataError, UsageError, did_you_mean
@@ -54,7 +54,7 @@ def section(data: str, overrides: Sequence[str] = ()) -> Data:
         ('fine_label', 'copy')
     """
     if data in SETS:
-        return recipe.data_section(SETS[data], overrides)
+        return data_section(SETS[data], overrides)
     if Path(data).is_dir():
         if overrides:
             raise UsageError(f"'{overrides[0]}': overrides belong to a named set or a recipe, and --data {data} is a folder")

@@ -22,7 +22,8 @@ from ..data.preprocess import batched, ready
 from ..data.sources import Source
 from ..errors import DataError, NonFiniteError, UsageError
 from ..models.encoder import SparseEncoder
-from ..models.pretrained import create_encoder, load_encoder
+from ..models.factory import create_encoder
+from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
 from .metrics import dead, l0, l1
 from .probes import Array, knn_accuracy, paired

@@ -26,7 +26,8 @@ from ..data.sources import Source
 from ..errors import DataError, RecipeError, UsageError, did_you_mean, first_line
 from ..models.classifier import Classifier, make_classifier
 from ..models.encoder import SparseEncoder
-from ..models.pretrained import create_encoder, load_encoder
+from ..models.factory import create_encoder
+from ..models.pretrained import load_encoder
 from .online_probes import check_arguments
 from .optim import make_tuner
 from .task import Loss, Task

@@ -16,7 +16,7 @@ from ..data.preprocess import Preprocess
 from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import RecipeError, first_line
 from ..models.encoder import Output, SparseEncoder
-from ..models.pretrained import create_encoder, refused_arguments
+from ..models.factory import create_encoder, refused_arguments
 from ..objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from ..ops.gradient_noise import directions_needed, matched
 

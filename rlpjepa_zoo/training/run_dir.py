@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config.pretrain import Plan, Recipe
+from ..config.pretrain import Recipe
+from ..config.sections import Plan
 from ..core import files
 from ..errors import OutputError, UsageError
 

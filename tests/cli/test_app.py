@@ -16,7 +16,7 @@ from PIL import Image
 
 from rlpjepa_zoo import SparseEmbeddings
 from rlpjepa_zoo.cli.app import app as cli
-from rlpjepa_zoo.models.pretrained import create_encoder
+from rlpjepa_zoo.models.factory import create_encoder
 
 TINY = [
     "data.limit=128", "encoder.dim=16", "objective.num_directions=32", "train.batch_size=64", "train.epochs=2", "train.num_workers=0",

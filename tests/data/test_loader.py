@@ -13,7 +13,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from rlpjepa_zoo.config.pretrain import Data, Recipe
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.config.sections import Data
 from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.loader import Batch, Batches, Decoded, decoded, make_loader, shard_groups
 from rlpjepa_zoo.data.sources import Source, fingerprint, open_source

@@ -11,7 +11,8 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from rlpjepa_zoo.config.pretrain import Data, Recipe, Views
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.config.sections import Data, Views
 from rlpjepa_zoo.core import rng as streams
 from rlpjepa_zoo.data.views import Augment
 

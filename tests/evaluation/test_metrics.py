@@ -16,7 +16,7 @@ from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.evaluation.evaluate import encode, evaluate
 from rlpjepa_zoo.evaluation.metrics import alarms, batch_metrics, covariance, dead, l0, l1, variance
 from rlpjepa_zoo.models.encoder import SparseEncoder
-from rlpjepa_zoo.models.pretrained import create_encoder
+from rlpjepa_zoo.models.factory import create_encoder
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

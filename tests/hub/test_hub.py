@@ -678,7 +678,7 @@ def test_a_data_set_of_the_hub_is_read_and_its_errors_are_those_of_the_hub(hub_s
     made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 6}, features=features)
     for split in ("train", "test"):
         made.push_to_hub("owner/pictures", token=WRITER, split=split)
-    from rlpjepa_zoo.config.pretrain import Data
+    from rlpjepa_zoo.config.sections import Data
     from rlpjepa_zoo.data.sources import open_source
 
     source = open_source(Data(source="hf", name="owner/pictures", eval_split="test"))

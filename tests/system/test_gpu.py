@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlpjepa_zoo.config.pretrain import Data, Recipe, Views
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.config.sections import Data, Views
 from rlpjepa_zoo.data.views import Augment
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
-from rlpjepa_zoo.models.pretrained import create_encoder, load_encoder
+from rlpjepa_zoo.models.factory import create_encoder
+from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.ops.directions import FAMILIES, directions, slices
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein

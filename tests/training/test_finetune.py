@@ -126,7 +126,7 @@ def test_rates_of_a_body_that_does_not_learn_are_refused(name: str) -> None:
     "argument", ["preprocess: x", "freeze_backbone: true", "dim: 5", "checkpoint_path: x", "pretrained_cfg_overlay: {file: x}"]
 )
 def test_arguments_that_are_not_the_backbones_are_refused_by_name(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlpjepa_zoo.models.pretrained._backbone", lambda *given, **options: pytest.fail("built"))
+    monkeypatch.setattr("rlpjepa_zoo.models.factory._backbone", lambda *given, **options: pytest.fail("built"))
     name = argument.partition(":")[0]
     with refused(RecipeError, match=rf"start\.args\.{name}: is not an argument of a backbone"):
         tuning.start_encoder(tiny("start.source=timm:test_vit", f"start.args={{{argument}}}"))

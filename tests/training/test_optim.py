@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.models.pretrained import create_encoder
+from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.training.optim import learning_rate, make_optimizer, set_learning_rates
 
 

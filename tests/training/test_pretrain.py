@@ -359,7 +359,7 @@ def test_a_key_that_went_away_is_a_change_and_an_unknown_allowance_is_refused(tm
 def test_synchronised_batch_norm_keeps_the_activations_of_timm() -> None:
     """The converter that multi-GPU training uses leaves the function of a network with fused norms as it was."""
     import rlpjepa_zoo.training.trainer as module
-    from rlpjepa_zoo.models.pretrained import create_encoder
+    from rlpjepa_zoo.models.factory import create_encoder
 
     enc, x = create_encoder("test_efficientnet", dim=8).eval(), torch.randn(2, 3, 32, 32)
     before = enc.features(x)

@@ -20,9 +20,9 @@ import rlpjepa_zoo as rz
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate
-from rlpjepa_zoo.report.report import bench_loss as bench
-from rlpjepa_zoo.training.pretrain import online_probes as model
-from rlpjepa_zoo.training.pretrain import pretrain as training
+from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.training import online_probes as model
+from rlpjepa_zoo.training import pretrain as training
 
 MEASURES = ("knn_z", "linear_z", "one_shot_z", "knn_features", "linear_features", "one_shot_features", "l0")
 

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 
 from rlpjepa_zoo.ops.directions import _factors
 from rlpjepa_zoo.ops.gradient_noise import gradient_error
-from rlpjepa_zoo.report.report import bench_loss as bench
+from rlpjepa_zoo.report import bench_loss as bench
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"

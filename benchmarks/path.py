@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.report.report import bench_loss as bench
-from rlpjepa_zoo.training.pretrain import online_probes as model
-from rlpjepa_zoo.training.pretrain import pretrain as training
-from rlpjepa_zoo.training.pretrain import trainer as engine
+from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.training import online_probes as model
+from rlpjepa_zoo.training import pretrain as training
+from rlpjepa_zoo.training import trainer as engine
 
 PARTS = {
     "waiting for images": (engine.Run, "_next"),

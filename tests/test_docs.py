@@ -18,7 +18,7 @@ from PIL import Image
 from rlpjepa_zoo.cli.app import app as cli
 from rlpjepa_zoo.config.finetune import TuningRecipe
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.hub.download import zoo
+from rlpjepa_zoo.hub import zoo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

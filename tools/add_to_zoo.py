@@ -16,9 +16,9 @@ from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import files
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate, with_results
-from rlpjepa_zoo.hub.download import card, zoo
-from rlpjepa_zoo.hub.download import download as hub
-from rlpjepa_zoo.hub.download import format as hub_format
+from rlpjepa_zoo.hub import card, zoo
+from rlpjepa_zoo.hub import download as hub
+from rlpjepa_zoo.hub import format as hub_format
 from rlpjepa_zoo.models.pretrained import load_encoder
 
 ROOT = Path(__file__).parent.parent

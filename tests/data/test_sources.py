@@ -1,13 +1,11 @@
 """Images in a fixed order, whatever holds them: folders, lists, parquet, tar files, data sets; and cutting them into spans."""
 
 import io
-import itertools
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hub_server import FakeHub
@@ -15,30 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from refusals import refused
+from rows import FEATURES, NAMES, N, picture, png, samples, table, tar
 
 from rlpjepa_zoo.data.feeds import Feed, Row, open_feed, spans
 from rlpjepa_zoo.errors import DataError, HubError, UsageError
-
-N = 11
-NAMES = [f"{'ab'[i % 2]}/{i:02d}.png" for i in range(N)]
-FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=["a", "b"]),
-        "note": datasets.Value("string"),
-        "key": datasets.Value("string"),
-    }
-)
-
-
-def picture(i: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (9 + i % 3, 8, 3), dtype=np.uint8))
-
-
-def png(i: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(i).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -47,25 +25,6 @@ def photos(tmp_path: Path) -> Path:
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(png(i))
     return tmp_path / "photos"
-
-
-def table(rows: range = range(N)) -> datasets.Dataset:
-    columns = {"image": [{"bytes": png(i), "path": None} for i in rows], "label": [i % 2 for i in rows]}
-    return datasets.Dataset.from_dict(columns | {"note": [f"n{i}" for i in rows], "key": [f"k{i}" for i in rows]}, features=FEATURES)
-
-
-def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def samples(rows: range) -> list[tuple[str, bytes]]:
-    parts = [[(f"x/s{i:02d}.png", png(i)), (f"x/s{i:02d}.cls", b"%d" % (i % 2)), (f"x/s{i:02d}.json", b'{"i": %d}' % i)] for i in rows]
-    return list(itertools.chain.from_iterable(parts))
 
 
 def same(feed: Feed, order: list[int], start: int = 0) -> list[Row]:

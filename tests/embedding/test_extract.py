@@ -17,8 +17,8 @@ from models import settled
 from PIL import Image
 from processes import run_ranks
 from refusals import refused
-from test_feeds import N as FEW
-from test_feeds import samples, table, tar
+from rows import N as FEW
+from rows import samples, table, tar
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.cli.app import app as cli

@@ -21,8 +21,8 @@ from rlpjepa_zoo.evaluation.datasets import SETS, open_set, section
 from rlpjepa_zoo.evaluation.evaluate import encode, evaluate, with_results
 from rlpjepa_zoo.evaluation.evaluate import evaluate as evaluation
 from rlpjepa_zoo.evaluation.probes import held_out, knn_accuracy
-from rlpjepa_zoo.hub.download import card, card_figures
-from rlpjepa_zoo.hub.download import format as hub_format
+from rlpjepa_zoo.hub import card, card_figures
+from rlpjepa_zoo.hub import format as hub_format
 from rlpjepa_zoo.models.encoder import SparseEncoder
 
 

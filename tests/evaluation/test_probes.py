@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from rlpjepa_zoo.errors import DataError, UsageError
-from rlpjepa_zoo.evaluation.evaluate import probes
+from rlpjepa_zoo.evaluation import probes
 from rlpjepa_zoo.evaluation.probes import (  # fmt: skip
     choose_c,
     clustering,

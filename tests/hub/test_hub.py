@@ -24,10 +24,10 @@ import rlpjepa_zoo as rz
 from rlpjepa_zoo.cli.app import app as cli
 from rlpjepa_zoo.data.preprocess import Preprocess
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, UsageError
-from rlpjepa_zoo.hub.download import card, retry, zoo
-from rlpjepa_zoo.hub.download import download as hub
-from rlpjepa_zoo.hub.download import format as hub_format
-from rlpjepa_zoo.hub.download import push as publish
+from rlpjepa_zoo.hub import card, retry, zoo
+from rlpjepa_zoo.hub import download as hub
+from rlpjepa_zoo.hub import format as hub_format
+from rlpjepa_zoo.hub import push as publish
 
 REPO = "owner/sparse-vit"
 WRITER, READER = "hf_writer", "hf_reader"

@@ -18,9 +18,9 @@ from refusals import refused
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.core import package
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, OutputError, RecipeError, UsageError, ZooError, did_you_mean
-from rlpjepa_zoo.hub.download import download as hub
-from rlpjepa_zoo.hub.download import push as publish
-from rlpjepa_zoo.hub.download import retry, zoo
+from rlpjepa_zoo.hub import download as hub
+from rlpjepa_zoo.hub import push as publish
+from rlpjepa_zoo.hub import retry, zoo
 
 ROOT = Path(rz.__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -114,7 +114,7 @@ def test_what_a_dial_cannot_do_is_refused() -> None:
              {"mode": "threshold", "value": -1.0}, {"mode": "top_k", "value": 3, "more": 1}, {"mode": "top_k", "value": True}]
 )  # fmt: skip
 def test_a_strangers_dial_is_checked(tmp_path: Path, dial: object) -> None:
-    from rlpjepa_zoo.hub.download import format as hub_format
+    from rlpjepa_zoo.hub import format as hub_format
 
     path = settled().with_budget(3).save_pretrained(tmp_path / "enc")
     config, contents = hub_format.snapshot(path)

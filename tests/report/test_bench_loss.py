@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlpjepa_zoo.cli.app import app as cli
-from rlpjepa_zoo.report.report import bench_loss as bench
+from rlpjepa_zoo.report import bench_loss as bench
 
 ROOT = Path(__file__).parents[2]
 

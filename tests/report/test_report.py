@@ -22,11 +22,12 @@ from rlpjepa_zoo.core import rng as streams
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import OutputError, UsageError
-from rlpjepa_zoo.evaluation.evaluate import diagnostics
+from rlpjepa_zoo.evaluation import diagnostics
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.report.report import charts, report, write
-from rlpjepa_zoo.report.report import html as page
+from rlpjepa_zoo.report import charts, report
+from rlpjepa_zoo.report import html as page
+from rlpjepa_zoo.report.report import write
 from rlpjepa_zoo.training.pretrain import train
 from rlpjepa_zoo.training.publisher import history
 from rlpjepa_zoo.training.run_dir import read_run

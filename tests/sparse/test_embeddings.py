@@ -17,8 +17,8 @@ from refusals import refused
 from safetensors.numpy import save as pack
 
 from rlpjepa_zoo.errors import DataError, ModelError, OutputError, UsageError
+from rlpjepa_zoo.sparse import embeddings as sparse
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
-from rlpjepa_zoo.sparse.embeddings import embeddings as sparse
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
 NAMES = ["é ü/ñ.jpg", "日本語 ☃.png", "", "a,b\t'\"\\.png", "עברית.png", "line\nbreak.png"]

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import equal, forked, made, same, steps
+from images import photos, toy
 from PIL import Image
+from processes import alive, gone
 from refusals import refused
-from test_checkpoint import equal, forked, made, same, steps
-from test_data import photos, toy
-from test_survival import poison
-from test_train import TINY, codes, of_folder, rows, stop_after, tiny
+from runs import TINY, codes, of_folder, poison, rows, stop_after, tiny
 
 import rlpjepa_zoo.training.trainer as engine
 from rlpjepa_zoo.config.pretrain import Recipe
@@ -39,9 +39,10 @@ from rlpjepa_zoo.data.loader import Batches, make_loader
 from rlpjepa_zoo.data.sources import Source
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
+from rlpjepa_zoo.training import checkpoint, run_dir
 from rlpjepa_zoo.training.checkpoint import latest, save
 from rlpjepa_zoo.training.online_probes import EncoderWithProbes, build_encoder
-from rlpjepa_zoo.training.pretrain import checkpoint, run_dir, train
+from rlpjepa_zoo.training.pretrain import train
 
 HERE = Path(__file__).parents[1]
 
@@ -712,14 +713,6 @@ def odd(what: Callable[[], Any], row: int = 5) -> Source:
     return Source(Images(Odd(row, what), [f"photo-{i}" for i in range(40)]), None, 40, 0)
 
 
-def alive(pid: int) -> bool:
-    """Not gone, and not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize("where", ["in the step", "at the next batch"])
 def test_a_worker_that_is_killed_is_one_line_at_once(where: str) -> None:
     """torch raises from a handler of SIGCHLD, so in the middle of whatever runs then."""
@@ -758,13 +751,6 @@ def test_a_worker_that_is_slow_within_the_limit_is_waited_for() -> None:
     ) as batches:
         assert sum(len(batches.next().rows) for _ in range(5)) == 40
     assert make_loader(photos(), toy(), range(1)).timeout == 0  # without workers there is nobody to wait for
-
-
-def gone(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(alive, pids))
 
 
 def children(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import codes, rows, tiny
+from runs import codes, rows, tiny
 
 from rlpjepa_zoo.training.checkpoint import latest
 from rlpjepa_zoo.training.pretrain import train

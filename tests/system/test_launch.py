@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from processes import run_ranks
-from test_train import TINY, codes, rows, tiny
+from runs import TINY, codes, rows, tiny
 
 import rlpjepa_zoo.training.trainer as engine
 from rlpjepa_zoo.core import distributed

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_ranks
+from processes import alive, gone, run_ranks
 from refusals import refused
-from test_faults import alive, gone
-from test_train import TINY, codes, rows, stop_after, tiny, wait_for_step
+from runs import TINY, codes, rows, stop_after, tiny, wait_for_step
 
 from rlpjepa_zoo.core import distributed, signals
 from rlpjepa_zoo.errors import RecipeError, StoppedBySignal

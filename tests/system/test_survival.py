@@ -12,40 +12,17 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_ranks
-from test_train import codes, of_folder, rows, stop_after, tiny
+from runs import codes, of_folder, poison, rows, stop_after, tiny
 
 from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.core.signals import Interrupts
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
+from rlpjepa_zoo.training import trainer as engine
 from rlpjepa_zoo.training.checkpoint import latest
 from rlpjepa_zoo.training.nonfinite import Guard
 from rlpjepa_zoo.training.pretrain import _Pretraining, train
-from rlpjepa_zoo.training.pretrain import trainer as engine
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss") -> None:
-    """Make the loss, or the pixels of one image, not a number at some steps (counted from 1)."""
-
-    if where == "loss":
-        original = RectifiedLpJEPALoss.__call__
-
-        def broken(self: Any, z: torch.Tensor, step: int) -> Any:
-            terms = original(self, z, step)
-            return terms._replace(loss=terms.loss * float("inf")) if step + 1 in steps else terms
-
-        monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
-        return
-    right = engine.Run._forward
-
-    def forward(self: Any, batch: Any) -> Any:
-        if self.step + 1 in steps:
-            batch.images[0][0, 0, 0, 0, 0] = float("nan")
-        return right(self, batch)
-
-    monkeypatch.setattr(engine.Run, "_forward", forward)
-
 
 # --- numbers that are not finite ------------------------------------------------------------------------------------------------------
 

@@ -18,37 +18,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from checkpoints import equal, forked, made, same, steps
 from torch import Tensor
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core.files import lock
 from rlpjepa_zoo.errors import ModelError, OutputError, UsageError
+from rlpjepa_zoo.training import checkpoint
 from rlpjepa_zoo.training.checkpoint import Checkpoint, latest, optimizer_state, restore_optimizer, save
 from rlpjepa_zoo.training.optim import make_optimizer, set_learning_rates
-from rlpjepa_zoo.training.pretrain import checkpoint, train
+from rlpjepa_zoo.training.pretrain import train
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
-
-
-def made(step: int, size: int = 50) -> Checkpoint:
-    model = {"weight": torch.full((size,), float(step)), "count": torch.tensor(step)}
-    return Checkpoint(step, model, {"0.exp_avg": torch.full((size,), -float(step))}, {"seconds": step / 4, "note": f"step {step}"})
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and bits(a[k]) == bits(b[k]) for k in a)
-
-
-def same(a: Checkpoint | None, b: Checkpoint) -> bool:
-    return a is not None and a.step == b.step and equal(a.model, b.model) and equal(a.optimizer, b.optimizer) and a.state == b.state
-
-
-def steps(run: Path) -> list[str]:
-    return sorted(p.name for p in (run / "checkpoints").iterdir())
 
 
 @contextmanager
@@ -467,23 +448,6 @@ def test_a_checkpoint_of_a_run_holds_no_pickle_and_no_random_state(tmp_path: Pat
 
 
 # --- one run, one folder ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def forked(work: Callable[[], None]) -> Iterator[int]:
-    """A copy of this process that does some work; it is gone afterwards."""
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(20)
-            work()
-        finally:
-            os._exit(1)
-    try:
-        yield child
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 @contextmanager

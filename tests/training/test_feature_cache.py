@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import settled
 from refusals import refused
-from test_train import codes, of_folder, rows, stop_after, tiny
+from runs import codes, of_folder, rows, stop_after, tiny
 
 from rlpjepa_zoo.cli.app import run as cli
 from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal

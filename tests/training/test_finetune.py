@@ -16,8 +16,8 @@ from models import settled
 from PIL import Image
 from processes import run_ranks
 from refusals import refused
-from test_train import stop_after
-from test_train import tiny as tiny_encoder
+from runs import stop_after
+from runs import tiny as tiny_encoder
 from torch import Tensor
 
 import rlpjepa_zoo as rz
@@ -31,11 +31,11 @@ from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.sources import Source, open_source
 from rlpjepa_zoo.errors import DataError, ModelError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.classifier import make_classifier
+from rlpjepa_zoo.training import finetune as tuning
 from rlpjepa_zoo.training.checkpoint import latest
 from rlpjepa_zoo.training.finetune import choose, finetune
 from rlpjepa_zoo.training.online_probes import build_encoder
 from rlpjepa_zoo.training.optim import make_tuner
-from rlpjepa_zoo.training.pretrain import finetune as tuning
 
 TINY = [
     "data.limit=192", "views.rotate=0", "views.translate=0", "views.zoom=[1, 1]", "train.batch_size=64", "train.epochs=4", "train.log_every=1",
@@ -217,7 +217,7 @@ def test_the_alarm_compares_with_the_most_frequent_class_of_the_evaluation_image
 def test_rows_without_a_label_are_counted_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rlpjepa_zoo.training.pretrain import trainer as engine
+    from rlpjepa_zoo.training import trainer as engine
 
     def some_without(data, seed):  # type: ignore[no-untyped-def]
         source = open_source(data, seed)
@@ -308,7 +308,7 @@ def test_rates_fall_by_the_layer_and_the_linear_layer_has_its_own(vit: Path) -> 
 
 
 def test_the_body_is_frozen_for_the_linear_epochs_and_then_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlpjepa_zoo.training.pretrain import trainer as engine
+    from rlpjepa_zoo.training import trainer as engine
 
     seen: list[tuple[Tensor, Tensor]] = []
     right = engine.Run._update

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from runs import TINY, codes, of_folder, rows, stop_after, tiny, wait_for_step
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
@@ -18,52 +18,12 @@ from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.checkpoint import latest
 from rlpjepa_zoo.training.pretrain import train
 
-TINY = [
-    "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "encoder.projector_depth=2",
-    "objective.num_directions=64", "train.batch_size=64", "train.epochs=4", "train.num_workers=0", "train.log_every=1", "train.precision=no",
-    "optim.lr=0.02", "optim.warmup_epochs=0.5", "probe.every_epochs=2", "probe.bank=100", "probe.eval_images=60", "train.checkpoint_minutes=1000",
-]  # fmt: skip
-
-
-def tiny(*more: str) -> Recipe:
-    return Recipe.load("digits", [*TINY, *more])
-
-
-def of_folder(path: Path, *more: str) -> Recipe:
-    return Recipe.load(
-        "folder-resnet18", [f"data.path={path}", "data.image_size=32", *[t for t in TINY if not t.startswith("data.")], *more]
-    )
-
-
-def rows(run: Path) -> list[dict]:
-    """The metrics, without what depends on the clock."""
-    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read]
-
-
-def codes(folder: Path) -> torch.Tensor:
-    return load_encoder(folder)(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).detach()
-
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     train(tiny(), run, progress=False)
     return run
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal while step `step` is running."""
-    import rlpjepa_zoo.training.trainer as module
-
-    original = module.set_learning_rates
-
-    def patched(optimizer, recipe, at, total, per_epoch):  # type: ignore[no-untyped-def]
-        if at == step - 1:
-            os.kill(os.getpid(), number)
-        return original(optimizer, recipe, at, total, per_epoch)
-
-    monkeypatch.setattr(module, "set_learning_rates", patched)
 
 
 def test_a_run_leaves_what_it_promises(unbroken: Path) -> None:
@@ -295,16 +255,6 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
             if name in a:
                 assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
     assert torch.allclose(codes(tmp_path / "one/encoder"), codes(tmp_path / "two/encoder"), atol=1e-4)
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        home = run / "checkpoints"
-        if home.is_dir() and any(int(p.name[5:]) >= step for p in home.iterdir() if p.name.startswith("step-")):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"no checkpoint of step {step} in time")
 
 
 def test_terminated_with_its_workers_then_killed_then_resumed_is_bit_equal(tmp_path: Path) -> None:

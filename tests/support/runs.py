@@ -1,0 +1,88 @@
+"""Short training runs: recipes of a few steps, what they logged, signals and broken numbers at a chosen step."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.models.pretrained import load_encoder
+from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
+from rlpjepa_zoo.training import trainer as engine
+
+TINY = [
+    "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "encoder.projector_depth=2",
+    "objective.num_directions=64", "train.batch_size=64", "train.epochs=4", "train.num_workers=0", "train.log_every=1", "train.precision=no",
+    "optim.lr=0.02", "optim.warmup_epochs=0.5", "probe.every_epochs=2", "probe.bank=100", "probe.eval_images=60", "train.checkpoint_minutes=1000",
+]  # fmt: skip
+
+
+def tiny(*more: str) -> Recipe:
+    return Recipe.load("digits", [*TINY, *more])
+
+
+def of_folder(path: Path, *more: str) -> Recipe:
+    return Recipe.load(
+        "folder-resnet18", [f"data.path={path}", "data.image_size=32", *[t for t in TINY if not t.startswith("data.")], *more]
+    )
+
+
+def rows(run: Path) -> list[dict]:
+    """The metrics, without what depends on the clock."""
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read]
+
+
+def codes(folder: Path) -> torch.Tensor:
+    return load_encoder(folder)(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).detach()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal while step `step` is running."""
+    import rlpjepa_zoo.training.trainer as module
+
+    original = module.set_learning_rates
+
+    def patched(optimizer, recipe, at, total, per_epoch):  # type: ignore[no-untyped-def]
+        if at == step - 1:
+            os.kill(os.getpid(), number)
+        return original(optimizer, recipe, at, total, per_epoch)
+
+    monkeypatch.setattr(module, "set_learning_rates", patched)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        home = run / "checkpoints"
+        if home.is_dir() and any(int(p.name[5:]) >= step for p in home.iterdir() if p.name.startswith("step-")):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"no checkpoint of step {step} in time")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss") -> None:
+    """Make the loss, or the pixels of one image, not a number at some steps (counted from 1)."""
+
+    if where == "loss":
+        original = RectifiedLpJEPALoss.__call__
+
+        def broken(self: Any, z: torch.Tensor, step: int) -> Any:
+            terms = original(self, z, step)
+            return terms._replace(loss=terms.loss * float("inf")) if step + 1 in steps else terms
+
+        monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
+        return
+    right = engine.Run._forward
+
+    def forward(self: Any, batch: Any) -> Any:
+        if self.step + 1 in steps:
+            batch.images[0][0, 0, 0, 0, 0] = float("nan")
+        return right(self, batch)
+
+    monkeypatch.setattr(engine.Run, "_forward", forward)

@@ -15,7 +15,7 @@ import pytest
 from hub_server import FakeHub, User
 from PIL import Image
 
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.config.finetune import TuningRecipe
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.hub import zoo
@@ -139,9 +139,14 @@ def test_the_two_commands_of_the_start_are_there() -> None:
     assert "pip install -e . && rlpjepa demo" in README and "pip install -e '.[test]' && pytest" in README
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "rlpjepa_zoo").glob("*.py") if p.stem != "__main__"))
+MODULES = [
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in sorted((ROOT / "rlpjepa_zoo").rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_docstring_examples_run(name: str) -> None:
-    module = importlib.import_module("rlpjepa_zoo" if name == "__init__" else f"rlpjepa_zoo.{name}")
+    module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 
 

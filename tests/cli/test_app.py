@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from rlpjepa_zoo import SparseEmbeddings
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.models.factory import create_encoder
 
 TINY = [

@@ -21,7 +21,7 @@ from rows import N as FEW
 from rows import samples, table, tar
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.core import files as _files
 from rlpjepa_zoo.data.feeds import open_feed
 from rlpjepa_zoo.embedding import extract as extraction

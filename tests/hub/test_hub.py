@@ -21,7 +21,7 @@ from PIL import Image
 from refusals import refused
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.data.preprocess import Preprocess
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, UsageError
 from rlpjepa_zoo.hub import card, retry, zoo

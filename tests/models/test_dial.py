@@ -12,7 +12,7 @@ from models import settled
 from refusals import refused
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.errors import ModelError, UsageError

@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(tmp_path, encoder, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "enc.pt2").write_text("kept")
-    monkeypatch.setattr(module.folder, "write_durably", full)
+    monkeypatch.setattr(module.files, "write_durably", full)
     with refused(OutputError, match="No space left"):
         export(encoder, tmp_path / "enc.pt2", overwrite=True)
     assert os.listdir(tmp_path) == ["enc.pt2"] and (tmp_path / "enc.pt2").read_text() == "kept"

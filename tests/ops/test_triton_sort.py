@@ -122,7 +122,7 @@ def test_nothing_is_supported_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -
 
 def test_importing_needs_no_triton() -> None:
     code = (
-        "import sys; sys.modules['triton'] = None; import torch; from rlpjepa_zoo import kernels\n"
+        "import sys; sys.modules['triton'] = None; import torch; from rlpjepa_zoo.ops import triton_sort as kernels\n"
         "print('rlpjepa_zoo.ops.triton_kernels' in sys.modules, kernels.supported(torch.zeros(2, 2)))\n"
         "import rlpjepa_zoo.ops.triton_kernels"
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.report import bench_loss as bench
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
-from rlpjepa_zoo.cli.app import app as cli
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import rng as streams
 from rlpjepa_zoo.data.sources import open_source

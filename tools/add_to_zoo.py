@@ -1,8 +1,8 @@
-"""Keep the zoo: evaluate a run, write hub/NAME, the manifest, and the table in README.md.
+"""Keep the zoo: evaluate a run, write hub/NAME, the manifest, the table in README.md and its notes in docs/benchmarks.md.
 
     python tools/add_to_zoo.py add RUN NAME [--repo owner/name] [data.path=DIR ...]     add or replace one
     python tools/add_to_zoo.py pin NAME owner/name [COMMIT]                             where it is published, checked
-    python tools/add_to_zoo.py table                                                    cards, manifest and table anew
+    python tools/add_to_zoo.py table                                                    write cards, manifest, table and notes again
 
 With --repo the card speaks of that repository, and `rlpjepa push hub/NAME owner/name` publishes the very bytes of hub/NAME, so that one
 sha256 pins both. Labels are used here only, to measure; the linear probe is fitted on at most 20,000 training images.
@@ -11,6 +11,7 @@ sha256 pins both. Labels are used here only, to measure; the linear probe is fit
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import files
@@ -45,31 +46,51 @@ def pin(name: str, repo: str, commit: str | None) -> None:
     manifest.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def blocks() -> dict[str, dict[str, Any]]:
+    """The `rlpjepa_zoo` block of config.json of every encoder of the zoo, by name."""
+    return {name: hub_format.read_config(ROOT / "hub" / name)[hub_format.BLOCK] for name in zoo.list_encoders()}
+
+
 def table() -> str:
+    """Density and accuracy of every encoder, as a Markdown table."""
     lines = [
-        "| encoder | data | active, asked / law / measured | | kNN | linear | 1-shot |",
+        "| encoder | data | density: asked / law / measured | | kNN | linear | 1-shot |",
         "|---|---|---|---|---|---|---|",
     ]
-    notes = []
-    for name in zoo.list_encoders():
-        block = hub_format.read_config(ROOT / "hub" / name)[hub_format.BLOCK]
-        info, versions = block["info"], block["versions"]
-        found, density, training = info["results"], info["density"], info["training"]
+    for name, block in blocks().items():
+        info = block["info"]
+        results, density = info["results"], info["density"]
         asked = "-" if density["asked"] is None else f"{density['asked']:.3f}"
         head = f"| `{name}` | {info['data']} | {asked} / {density['theory']:.3f} / {density['eval']:.3f} "
         for space, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
-            if f"knn_{space}" in found:
-                scores = " | ".join(f"{found[f'{kind}_{space}']:.3f}" for kind in ("knn", "linear", "one_shot"))
-                lines.append(f"{head}| {label} | {scores} |")
+            if f"knn_{space}" in results:
+                knn, linear, one_shot = (f"{results[f'{probe}_{space}']:.3f}" for probe in ("knn", "linear", "one_shot"))
+                lines.append(f"{head}| {label} | {knn} | {linear} | {one_shot} ± {results[f'one_shot_std_{space}']:.3f} |")
                 head = "| | | "
+    return "\n".join(lines) + "\n"
+
+
+def notes() -> str:
+    """Command, hardware, versions, numbers of images and protocol behind each row of the table, as Markdown paragraphs."""
+    paragraphs = []
+    for name, block in blocks().items():
+        info, versions = block["info"], block["versions"]
+        results, training = info["results"], info["training"]
         minutes = f"{training['minutes']:g} minutes on {training['hardware']}"
         command = f"`rlpjepa train {info['recipe']}`, then `python tools/add_to_zoo.py add RUN {name}`"
         packages = f"torch {versions['torch']}, timm {versions['timm']}"
-        images = f"{found['n_train']} training and {found['n_test']} test images"
-        notes.append(
-            f"`{name}`: {command}; {training['epochs']:g} epochs, seed {training['seed']}, {minutes}, {packages}; {images}; {found['protocol']}."
+        images = f"{results['n_train']} training and {results['n_test']} test images"
+        paragraphs.append(
+            f"`{name}`: {command}; {training['epochs']:g} epochs, seed {training['seed']}, {minutes}, {packages}; {images}; {results['protocol']}."
         )
-    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def write_generated() -> None:
+    """Write the table into README.md and the notes into docs/benchmarks.md, between their markers."""
+    for page, text in (("README.md", table()), ("docs/benchmarks.md", notes())):
+        before, rest = (ROOT / page).read_text().split(BEGIN)
+        (ROOT / page).write_text(before + BEGIN + text + END + rest.split(END)[1])
 
 
 def main(arguments: list[str]) -> None:
@@ -87,9 +108,7 @@ def main(arguments: list[str]) -> None:
         case _:
             sys.exit(__doc__)
     zoo.write_manifest(ROOT / "hub")
-    readme = (ROOT / "README.md").read_text()
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    (ROOT / "README.md").write_text(before + BEGIN + table() + END + after)
+    write_generated()
 
 
 if __name__ == "__main__":

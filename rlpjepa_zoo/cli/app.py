@@ -169,7 +169,7 @@ def _facts_of_tuning(recipe: Any) -> tuple[Any, dict[str, Any]]:
     from ..training.finetune import start_encoder
 
     encoder = start_encoder(recipe)
-    return recipe.settled(dataclasses.asdict(encoder.config.preprocess)), {
+    return recipe.resolve_defaults(dataclasses.asdict(encoder.config.preprocess)), {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",

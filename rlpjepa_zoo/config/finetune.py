@@ -207,7 +207,7 @@ class TuningRecipe(Plan):
             raise ValueError("optim.backbone_lr: has no meaning with classifier.train=linear; remove it")
         return self
 
-    def resolve_defaults(self, preprocess: Mapping[str, Any]) -> TuningRecipe:
+    def with_preprocess(self, preprocess: Mapping[str, Any]) -> TuningRecipe:
         """Return the recipe with the preprocessing of the encoder in the place of null.
 
         Args:

@@ -21,11 +21,11 @@ from rows import N as FEW
 from rows import samples, table, tar
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli import app as cli
-from rlpjepa_zoo.core import files as _files
+from rlpjepa_zoo.cli.app import run as run_command
+from rlpjepa_zoo.core import files
 from rlpjepa_zoo.data.feeds import open_feed
-from rlpjepa_zoo.embedding import extract as extraction
 from rlpjepa_zoo.embedding.extract import Extraction, extract
+from rlpjepa_zoo.embedding.manifest import provenance
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.encoder import OutputOptions
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
@@ -46,7 +46,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def called(*words: Any) -> tuple[int, str, str]:
-        code = cli.run([str(word) for word in words])
+        code = run_command([str(word) for word in words])
         return code, *capsys.readouterr()
 
     return called
@@ -120,7 +120,7 @@ def raw() -> list[dict[str, Any]]:
 def test_a_stopped_run_is_gone_on_with_and_ends_byte_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enc = settled()
     extract(enc, open_feed(photos), tmp_path / "whole", HOW)
-    write = _files.whole_file
+    write = files.whole_file
     for stop in range(1, 8):
         out, seen = tmp_path / f"out{stop}", [0]
 
@@ -254,7 +254,7 @@ def test_a_folder_of_something_else_is_left_alone(photos: Path, tmp_path: Path) 
         out = tmp_path / name.split(".")[0]
         out.mkdir()
         (out / name).write_text("mine")
-        with refused(UsageError, match="which is not of embeddings"):
+        with refused(UsageError, match="which does not belong to embeddings"):
             extract(settled(), open_feed(photos), out, HOW)
         assert (out / name).read_text() == "mine"
     (tmp_path / "torn").mkdir()
@@ -270,7 +270,7 @@ def test_files_of_others_are_never_removed_not_even_to_begin_anew(photos: Path, 
     (home / "README.md").write_text("a card")
     before = contents(home)
     for overwrite in (False, True):
-        with refused(UsageError, match="which is not of embeddings"):
+        with refused(UsageError, match="which does not belong to embeddings"):
             extract(settled(), open_feed(home), home, HOW, overwrite=overwrite)
     assert contents(home) == before
     extract(settled(), open_feed(photos), tmp_path / "out", HOW)
@@ -422,7 +422,7 @@ def test_a_signal_ends_it_between_batches_and_the_same_call_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(enc), "codes", signalled)
-        with refused(StoppedBySignal, match="the same command goes on") as caught:
+        with refused(StoppedBySignal, match="the same command continues") as caught:
             extract(enc, open_feed(photos), out, HOW)
     assert caught.value.exit_code == code
     extract(enc, open_feed(photos), out, HOW)
@@ -439,7 +439,7 @@ def test_two_runs_into_one_folder_are_refused(photos: Path, tmp_path: Path) -> N
 
 def test_provenance_is_inside_every_file(photos: Path, tmp_path: Path) -> None:
     enc = settled().with_budget(3)
-    model = extraction.provenance(enc, str(tmp_path), "abc")
+    model = provenance(enc, str(tmp_path), "abc")
     extract(enc, open_feed(photos), tmp_path / "out", HOW, model=model)
     for part in (tmp_path / "out/data").iterdir():
         meta = SparseEmbeddings.load(part).meta
@@ -644,9 +644,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     import datasets
 
     datasets.concatenate_datasets([source] * 200).to_parquet(str(one))
-    for files in (1, 10):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / str(files)), *[str(one)] * files]
+    for copies in (1, 10):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / str(copies)), *[str(one)] * copies]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-        assert len(list((tmp_path / str(files) / "data").iterdir())) == -(-FEW * 200 * files // 1000)
+        assert len(list((tmp_path / str(copies) / "data").iterdir())) == -(-FEW * 200 * copies // 1000)
     print(f"largest resident memory: {peaks[0] / 1024:.1f} MB for {FEW * 200} images, {peaks[1] / 1024:.1f} MB for ten times as many")
     assert peaks[1] < 1.05 * peaks[0]

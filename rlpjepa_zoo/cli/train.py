@@ -73,7 +73,7 @@ def finetune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune an encoder to a classifier on labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
+    """Fine-tune an encoder to a classifier of labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
     from ..config.finetune import TuningRecipe
     from ..training.finetune import finetune as run
 

@@ -143,7 +143,7 @@ class TuningOptim(Optim):
     name: Literal["adamw", "sgd"] = "adamw"  # type: ignore[assignment]
     """Optimiser: AdamW, or SGD with momentum."""
     weight_decay: NonNegative = 0.05
-    """Weight decay."""
+    """Weight decay of the optimiser."""
     warmup_epochs: NonNegative = 1.0
     """Epochs of linear warm-up; fewer than train.epochs."""
     warmup_start_lr: NonNegative = 1e-6

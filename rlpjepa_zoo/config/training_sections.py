@@ -22,7 +22,7 @@ class Optim(Section):
     reference_batch: Count = 256
     """Batch size that the learning rates refer to."""
     weight_decay: NonNegative = 1e-4
-    """Weight decay."""
+    """Weight decay of the optimiser."""
     decay_bias_and_norm: bool = False
     """adamw only: apply weight decay to biases and normalisation parameters too. lars never does."""
     momentum: Probability = 0.9

@@ -1,4 +1,4 @@
-"""Recipes for fine-tuning: what `rlpjepa_zoo.config.pretrain` is for pretraining, with the same rules."""
+"""Recipe of a fine-tuning run; the rules are those of `rlpjepa_zoo.config.pretrain`."""
 
 from __future__ import annotations
 
@@ -10,56 +10,71 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import RecipeError
-from .load import read_yaml, text_of
+from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
+from .load import read_text, read_yaml
+from .plan import Plan, kind_of, without_folder
 from .pretrain import Recipe
-from .sections import Count, Data, Finite, Hub, NonNegative, Optim, Plan, Positive, Probability, Section, Train, Views, kind_of, plain
+from .sections import Data, Views
+from .training_sections import Hub, Optim, Train
 
-__all__ = ["Start", "TuningRecipe", "load_any"]
+__all__ = ["Lora", "Start", "TuningRecipe", "load_any"]
 
 
 class TuningData(Data):
-    """Labelled images; those without a label are left out. Preprocessing that is null is that of the encoder one starts from."""
+    """Labelled images; images without a label are left out. Preprocessing keys that are null take the value of the starting encoder."""
 
     image_size: Count | None = None  # type: ignore[assignment]
+    """Height and width of the input of the backbone, in pixels; null takes those of the encoder."""
     mean: tuple[Finite, Finite, Finite] | None = None  # type: ignore[assignment]
+    """Mean of each channel for normalisation, on the 0..1 scale; null takes that of the encoder."""
     std: tuple[Positive, Positive, Positive] | None = None  # type: ignore[assignment]
+    """Standard deviation of each channel for normalisation, on the 0..1 scale; null takes that of the encoder."""
     interpolation: Literal["bilinear", "bicubic"] | None = None  # type: ignore[assignment]
+    """Interpolation of every resize; null takes that of the encoder."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None  # type: ignore[assignment]
+    """Evaluation: share of the resized short side that the centre crop covers; null takes that of the encoder."""
     per_class: Count | None = None
-    """Use only this many labelled training images of each class, chosen at random (by the seed of the run)."""
+    """Number of labelled training images of each class to use, drawn at random by the seed of the run; null uses all."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check_labels(self) -> Self:
         if self.streaming:
-            raise ValueError("data.streaming: fine-tuning counts and draws labelled images, so it needs them all; set it to false")
+            raise ValueError(
+                "data.streaming: fine-tuning counts and draws labelled images, so it needs all of them at once; set it to false"
+            )
         if self.limit is not None and self.per_class is not None:
             raise ValueError("data.per_class: has no meaning together with data.limit; give one of them")
         return self
 
 
 class TuningViews(Views):
-    """The random view of an image that a step sees: mild by default, since labels are to stay true."""
+    """Random view of an image that a step trains on. The defaults are mild, so that the label stays true."""
 
     count: Annotated[int, Field(ge=1, le=1)] = 1
+    """Number of views of each image in a step; always 1 in fine-tuning."""
     crop_scale: tuple[Positive, Positive] | None = (0.5, 1.0)
+    """Smallest and largest share of the image area that a random resized crop takes; null resizes the whole image."""
     jitter: Probability = 0.0
+    """Probability of colour jitter."""
     grayscale: Probability = 0.0
+    """Probability of conversion to greyscale."""
     local: None = None
+    """Local views; always null in fine-tuning."""
 
 
 class Start(Section):
-    """Where fine-tuning starts from."""
+    """Model that fine-tuning starts from."""
 
     source: str | None = None
-    """An encoder (zoo name, owner/repo on the Hub, folder of a run or of an encoder), or timm:NAME with timm's weights."""
+    """Encoder (zoo name, owner/repo on the Hub, folder of a run or of an encoder), or timm:NAME for a timm model with its pretrained weights."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub; not for timm:NAME."""
-    args: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
+    """Branch, tag or commit of the encoder on the Hub; not for timm:NAME."""
+    args: Annotated[dict[str, Any], BeforeValidator(parse_scalars)] = {}
     """timm:NAME only: arguments of timm.create_model, such as {img_size: 32, patch_size: 4}."""
     random: bool = False
-    """Take the architecture of the source and fresh weights: the control that learns from the labels alone."""
+    """Use the architecture of the source with random weights: the control that learns from the labels only."""
     input: Literal["features", "z"] = "features"
-    """What is classified: the dense features of the backbone, or z, which keeps the rectified bottleneck."""
+    """Input of the linear layer: the dense features of the backbone, or z, which keeps the rectified projector."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -73,42 +88,48 @@ class Start(Section):
 
     @property
     def of_timm(self) -> bool:
+        """Whether the source is a plain timm model."""
         return self.source is not None and self.source.startswith("timm:")
 
     @property
     def name(self) -> str:
-        """The source, without where it lies on this machine."""
-        kind, mark, place = (self.source or "").rpartition("local-dir:")
-        if not mark and (self.of_timm or not Path(place).expanduser().exists()):
-            return place
-        return (f"{kind}{mark}" if kind else "") + Path(place).name
+        """The source without folders of this machine."""
+        name = without_folder(self.source or "")
+        if name.startswith("local-dir:"):
+            return name.removeprefix("local-dir:")
+        return Path(name).name if not self.of_timm and Path(name).expanduser().exists() else name
 
 
 class Lora(Section):
-    """Low-rank adapters (needs peft); merged into the weights before anything is published."""
+    """Low-rank adapters; needs the package peft. They are merged into the weights before publishing."""
 
     rank: Count = 8
+    """Rank of the adapters."""
     alpha: Count = 16
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     targets: tuple[str, ...] | None = None
-    """Ends of the names of modules that get an adapter, such as [qkv, proj]; all linear layers of the backbone, else all convolutions of one
-    group, when null."""
+    """Endings of the names of the modules that get an adapter, such as [qkv, proj]. Null takes all linear layers of the backbone, or all
+    ungrouped convolutions if it has none."""
 
 
 class Classes(Section):
-    """What is trained, and on which labels."""
+    """Which weights are trained, and how labels are smoothed or mixed."""
 
     train: Literal["full", "linear", "lora"] = "full"
-    """All weights; the linear layer alone, on a frozen body in evaluation mode; or the linear layer and adapters."""
+    """full: all weights. linear: the linear layer only, on a frozen body in evaluation mode. lora: the linear layer and low-rank adapters."""
     linear_epochs: NonNegative = 0.0
-    """full only: first epochs in which the body is frozen, so that the fresh linear layer does not tear at it."""
+    """train: full only: number of first epochs in which only the linear layer is trained, so that its random start does not disturb the body."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the label mass that is spread evenly over all classes."""
     mixup: NonNegative = 0.0
-    """alpha of the Beta law of the mixing weight; 0 does not mix. With cutmix too, each step draws one of the two."""
+    """MixUp: alpha of the Beta(alpha, alpha) distribution of the mixing weight; 0 switches it off. With cutmix, each step draws one of the two."""
     cutmix: NonNegative = 0.0
+    """CutMix: alpha of the Beta(alpha, alpha) distribution of the area that is kept; 0 switches it off."""
     lora: Lora | None = None
+    """train: lora only: options of the adapters, a section of their own; null takes the defaults."""
 
     @model_validator(mode="after")
-    def _used(self) -> Self:
+    def _check_used(self) -> Self:
         if self.linear_epochs and self.train != "full":
             raise ValueError(f"classifier.linear_epochs: has no meaning with classifier.train={self.train}; remove it")
         if self.lora is not None and self.train != "lora":
@@ -117,27 +138,32 @@ class Classes(Section):
 
 
 class TuningOptim(Optim):
-    """Optimiser and learning-rate schedule: linear warm-up, then cosine."""
+    """Optimiser and learning-rate schedule: linear warm-up, then cosine decay."""
 
     name: Literal["adamw", "sgd"] = "adamw"  # type: ignore[assignment]
+    """Optimiser: AdamW, or SGD with momentum."""
     weight_decay: NonNegative = 0.05
+    """Weight decay of the optimiser."""
     warmup_epochs: NonNegative = 1.0
+    """Epochs of linear warm-up; fewer than train.epochs."""
     warmup_start_lr: NonNegative = 1e-6
+    """Learning rate at the first step of the warm-up."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the rate from each layer of the backbone to the one below it; 1 trains all alike."""
+    """Factor on the learning rate from each layer of the backbone to the layer below it; 1 gives all layers the same rate."""
     head_lr: Positive = 1.0
-    """Factor of the rate of the linear layer."""
+    """Factor on the learning rate of the linear layer."""
 
 
 class TuningTrain(Train):
-    """Length, batch, precision, and what is kept."""
+    """Length of the run, batch, precision, checkpoints and limits."""
 
     batch_size: Annotated[int, Field(ge=2)] = 128
+    """Images per step over all processes."""
     every_epochs: Count = 1
-    """How often the evaluation images are classified (and at the end)."""
+    """Epochs between evaluations; the last epoch is always evaluated."""
     best: Literal["top1", "top5", "loss"] | None = None  # type: ignore[assignment]
-    """Also keep the checkpoint and the classifier (in classifier-best/) of the evaluation where this was best. Chosen on the evaluation
-    images, so their figures are then too good."""
+    """Also keep the checkpoint and the classifier (in classifier-best/) of the evaluation with the best value of this metric. It is chosen on
+    the evaluation images, so its metrics on them are too optimistic."""
 
 
 class TuningRecipe(Plan):
@@ -152,7 +178,9 @@ class TuningRecipe(Plan):
     kind = "finetune"
 
     name: str
+    """Name of the run, used in logs and on cards."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all random draws of the run."""
     data: TuningData
     views: TuningViews = TuningViews()
     start: Start
@@ -162,7 +190,7 @@ class TuningRecipe(Plan):
     hub: Hub = Hub()
 
     @model_validator(mode="after")
-    def _together(self) -> Self:
+    def _sections_agree(self) -> Self:
         for name, epochs in (
             ("optim.warmup_epochs", self.optim.warmup_epochs),
             ("classifier.linear_epochs", self.classifier.linear_epochs),
@@ -179,34 +207,29 @@ class TuningRecipe(Plan):
             raise ValueError("optim.backbone_lr: has no meaning with classifier.train=linear; remove it")
         return self
 
-    def settled(self, preprocess: Mapping[str, Any]) -> TuningRecipe:
-        """The recipe with the preprocessing of an encoder where it gives none itself.
+    def with_preprocess(self, preprocess: Mapping[str, Any]) -> TuningRecipe:
+        """Return the recipe with the preprocessing of the encoder in the place of null.
+
+        Args:
+            preprocess: fields of `rlpjepa_zoo.data.preprocess.Preprocess`: size, mean, std, interpolation, crop_pct.
 
         Raises:
-            RecipeError: views cannot have it.
+            RecipeError: the encoder does not take square images, or the recipe contradicts the values.
         """
         height, width = preprocess["size"]
         if self.data.image_size is None and height != width:
             raise RecipeError(f"data.image_size: the encoder takes {height} x {width} pixels; give one size, as views are square")
-        found = {**preprocess, "image_size": height}
+        encoder = {**preprocess, "image_size": height}
         values = self.model_dump(mode="json")
-        values["data"] |= {k: found[k] for k in ("image_size", "mean", "std", "interpolation", "crop_pct") if values["data"][k] is None}
+        values["data"] |= {k: encoder[k] for k in ("image_size", "mean", "std", "interpolation", "crop_pct") if values["data"][k] is None}
         return TuningRecipe.parse(json.dumps(values), where=self.name)
 
-    def shareable(self) -> str:
-        """`dump` without what is of one person or machine."""
-        data = self.data
-        path = None if data.path is None or data.name is not None else Path(data.path).name
-        parts: dict[str, Any] = {
-            "data": data.model_copy(update={"path": path}),
-            "start": self.start.model_copy(update={"source": self.start.name or None}),
-            "hub": Hub(license=self.hub.license),
-        }
-        return self.model_copy(update=parts).dump()
+    def _shareable_model(self) -> dict[str, Section]:
+        return {"start": self.start.model_copy(update={"source": self.start.name or None})}
 
 
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | TuningRecipe:
-    """A recipe of whatever kind, told by its sections; arguments and errors as of `Recipe.load`."""
-    text = text_of(source)
+    """Read a recipe of any kind, told by its sections; arguments and errors as for `Recipe.load`."""
+    text = read_text(source)
     kind: type[Recipe | TuningRecipe] = TuningRecipe if kind_of(read_yaml(text, str(source))) == TuningRecipe.kind else Recipe
     return kind.parse(text, overrides, where=str(source))

@@ -1,23 +1,25 @@
-"""Recipes: one YAML file describes one run, completely. Unknown keys, wrong types and contradictions are refused by name.
+"""Recipe of a pretraining run: one YAML file describes the run completely. Unknown keys, wrong types and contradictions raise RecipeError.
 
-YAML scalars are read as text and the *type of the field* decides what they mean, so `1e-3` is a number and `no` can be a name.
-The classes below are the single source of defaults and documentation; derived values are properties and never written back.
+YAML scalars are read as text, and the type of the field decides what they mean: `1e-3` is a number, and `no` can be a name.
+The section classes are the only source of defaults and descriptions. Derived values are properties; they are never written to the recipe.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from .sections import Data, Encoder, Hub, Objective, Optim, Plan, Probe, Target, Train, Views
+from .base import Section
+from .plan import Plan, without_folder
+from .sections import Data, Encoder, Objective, Target, Views
+from .training_sections import Hub, Optim, Probe, Train
 
 __all__ = ["Recipe"]
 
 
 class Recipe(Plan):
-    """A complete run.
+    """A complete pretraining run.
 
     Example:
         >>> recipe = Recipe.load("digits", ["target.density=0.2", "train.epochs=30"])
@@ -28,7 +30,9 @@ class Recipe(Plan):
     kind = "train"
 
     name: str
+    """Name of the run, used in logs and on cards."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all random draws of the run."""
     data: Data
     views: Views = Views()
     encoder: Encoder
@@ -40,7 +44,7 @@ class Recipe(Plan):
     hub: Hub = Hub()
 
     @model_validator(mode="after")
-    def _together(self) -> Self:
+    def _sections_agree(self) -> Self:
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
         if self.optim.min_lr > self.lr:
@@ -49,7 +53,7 @@ class Recipe(Plan):
         for name, size in sizes.items():
             if self.views.blur and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
-        self._frozen()
+        self._check_frozen_backbone()
         self.target.law()
         from ..ops.directions import parse_directions
 
@@ -60,15 +64,15 @@ class Recipe(Plan):
             raise ValueError(f"objective.{error}") from error
         return self
 
-    def _frozen(self) -> None:
-        """What has a meaning only with, or only without, a frozen backbone."""
+    def _check_frozen_backbone(self) -> None:
+        """Refuse keys that have a meaning only with, or only without, a frozen backbone."""
         encoder = self.encoder
         if encoder.freeze_backbone and self.optim.backbone_lr != 1:
             raise ValueError("optim.backbone_lr: has no meaning with encoder.freeze_backbone=true; remove one of them")
         if encoder.cached_views is None:
             return
         refused = {
-            "needs encoder.freeze_backbone=true, as features of a backbone that learns do not last": not encoder.freeze_backbone,
+            "needs encoder.freeze_backbone=true, because features of a backbone that is trained change": not encoder.freeze_backbone,
             "has no meaning with data.streaming=true; set it to null": self.data.streaming,
             "keeps views of one size; set views.local to null": self.views.local is not None,
             f"{encoder.cached_views} is fewer than views.count = {self.views.count}": encoder.cached_views < self.views.count,
@@ -78,24 +82,13 @@ class Recipe(Plan):
                 raise ValueError(f"encoder.cached_views: {reason}")
 
     def with_views(self, count: int) -> Recipe:
-        """The recipe with so many views of an image."""
+        """Return the recipe with another number of views of each image."""
         return self.model_copy(update={"views": self.views.model_copy(update={"count": count})})
 
     @property
     def probe_lr(self) -> float:
-        """Peak learning rate of the online probes."""
+        """Peak learning rate used by the online probes: probe.lr * train.batch_size / optim.reference_batch."""
         return self.probe.lr * self.train.batch_size / self.optim.reference_batch
 
-    def shareable(self) -> str:
-        """`dump` without what is of one person or machine: of paths the last part is kept, or nothing where the data have a name, and
-        running it again does not push to the same repository."""
-        data, encoder = self.data, self.encoder
-        path = None if data.path is None or data.name is not None else Path(data.path).name
-        kind, _, place = encoder.backbone.partition(":")
-        backbone = f"{kind}:{Path(place).name}" if kind == "local-dir" else encoder.backbone
-        parts: dict[str, Any] = {
-            "data": data.model_copy(update={"path": path}),
-            "encoder": encoder.model_copy(update={"backbone": backbone}),
-            "hub": Hub(license=self.hub.license),
-        }
-        return self.model_copy(update=parts).dump()
+    def _shareable_model(self) -> dict[str, Section]:
+        return {"encoder": self.encoder.model_copy(update={"backbone": without_folder(self.encoder.backbone)})}

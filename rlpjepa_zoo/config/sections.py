@@ -1,100 +1,59 @@
-"""Sections of recipes: every key with its type, its default and its meaning."""
+"""Recipe sections for images, views, encoder, target and objective: every key with its type, default and meaning."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ..core import source as source_names
-from ..errors import RecipeError, UsageError
-from .load import explain, override, read_yaml, replace_rivals, text_of
+from ..errors import RecipeError
+from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-Count = Annotated[int, Field(ge=1)]
-
-
-def plain(value: Any) -> Any:
-    """Text scalars of a free-form mapping, as YAML would read them."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    if isinstance(value, str):
-        try:
-            return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            return value
-    return value
-
-
-class Section(BaseModel):
-    """Frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null(cls, values: Any) -> Any:
-        """`key:` and `key: null` mean None where the field is optional."""
-        return (
-            {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()}
-            if isinstance(values, dict)
-            else values
-        )
+__all__ = ["Data", "Encoder", "Local", "Objective", "Target", "Views"]
 
 
 class Data(Section):
-    """Which images, and how they are brought to the input of the backbone."""
+    """Images, labels and preprocessing."""
 
     source: Literal["digits", "torchvision", "folder", "hf"]
-    """digits (embedded in scikit-learn), a torchvision data set, a folder of images, or a Hugging Face data set."""
+    """Where the images come from: digits (scikit-learn, no download), a torchvision data set, a folder of images, or a Hugging Face data set."""
     name: str | None = None
-    """torchvision class (CIFAR10), or Hub id of a Hugging Face data set (uoft-cs/cifar10)."""
+    """torchvision: class name, such as CIFAR10. hf: repository on the Hub, such as uoft-cs/cifar10."""
     path: str | None = None
-    """folder: the images (train/ and val/ inside, or all for training). torchvision: where the files are. hf: a local copy (parquet
-    files, save_to_disk, image folder), read instead of the Hub."""
+    """folder: folder of the images; those in train/ and val/, or all of them for training. torchvision: folder of the files. hf: local copy
+    (parquet files, save_to_disk, image folder) that is read instead of the Hub."""
     split: str = "train"
-    """Training split (hf), or name of its sub-folder (folder)."""
+    """Training split; for folders the name of its sub-folder."""
     eval_split: str | None = None
-    """Evaluation split; for folders the first of val, valid, validation, test that exists when null."""
+    """Evaluation split. For folders, null takes the first sub-folder of val, valid, validation and test that exists."""
     image_column: str | None = None
+    """hf only: column of the images; null takes the first column that holds images."""
     label_column: str | None = None
-    """hf only; found by type when null. label_column: none says there are no labels."""
+    """hf only: column of the class labels; null takes the first column of type ClassLabel. none: the images have no labels."""
     streaming: bool = False
-    """hf only: read without downloading first; needs `length`."""
+    """hf only: read images while training, without downloading the data set first. Needs data.length."""
     length: Count | None = None
-    """Images in an epoch of a stream."""
+    """Streams only: images in an epoch."""
     shuffle_buffer: Count = 10_000
-    """Images of a stream that are shuffled among each other."""
+    """Streams only: size of the buffer that images are drawn from at random."""
     download: bool = True
-    """torchvision only: fetch the files when they are missing."""
+    """torchvision only: download the files if they are missing."""
     cache_gb: NonNegative = 2.0
-    """Training images are decoded once and kept in memory (of each process) if they need no more than this, and so are those for
-    evaluation; 0 never keeps them."""
+    """Memory limit in GB for decoded images, per process. Training images that fit are decoded once and kept in memory; the same holds for
+    evaluation images. 0 keeps none."""
     limit: Count | None = None
-    """Use only this many training images, chosen at random (by the seed of the run)."""
+    """Number of training images to use, drawn at random by the seed of the run; null uses all."""
     image_size: Count = 32
+    """Height and width of the input of the backbone, in pixels."""
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
+    """Mean of each channel for normalisation, on the 0..1 scale."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel for normalisation, on the 0..1 scale."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Interpolation of every resize."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Evaluation: the centre crop covers this share of the resized short side (0.875 for 224 of 256)."""
+    """Evaluation: share of the resized short side that the centre crop covers, such as 0.875 for 224 of 256 pixels."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -132,49 +91,62 @@ class Data(Section):
         return self
 
     def label(self) -> str:
-        """How the data set is called on cards."""
+        """Name of the data set on cards."""
         if self.path is None:
             return self.name or self.source
         return f"{self.name} (local copy)" if self.name else Path(self.path).name
 
 
 class Local(Section):
-    """More views of an image, smaller ones: the local views of multi-crop. They are drawn, encoded and matched like the others."""
+    """Local views of multi-crop: additional, smaller views of each image. The loss treats them like the other views."""
 
     count: Annotated[int, Field(ge=1, le=32)]
+    """Number of local views of each image."""
     size: Count
-    """Pixels; a ViT needs encoder.args.dynamic_img_size=true to take a second size."""
+    """Height and width in pixels. A ViT needs encoder.args.dynamic_img_size=true to accept a second size."""
     crop_scale: tuple[Positive, Positive] = (0.05, 0.3)
+    """Smallest and largest share of the image area that a random resized crop takes."""
 
 
 class Views(Section):
-    """Random views of an image, in this order: crop or resize, affine, colour jitter, greyscale, blur, solarize, equalize, flip, noise."""
+    """Random views of an image. Order of the steps: crop or resize, affine, colour jitter, greyscale, blur, solarize, equalize, flip, noise."""
 
     count: Annotated[int, Field(ge=1, le=16)] = 2
+    """Number of views of each image in a step."""
     crop_scale: tuple[Positive, Positive] | None = (0.2, 1.0)
-    """Share of the area that a random resized crop takes; null resizes the whole image."""
+    """Smallest and largest share of the image area that a random resized crop takes; null resizes the whole image."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio (width / height) of the random crop."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Degrees, either way."""
+    """Largest random rotation, in degrees, in either direction."""
     translate: Probability = 0.0
-    """Share of the size, either way."""
+    """Largest random shift, as a share of the image size, in either direction."""
     zoom: tuple[Positive, Positive] = (1.0, 1.0)
+    """Smallest and largest factor of the random zoom."""
     jitter: Probability = 0.8
     """Probability of colour jitter."""
     brightness: NonNegative = 0.4
+    """Strength of the brightness change: a factor in 1 +- this."""
     contrast: NonNegative = 0.4
+    """Strength of the contrast change: a factor in 1 +- this."""
     saturation: NonNegative = 0.2
+    """Strength of the saturation change: a factor in 1 +- this."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Strength of the hue change: a shift in +- this, as a share of the colour circle."""
     grayscale: Probability = 0.2
+    """Probability of conversion to greyscale."""
     blur: Probability = 0.0
-    """Gaussian, sigma uniform in 0.1 .. 2 pixels."""
+    """Probability of Gaussian blur; its sigma is uniform in 0.1 .. 2 pixels."""
     solarize: Probability = 0.0
-    """Inverts grey levels above 128."""
+    """Probability of solarization, which inverts grey levels above 128."""
     equalize: Probability = 0.0
+    """Probability of histogram equalization."""
     flip: Probability = 0.5
+    """Probability of a horizontal flip."""
     noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise added after normalisation."""
     local: Local | None = None
+    """Local views of multi-crop, a section of their own; null draws none."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -188,7 +160,7 @@ class Views(Section):
         return self
 
     def describe(self) -> str:
-        """In one line, for cards."""
+        """Describe the views in one line, for cards."""
         parts = [
             f"{self.count} view{'s' if self.count > 1 else ''}"
             if self.local is None
@@ -207,33 +179,38 @@ class Views(Section):
 
 
 class Encoder(Section):
-    """timm backbone and projector."""
+    """timm backbone and rectified projector."""
 
     backbone: str
-    """Any timm name, or resnet18_small, resnet34_small, resnet50_small, resnet10_small_narrow."""
-    args: Annotated[dict[str, Any], BeforeValidator(plain)] = {}
+    """Any timm model name, or resnet18_small, resnet34_small, resnet50_small, resnet10_small_narrow."""
+    args: Annotated[dict[str, Any], BeforeValidator(parse_scalars)] = {}
     """Arguments of timm.create_model, such as {img_size: 32, patch_size: 4}."""
     pretrained: bool = False
+    """Start from the pretrained weights of timm instead of random ones."""
     freeze_backbone: bool = False
-    """Train the projector only."""
+    """Train the projector only; the backbone stays in evaluation mode."""
     cached_views: Count | None = None
-    """With a frozen backbone: encode so many random views of each image once, keep their features in memory (within data.cache_gb), and
-    draw views.count of them in every step. Null encodes new views in every step."""
+    """Frozen backbone only: encode this many random views of each image once, keep the features in memory (at most data.cache_gb), and draw
+    views.count of them in every step. Null encodes new views in every step."""
     dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
+    """Dimension of the embedding z."""
     hidden_dim: Count = 512
+    """Width of the hidden layers of the projector."""
     projector_depth: Count = 3
-    """Linear layers; 1 is a single rectified layer."""
+    """Number of linear layers of the projector; 1 is a single linear layer and the ReLU."""
 
 
 class Target(Section):
-    """Rectified generalized Gaussian RGN_p(mu, sigma); give mu, or the density it should have."""
+    """Target distribution of z: the rectified generalized Gaussian RGN_p(mu, sigma). Give mu or density."""
 
     p: Positive = 1.0
+    """Shape of the generalized Gaussian: 1 is Laplace, 2 is Gaussian."""
     mu: Finite | None = None
+    """Location before rectification; a lower mu gives a sparser z."""
     density: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Wanted fraction of non-zeros; solved for mu."""
+    """Expected fraction of non-zero values of z; mu is solved from it."""
     sigma: Literal["gn", "rgn"] | Positive = "gn"
-    """gn: unit variance before rectification (the paper's default). rgn: unit variance after it. Or a number."""
+    """Scale before rectification. gn: unit variance before rectification (default of the paper). rgn: unit variance after it. Or a number."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -242,7 +219,7 @@ class Target(Section):
         return self
 
     def law(self) -> tuple[float, float]:
-        """(mu, sigma)."""
+        """Return (mu, sigma) before rectification."""
         from scipy import optimize
 
         from ..distributions import mu_for_density, sigma_gn, sigma_rgn
@@ -261,7 +238,7 @@ class Target(Section):
             raise RecipeError(f"target: {error}") from error
 
     def density_in_theory(self) -> float:
-        """P(Y > 0) of the target."""
+        """Return P(Y > 0) of the target."""
         import torch
 
         from ..distributions import RectifiedGeneralizedGaussian
@@ -271,20 +248,23 @@ class Target(Section):
 
 
 class Objective(Section):
-    """Weights and directions of the loss."""
+    """Loss: weights of its two terms, and directions of the sliced distance."""
 
     invariance: NonNegative = 25.0
+    """Weight of the invariance term: mean squared difference between views."""
     matching: NonNegative = 125.0
-    """Weight of the mean over views of the sliced distance."""
+    """Weight of the matching term: sliced distance between z and the target, mean over views."""
     directions: str = "hadamard"
-    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random; paper for the paper's 8192 random ones."""
+    """Family of directions: random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random. paper: the 8192 random
+    directions of the paper."""
     num_directions: Count | Literal["auto"] = "auto"
-    """auto: the fewest that keep the gradient within `gradient_error`; for random, orthogonal and hadamard."""
+    """Number of directions. auto: the fewest that keep the relative error of the gradient within gradient_error; only for random, orthogonal
+    and hadamard."""
     gradient_error: Positive | None = None
-    """Of the directions, relative, where embeddings are a sample of the target; for auto, which takes 0.45 without it: what 8192 random
-    directions have at a batch of 256 and a width of 512."""
+    """num_directions: auto only: relative error of the gradient that the directions cause, for embeddings that are a sample of the target.
+    Null means 0.45, the error of 8192 random directions at a batch of 256 and a dimension of 512."""
     chunk: Count | None = None
-    """Directions worked on at once: bounds memory, changes nothing else; null takes 128 for each thread of a CPU, 4096 elsewhere."""
+    """Directions processed at once: limits memory and changes no result. Null: 128 per thread on a CPU, 4096 on other devices."""
 
     @model_validator(mode="before")
     @classmethod
@@ -307,218 +287,3 @@ class Objective(Section):
         if self.num_directions != "auto" and self.gradient_error is not None:
             raise ValueError(f"objective.gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
         return self
-
-
-class Optim(Section):
-    """Optimiser and learning-rate schedule: linear warm-up, then cosine."""
-
-    name: Literal["adamw", "lars"] = "adamw"
-    lr: Annotated[float, Field(gt=0, le=1e6)]
-    """At a batch of `reference_batch`; the rate used is lr * train.batch_size / reference_batch."""
-    reference_batch: Count = 256
-    weight_decay: NonNegative = 1e-4
-    decay_bias_and_norm: bool = False
-    """Also decay biases and normalisation parameters (adamw only; lars never does)."""
-    momentum: Probability = 0.9
-    trust_coefficient: Positive = 0.02
-    """lars only."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """adamw only."""
-    warmup_epochs: NonNegative = 10.0
-    warmup_start_lr: NonNegative = 3e-5
-    min_lr: NonNegative = 0.0
-    backbone_lr: Positive = 1.0
-    """Factor of the rate of the backbone, such as 0.01 for one that is pretrained and is to stay nearly what it is."""
-    clip_grad: Positive | None = None
-    """Largest norm of the gradient; null does not clip."""
-
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        others = {
-            "adamw": ("momentum", "trust_coefficient"),
-            "lars": ("betas", "decay_bias_and_norm"),
-            "sgd": ("betas", "trust_coefficient"),
-        }[self.name]
-        for name in others:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"optim.{name}: has no meaning for {self.name}; remove it")
-        return self
-
-
-class Probe(Section):
-    """Measurements during training; they never change the encoder."""
-
-    online: bool = True
-    """Linear classifiers on detached features and z, trained along when labels exist."""
-    lr: Positive = 5e-3
-    """Scaled by the batch like optim.lr."""
-    every_epochs: Count = 10
-    """How often kNN and evaluation-mode density are measured (and at the end)."""
-    knn_k: Count = 20
-    knn_temperature: Positive = 0.07
-    bank: Count = 10_000
-    """Training images kNN votes with, at most."""
-    eval_images: Count = 10_000
-    """Evaluation images used, at most."""
-
-
-class Train(Section):
-    """Length, batch, precision, and what is kept."""
-
-    epochs: Annotated[float, Field(gt=0, le=1e9)]
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    """Images per step over all processes (each gives `views.count` views)."""
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Mixed precision of the network; the loss is always float32."""
-    channels_last: bool = True
-    compile: bool = False
-    num_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes per rank that decode and augment."""
-    log_every: Count = 20
-    """Steps."""
-    checkpoint_minutes: NonNegative = 10.0
-    """Minutes between checkpoints; one is always saved at the end of an evaluation and of the run."""
-    keep: Annotated[int, Field(ge=2)] = 2
-    """Checkpoints kept; never fewer than two, as the newest may be the damaged one."""
-    best: Literal["knn_z", "knn_features", "excess"] | None = None
-    """Also keep the checkpoint and the encoder (in encoder-best/) of the evaluation where this was best; excess is the distance above its
-    floor of the last training batches."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the weights, which is then what is measured and published; it warms up from 0 as
-    1 - (1 + t)^(-2/3) at update t. Null publishes the weights themselves."""
-    max_skipped: Annotated[int, Field(ge=0)] = 5
-    """Steps in a row with a loss or gradient that is not finite: they are skipped; one more ends the run."""
-    timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 30.0
-    """How long processes wait for each other before they give up."""
-    loader_timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 10.0
-    """How long a step waits for a batch from its workers before the run ends; has no meaning without workers, or for streams."""
-    max_bad_fraction: Probability = 1.0
-    """Stop when more than this share of the training images cannot be read."""
-    trackers: tuple[str, ...] = ()
-    """Accelerate trackers (tensorboard, wandb, trackio, ...) beside metrics.jsonl, which is always written."""
-
-
-class Hub(Section):
-    """Publishing while training: after every evaluation, in the background. A Hub that is down costs a line in the log and nothing else."""
-
-    repo: str | None = None
-    """owner/name; nothing is sent when null."""
-    private: bool | None = None
-    """Visibility, which an existing repository must have; when null, any, and a new one is private."""
-    revision: str | None = None
-    """Branch; main when null."""
-    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = None
-    """SPDX identifier on the card, such as apache-2.0; the card says "not stated" when null."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.repo is not None and not source_names.is_repository(self.repo):
-            raise ValueError(f"hub.repo: expected owner/name, got '{self.repo}'")
-        if self.repo is None and (self.revision is not None or self.private is not None):
-            raise ValueError("hub.repo: needed with hub.revision and hub.private; set it, or remove them")
-        return self
-
-
-KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
-"""Commands that take a recipe, and the sections that such a recipe alone has."""
-
-
-def kind_of(values: dict[str, Any]) -> str:
-    """The command that a recipe is for, by its sections."""
-    return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
-
-
-class Plan(Section):
-    """What the recipes of all kinds of run have in common."""
-
-    kind: ClassVar[str]
-    """Command that takes such a recipe."""
-
-    if TYPE_CHECKING:
-        name: str
-        seed: int
-        data: Data
-        views: Views
-        optim: Optim
-        train: Train
-        hub: Hub
-
-        def shareable(self) -> str: ...
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate used: optim.lr * batch / reference batch."""
-        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
-
-    def steps(self, images: int) -> tuple[int, int]:
-        """(steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
-        per_epoch = images // self.train.batch_size
-        return max(1, round(self.train.epochs * per_epoch)), per_epoch
-
-    def dump(self) -> str:
-        """Canonical YAML, every field written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-    def flat(self) -> dict[str, Any]:
-        """Every value under its dotted key."""
-
-        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-            found: dict[str, Any] = {}
-            for key, value in values.items():
-                found |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-            return found
-
-        return dotted(self.model_dump(mode="json"), "")
-
-    @classmethod
-    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """A recipe by path or by name (see `list_recipes`), with ``"section.key=value"`` overrides (target.mu replaces target.density).
-
-        Raises:
-            RecipeError: naming the key, what was given and what was expected.
-        """
-        return cls.parse(text_of(source), overrides, where=str(source))
-
-    @classmethod
-    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Self:
-        """A recipe from YAML text; see `load`."""
-        values = read_yaml(text, where)
-        for given in overrides:
-            override(values, given)
-        replace_rivals(values, overrides)
-        if (kind := kind_of(values)) != cls.kind:
-            mark = next(section for section in KINDS[kind] if section in values)
-            raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise RecipeError(f"{where}: {explain(error, cls)}") from error
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from error
-
-
-def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
-    """A data section alone, with ``"data.key=value"`` overrides.
-
-    Raises:
-        RecipeError: naming the key, what was given and what was expected.
-
-    Example:
-        >>> data_section({"source": "hf", "name": "uoft-cs/cifar10"}, ["data.eval_split=test"]).eval_split
-        'test'
-    """
-    whole: dict[str, Any] = {"data": dict(values)}
-    for given in overrides:
-        override(whole, given)
-    if extra := sorted(whole.keys() - {"data"}):
-        raise UsageError(
-            f"override of '{extra[0]}': only data.KEY=VALUE has a meaning here; overrides of other sections belong to a recipe"
-        )
-    try:
-        return _DataAlone.model_validate(whole).data
-    except ValidationError as error:
-        raise RecipeError(explain(error, _DataAlone)) from error
-
-
-class _DataAlone(Section):
-    data: Data

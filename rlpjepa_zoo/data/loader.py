@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm.auto import tqdm
 
-from ..config.sections import Plan
+from ..config.plan import Plan
 from ..core import rng
 from ..errors import DataError, OutputError, first_line
 from . import images

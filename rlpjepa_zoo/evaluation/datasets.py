@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import load as recipe_text
+from ..config.plan import data_section
 from ..config.pretrain import Recipe
-from ..config.sections import Data, data_section
+from ..config.sections import Data
 from ..data.images import Images
 from ..data.sources import open_source
 from ..errors import DataError, UsageError, did_you_mean

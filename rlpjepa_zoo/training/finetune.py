@@ -245,7 +245,7 @@ class _Tuning(Task):
 
     def resolve_defaults(self) -> None:
         self.encoder = start_encoder(self.recipe)
-        self.recipe = self.recipe.settled(dataclasses.asdict(self.encoder.config.preprocess))
+        self.recipe = self.recipe.with_preprocess(dataclasses.asdict(self.encoder.config.preprocess))
 
     def accept(self, source: Source) -> Source:
         best, names = self.recipe.train.best, source.train.classes or []

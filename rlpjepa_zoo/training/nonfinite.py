@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..config.sections import Plan
+from ..config.plan import Plan
 from ..core import distributed
 from ..errors import NonFiniteError
 

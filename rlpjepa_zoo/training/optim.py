@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 
 from ..config.finetune import TuningRecipe
+from ..config.plan import Plan
 from ..config.pretrain import Recipe
-from ..config.sections import Plan
 
 __all__ = ["learning_rate", "make_optimizer", "make_tuner", "set_learning_rates"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.plan import Plan
 from ..config.pretrain import Recipe
-from ..config.sections import Plan
 from ..core import package
 from ..data.images import Images
 from ..data.sources import Source

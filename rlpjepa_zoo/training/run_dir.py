@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..config.plan import Plan
 from ..config.pretrain import Recipe
-from ..config.sections import Plan
 from ..core import files
 from ..errors import OutputError, UsageError
 

@@ -29,7 +29,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
-from ..config.sections import Plan
+from ..config.plan import Plan
 from ..core import distributed, files, package, rng
 from ..core.signals import Interrupts
 from ..data.images import Images

@@ -1,4 +1,4 @@
-"""The command line: results on stdout, one line on stderr and the right exit code for every mistake."""
+"""The command line: results on stdout, and for every mistake one line on stderr and the right exit code."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from rlpjepa_zoo import SparseEmbeddings
-from rlpjepa_zoo.cli import app as cli
+from rlpjepa_zoo.cli.app import run
 from rlpjepa_zoo.models.factory import create_encoder
 
 TINY = [
@@ -31,8 +31,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
-    """Run, check the exit code, an empty stdout and exactly one line on stderr; return the line."""
-    assert cli.run([str(a) for a in arguments]) == code
+    """Run a command, check its exit code, that stdout is empty and that stderr has exactly one line; return the line."""
+    assert run([str(a) for a in arguments]) == code
     out, err = capsys.readouterr()
     lines = err.strip().splitlines()
     assert out == "" and len(lines) == 1 and lines[0].startswith("error: "), (out, err)
@@ -134,13 +134,13 @@ def test_mistakes_are_one_line_with_their_code(
     assert all(word in line for word in words), line
 
 
-def test_mu_on_the_command_line_replaces_the_density_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["check", "digits", "target.mu=-1"]) == 0 and "expected density: 0.1216" in capsys.readouterr().out
-    assert cli.run(["check", "cifar10-cpu", "target.density=0.25"]) == 0 and "expected density: 0.25" in capsys.readouterr().out
+def test_mu_override_replaces_the_density_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "digits", "target.mu=-1"]) == 0 and "expected density: 0.1216" in capsys.readouterr().out
+    assert run(["check", "cifar10-cpu", "target.density=0.25"]) == 0 and "expected density: 0.25" in capsys.readouterr().out
     assert "exactly one" in refused(capsys, ["check", "digits", "target.mu=-1", "target.density=0.1"], 2)
 
 
-def test_recipe_file_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_invalid_recipe_files_exit_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("name: x\nname: y\n")
     assert "twice" in refused(capsys, ["check", file], 2)
@@ -150,50 +150,48 @@ def test_recipe_file_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path
     refused(capsys, ["check", file], 2)
 
 
-def test_check_prints_a_recipe_that_can_be_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.run(["check", "cifar10-resnet18", "target.mu=-1"]) == 0
+def test_check_prints_a_usable_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["check", "cifar10-resnet18", "target.mu=-1"]) == 0
     out = capsys.readouterr().out
     assert "# expected density: 0.1216" in out and "# parameters, backbone: 11,168,832" in out
     (tmp_path / "again.yaml").write_text(out)
-    assert cli.run(["check", str(tmp_path / "again.yaml")]) == 0
+    assert run(["check", str(tmp_path / "again.yaml")]) == 0
     assert capsys.readouterr().out == out
 
 
-def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["check", "digits", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["expected density"] == pytest.approx(0.12) and found["recipe"]["train"]["epochs"] == 50
+def test_check_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "digits", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["expected density"] == pytest.approx(0.12) and printed["recipe"]["train"]["epochs"] == 50
 
 
-def test_train_embed_eval_list(capsys: pytest.CaptureFixture[str], image_folder: Path, tmp_path: Path) -> None:
-    assert cli.run(["train", "digits", *TINY, "--out", str(tmp_path / "run"), "--quiet", "--json"]) == 0
+def test_train_embed_and_eval_run_in_sequence(capsys: pytest.CaptureFixture[str], image_folder: Path, tmp_path: Path) -> None:
+    assert run(["train", "digits", *TINY, "--out", str(tmp_path / "run"), "--quiet", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     folder = printed["encoder"]
     assert printed["steps"] == 4 and Path(folder).is_dir()
 
     out = tmp_path / "e.parquet"
-    assert cli.run(["embed", folder, str(image_folder), "--out", str(out), "--max-active", "5", "--quiet", "--json"]) == 0
+    assert run(["embed", folder, str(image_folder), "--out", str(out), "--max-active", "5", "--quiet", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     e = SparseEmbeddings.load(out)
     assert printed["images"] == 40 == len(e) and e.ids[0] == "blue/00.png" and np.diff(e.indptr).max() <= 5
     assert printed["model"] == e.meta["model"]
     assert "exists" in refused(capsys, ["embed", folder, str(image_folder), "--out", str(out)], 2)
-    assert cli.run(["embed", folder, str(image_folder), "--out", str(out), "--overwrite", "--quiet"]) == 0
+    assert run(["embed", folder, str(image_folder), "--out", str(out), "--overwrite", "--quiet"]) == 0
     assert "density: " in capsys.readouterr().out
 
-    assert cli.run(["eval", folder, "--data", "digits", "--limit", "200", "--quiet", "--out", str(tmp_path / "report.json")]) == 0
+    assert run(["eval", folder, "--data", "digits", "--limit", "200", "--quiet", "--out", str(tmp_path / "report.json")]) == 0
     table = capsys.readouterr().out
     assert "z (sparse)" in table and "raw pixels" in table
     assert json.loads((tmp_path / "report.json").read_text())["n_train"] == 200
 
 
-def test_eval_writes_its_report_its_picture_and_the_card(
-    capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_eval_writes_report_plot_and_card(capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path) -> None:
     mine, out, plot = tmp_path / "mine", tmp_path / "report.json", tmp_path / "curve.png"
     shutil.copytree(encoder, mine)
     command = ["eval", mine, "--data", image_folder, "--budgets", "2,4", "--shots", "1,5,20", "--no-pixels", "--card", "--quiet"]
-    assert cli.run([str(word) for word in (*command, "--out", out, "--plot", plot, "--against", encoder)]) == 0
+    assert run([str(word) for word in (*command, "--out", out, "--plot", plot, "--against", encoder)]) == 0
     table = capsys.readouterr().out
     for words in ("5-shot", "active of z", "z - its z, kNN", "left out: 20-shot: class", "32 training and 8 test images"):
         assert words in table, words
@@ -204,33 +202,29 @@ def test_eval_writes_its_report_its_picture_and_the_card(
     assert "5-shot" in text and "paired bootstrap" in text and str(tmp_path) not in text
 
 
-def test_eval_of_a_folder_without_a_test_part_says_how_it_was_split(
-    capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path
-) -> None:
-    assert (
-        cli.run(["eval", str(encoder), "--data", str(image_folder), "--probes", "knn,retrieval", "--no-pixels", "--quiet", "--json"]) == 0
-    )
+def test_eval_reports_how_it_split_a_folder(capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path) -> None:
+    assert run(["eval", str(encoder), "--data", str(image_folder), "--probes", "knn,retrieval", "--no-pixels", "--quiet", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["n_train"], report["n_test"]) == (32, 8) and "8 of 40 images" in report["protocol"] and "linear_z" not in report
     assert 0 <= report["map_z"] <= 1
 
 
-def test_skip_bad_lists_what_was_left_out(capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_skip_bad_lists_unreadable_images(capsys: pytest.CaptureFixture[str], encoder: Path, image_folder: Path, tmp_path: Path) -> None:
     (image_folder / "red" / "zz.png").write_bytes(b"no")
     out = tmp_path / "e.npz"
-    assert cli.run(["embed", str(encoder), str(image_folder), "--out", str(out), "--skip-bad", "--quiet", "--json"]) == 0
+    assert run(["embed", str(encoder), str(image_folder), "--out", str(out), "--skip-bad", "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == 1 and len(SparseEmbeddings.load(out)) == 40
     listed = [json.loads(line) for line in (tmp_path / "e.npz.failed.jsonl").read_text().splitlines()]
     assert listed[0]["id"] == "red/zz.png"
 
 
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["list", "--recipes"]) == 0
+def test_list_prints_encoders_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", "--recipes"]) == 0
     assert {"digits", "cifar10-cpu", "cifar10-resnet18", "imagenet100-resnet50"} <= set(capsys.readouterr().out.split())
-    assert cli.run(["list", "--json"]) == 0
+    assert run(["list", "--json"]) == 0
     for row in json.loads(capsys.readouterr().out):
         assert {"name", "architecture", "dim", "density", "sha256"} <= set(row)
-    assert cli.run(["list", "nothing-*"]) == 0
+    assert run(["list", "nothing-*"]) == 0
     assert capsys.readouterr().out.strip() == "name  backbone  data  dim  density  linear z  kNN z  MB  repo"
 
 
@@ -238,19 +232,19 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     from rlpjepa_zoo.errors import RecipeError
 
     with pytest.raises(RecipeError):
-        cli.run(["check", "digits", "target.p=0", "--debug"])
+        run(["check", "digits", "target.p=0", "--debug"])
 
 
-def test_a_bug_keeps_its_traceback_and_exits_70(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_prints_its_traceback_and_exits_70(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlpjepa_zoo.hub.zoo.list_encoders", lambda pattern: 1 / 0)
-    assert cli.run(["list"]) == 70
+    assert run(["list"]) == 70
     err = capsys.readouterr().err
     assert "Traceback" in err and "bug" in err.splitlines()[-1]
 
 
-def test_demo_on_one_epoch_does_all_its_parts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_demo_of_one_epoch_writes_all_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    assert cli.run(["demo", "--epochs", "1", "--out", str(out), "--quiet"]) == 0
+    assert run(["demo", "--epochs", "1", "--out", str(out), "--quiet"]) == 0
     text = capsys.readouterr().out
     for word in ("asked 0.120", "theory of the target 0.120", "measured", "raw pixels", "1-shot", "dense float32", "overview.png"):
         assert word in text
@@ -277,7 +271,7 @@ def test_help_is_quick() -> None:
     assert min(times) < 0.5
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+def test_closed_pipe_prints_no_traceback() -> None:
     command = f"{sys.executable} -m rlpjepa_zoo check cifar10-resnet18 | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr and done.stdout.startswith("# target")
@@ -295,8 +289,8 @@ def test_ctrl_c_saves_and_exits_130(tmp_path: Path) -> None:
     assert any((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_version_and_short_help(capsys):
-    assert cli.run(["--version"]) == 0
+def test_version_and_short_help_option(capsys):
+    assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("rlpjepa_zoo 0.")
-    assert cli.run(["push", "-h"]) == 0
+    assert run(["push", "-h"]) == 0
     assert "--dry-run" in capsys.readouterr().out

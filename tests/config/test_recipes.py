@@ -1,4 +1,4 @@
-"""Recipes: what ships, what is derived, and every way a recipe is refused in one line that names the key."""
+"""Recipes: the shipped ones, derived values, and every error as one line that names the key."""
 
 import re
 import types
@@ -30,7 +30,7 @@ train: {epochs: 10}
 HF = ["data.source=hf", "data.name=some/set"]
 
 SHIPPED = [name for name in list_recipes() if isinstance(load_any(name), Recipe)]
-"""For pretraining; tests/training/test_finetune.py has the others."""
+"""Shipped pretraining recipes; tests/training/test_finetune.py tests the others."""
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -64,12 +64,12 @@ def base(*overrides: str, text: str = "") -> Recipe:
 
 
 def fields() -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    annotations: list[tuple[str, Any]] = []
     for name, field in Recipe.model_fields.items():
-        found.append((name, field.annotation))
+        annotations.append((name, field.annotation))
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [(f"{name}.{key}", inner.annotation) for key, inner in field.annotation.model_fields.items()]
-    return found
+            annotations += [(f"{name}.{key}", inner.annotation) for key, inner in field.annotation.model_fields.items()]
+    return annotations
 
 
 def leaves() -> list[tuple[str, Any]]:
@@ -95,11 +95,11 @@ NUMBERS = [name for name, kind in leaves() if kinds(kind) & {int, float} and "si
 TEXTS = [name for name, kind in leaves() if str in kinds(kind)]
 
 
-# --- what ships ---------------------------------------------------------------------------------------------------------------------
+# --- shipped recipes ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipe_parses_is_named_by_its_file_and_survives_its_dump(name: str) -> None:
+def test_shipped_recipe_has_its_file_name_and_round_trips(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert Recipe.parse(recipe.dump()) == recipe
@@ -107,7 +107,7 @@ def test_shipped_recipe_parses_is_named_by_its_file_and_survives_its_dump(name: 
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipe_builds_and_takes_its_own_image_size(name: str) -> None:
+def test_shipped_recipe_builds_an_encoder_for_its_image_size(name: str) -> None:
     recipe = Recipe.load(name, ["encoder.pretrained=false"])
     with torch.device("meta"):
         encoder = build_encoder(recipe)
@@ -120,7 +120,7 @@ def test_shipped_recipe_builds_and_takes_its_own_image_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_paper_recipe_has_the_numbers_of_its_table(name: str) -> None:
+def test_paper_recipe_matches_the_table(name: str) -> None:
     backbone, weights, optimizer, lr, used, probe_lr, probe_used, batch, dims, size, blur, solarize, norm = TABLE[name]
     recipe = Recipe.load(name)
     assert recipe.encoder.backbone == backbone and not recipe.encoder.pretrained
@@ -145,27 +145,27 @@ def test_paper_recipe_has_the_numbers_of_its_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in TABLE if TABLE[n][2] == "lars"])
-def test_lars_recipe_has_the_reference_constants_and_untouched_residual_blocks(name: str) -> None:
+def test_lars_recipe_has_reference_constants_and_no_zero_init(name: str) -> None:
     recipe = Recipe.load(name)
     assert (recipe.optim.momentum, recipe.optim.trust_coefficient) == (0.9, 0.02)
     assert recipe.encoder.args["zero_init_last"] is False
 
 
 @pytest.mark.parametrize("name", [n for n in TABLE if TABLE[n][2] == "adamw"])
-def test_adamw_recipe_decays_everything_as_the_reference_does(name: str) -> None:
+def test_adamw_recipe_decays_biases_and_norms(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.optim.decay_bias_and_norm and recipe.optim.betas == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("kind", ["resnet18", "vit-small", "convnext-small"])
-def test_cifar10_recipe_differs_from_cifar100_in_name_and_data_only(kind: str) -> None:
+def test_cifar10_recipe_differs_in_name_and_data_only(kind: str) -> None:
     ten, hundred = Recipe.load(f"cifar10-{kind}"), Recipe.load(f"cifar100-{kind}")
     for part in ("seed", "views", "encoder", "target", "objective", "optim", "probe", "train"):
         assert getattr(ten, part) == getattr(hundred, part)
     assert (ten.data.mean, ten.data.std) == CIFAR10 and (hundred.data.mean, hundred.data.std) == CIFAR100
 
 
-def test_a_path_and_a_name_find_the_same_recipe(tmp_path: Path) -> None:
+def test_path_and_name_load_the_same_recipe(tmp_path: Path) -> None:
     copy = tmp_path / "mine.yaml"
     copy.write_bytes(find_recipe("digits").read_bytes())
     assert Recipe.load(copy) == Recipe.load(str(copy)) == Recipe.load("digits")
@@ -193,13 +193,13 @@ def test_misspelled_required_key_is_refused_by_name(name: str) -> None:
         Recipe.parse(re.sub(rf"\b{key}:", f"{key}x:", BASE))
 
 
-def test_the_nearest_key_is_proposed() -> None:
+def test_nearest_key_is_suggested() -> None:
     with refused("optim.weigth_decay", "Did you mean 'weight_decay'?"):
         base("optim.weigth_decay=0.1")
 
 
 @pytest.mark.parametrize("key", ["functionx", "train.float_precision", "train.literal", "optim.constrained", "function"])
-def test_unknown_key_that_begins_like_a_word_of_pydantic_is_still_named(key: str) -> None:
+def test_unknown_key_that_resembles_a_pydantic_word_is_named(key: str) -> None:
     with refused(f"{key}: unknown key"):
         base(f"{key}=1")
 
@@ -214,25 +214,25 @@ def test_gradient_accumulation_is_refused_with_its_reason(key: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, _ in leaves()])
-def test_a_nested_mapping_where_none_belongs_is_refused(name: str) -> None:
+def test_nested_mapping_in_a_scalar_key_is_refused(name: str) -> None:
     with refused() if name == "encoder.args" else refused(name):
         base(f"{name}=[{{x: 1}}]")
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_text_in_place_of_a_number_is_refused(name: str) -> None:
+def test_text_for_a_number_is_refused(name: str) -> None:
     with refused(name, "'many'"):
         base(f"{name}=many")
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_list_in_place_of_text_is_refused(name: str) -> None:
+def test_list_for_text_is_refused(name: str) -> None:
     with refused(name):
         base(f"{name}=[a, b]")
 
 
 @pytest.mark.parametrize("name", [name for name, kind in leaves() if kinds(kind) == {bool}])
-def test_a_switch_takes_true_or_false_only(name: str) -> None:
+def test_boolean_key_takes_true_or_false_only(name: str) -> None:
     for value in ("maybe", "2", "[true]"):
         with refused(name, "valid boolean"):
             base(f"{name}={value}")
@@ -240,7 +240,7 @@ def test_a_switch_takes_true_or_false_only(name: str) -> None:
 
 @pytest.mark.parametrize("section", [name for name, kind in fields() if isinstance(kind, type) and issubclass(kind, BaseModel)])
 @pytest.mark.parametrize("value", ["5", "null", "[1, 2]"])
-def test_a_section_must_be_a_mapping(section: str, value: str) -> None:
+def test_section_must_be_a_mapping(section: str, value: str) -> None:
     with refused(f"{section}: got"):
         base(f"{section}={value}")
 
@@ -294,7 +294,7 @@ def test_value_out_of_range_is_refused_by_its_dotted_name(override: str) -> None
 @pytest.mark.parametrize(
     "overrides", [["train.epochs=1e308"], ["optim.lr=1e308", "train.batch_size=512"], ["encoder.dim=100000000000000000000"]]
 )
-def test_numbers_that_overflow_what_is_derived_from_them_are_refused(overrides: list[str]) -> None:
+def test_numbers_that_overflow_derived_values_are_refused(overrides: list[str]) -> None:
     with refused(overrides[0].partition("=")[0]):
         base(*overrides)
 
@@ -302,7 +302,7 @@ def test_numbers_that_overflow_what_is_derived_from_them_are_refused(overrides: 
 @pytest.mark.parametrize(
     "overrides", [["target.p=1e308"], ["target.p=1e-3"], ["target.sigma=1e308"], ["target.mu=-1e308"], ["target.mu=1e308"]]
 )
-def test_extreme_targets_are_refused_in_one_line_or_give_finite_laws(overrides: list[str]) -> None:
+def test_extreme_target_is_refused_or_gives_a_finite_law(overrides: list[str]) -> None:
     try:
         mu, sigma = base(*overrides).target.law()
     except RecipeError as error:
@@ -314,27 +314,27 @@ def test_extreme_targets_are_refused_in_one_line_or_give_finite_laws(overrides: 
 # --- YAML traps ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_type_of_the_field_decides_what_a_scalar_means() -> None:
+def test_field_type_decides_the_meaning_of_a_scalar() -> None:
     recipe = base("optim.lr=1e-3", "name=no", "seed=010", "objective.num_directions=1_000", "data.limit=null", "encoder.backbone=12:30:00")
     assert recipe.optim.lr == 0.001 and recipe.name == "no" and recipe.seed == 10
     assert recipe.objective.num_directions == 1000 and recipe.data.limit is None and recipe.encoder.backbone == "12:30:00"
 
 
 @pytest.mark.parametrize("value", ["", "null", "~"])
-def test_an_empty_optional_value_is_none(value: str) -> None:
+def test_empty_optional_value_is_none(value: str) -> None:
     assert base(f"views.crop_scale={value}").views.crop_scale is None
     with refused("name: got None"):
         base(f"name={value}")
 
 
-def test_scalars_of_free_form_arguments_mean_what_yaml_says() -> None:
+def test_free_form_arguments_have_yaml_types() -> None:
     recipe = base("encoder.args={a: 1e-3, b: false, c: [1, 2.5], d: {e: null}, f: relu, g: 32}")
     assert recipe.encoder.args == {"a": 0.001, "b": False, "c": [1, 2.5], "d": {"e": None}, "f": "relu", "g": 32}
     assert Recipe.parse(recipe.dump()) == recipe
 
 
 @pytest.mark.parametrize("value", ["2020-13-45", "[" * 3000, "*x", "{a: b: c", "\\t"])
-def test_odd_text_in_free_form_arguments_is_kept_or_refused_by_name(value: str) -> None:
+def test_odd_text_in_arguments_is_kept_or_refused_by_name(value: str) -> None:
     try:
         recipe = base(f'encoder.args={{a: "{value}"}}')
     except RecipeError as error:
@@ -364,7 +364,7 @@ def test_tabs_are_refused_with_the_line(text: str) -> None:
         base(text=text)
 
 
-def test_python_tags_run_nothing(tmp_path: Path) -> None:
+def test_python_tags_execute_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     for tag in ("object/apply:os.system", "object/new:os.system"):
         with refused("seed"):
@@ -382,43 +382,43 @@ def test_deep_nesting_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "", "null", "just text", "# only a comment\n", "3\n"])
-def test_a_root_that_is_no_mapping_is_refused(text: str) -> None:
+def test_root_that_is_not_a_mapping_is_refused(text: str) -> None:
     with refused("expected 'key: value' lines"):
         Recipe.parse(text)
 
 
 @pytest.mark.parametrize("text", ["? [a, b]\n: c\n", "? {a: b}\n: c\n"])
-def test_keys_that_are_no_text_are_refused(text: str) -> None:
+def test_keys_that_are_not_text_are_refused(text: str) -> None:
     with refused("line 7"):
         base(text=text)
 
 
 @pytest.mark.parametrize("text", ["a: b: c\n", "name: \x00\n", "name: 'open\n", "---\na: 1\n---\nb: 2\n", "%YAML 9.9\n---\na: 1\n", "}\n"])
-def test_text_that_is_no_yaml_is_refused(text: str) -> None:
+def test_invalid_yaml_is_refused(text: str) -> None:
     with refused("recipe"):
         Recipe.parse(text)
 
 
-def test_a_key_with_a_line_break_is_refused_in_one_line() -> None:
+def test_key_with_a_line_break_is_refused_in_one_line() -> None:
     with refused("unknown key"):
         base(text='"a\\nb": 1\n')
     with refused("given twice"):
         base(text='"a\\nb": 1\n"a\\nb": 1\n')
 
 
-def test_a_recipe_of_over_a_megabyte_is_refused() -> None:
+def test_recipe_over_one_megabyte_is_refused() -> None:
     with refused("1048576"):
         Recipe.parse(BASE + "#" * (1 << 20))
 
 
-def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(BASE.encode() + "# Größe\n".encode("latin-1"))
     with refused(str(path), "UTF-8"):
         Recipe.load(path)
 
 
-def test_windows_line_ends_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
+def test_windows_line_ends_and_byte_order_mark_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "dos.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + BASE.replace("\n", "\r\n").encode())
     assert Recipe.load(path) == base()
@@ -427,7 +427,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_fine(tmp_path: Path) -> Non
 # --- finding ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_recipe_is_refused_with_the_nearest_name() -> None:
+def test_missing_recipe_is_refused_with_the_nearest_name() -> None:
     with refused("'digit' is neither", "Did you mean 'digits'?"):
         Recipe.load("digit")
     with refused("Known recipes:", "digits"):
@@ -435,7 +435,7 @@ def test_a_missing_recipe_is_refused_with_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize("source", ["", ".", "-", "/", "/dev/null", "a\0b", "../recipes/digits", "x" * 5000, "a\nb"])
-def test_what_is_no_recipe_file_is_refused(source: str) -> None:
+def test_source_that_is_not_a_recipe_file_is_refused(source: str) -> None:
     with refused("is neither a file nor a recipe"):
         Recipe.load(source)
 
@@ -443,7 +443,7 @@ def test_what_is_no_recipe_file_is_refused(source: str) -> None:
 # --- overrides ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_overrides_set_lists_nulls_and_whole_sections_and_the_last_one_wins() -> None:
+def test_overrides_set_lists_nulls_and_sections_last_one_wins() -> None:
     recipe = base(
         "views.crop_scale=null", "data.mean=[0.1, 0.2, 0.3]", "train.trackers=[tensorboard, wandb]", "views.zoom=[0.9, 1.1]",
         "probe={online: false, knn_k: 5}", "train.epochs=3", "train.epochs=4", "target.mu=null", "target.density=0.2",
@@ -454,29 +454,29 @@ def test_overrides_set_lists_nulls_and_whole_sections_and_the_last_one_wins() ->
     assert recipe.target.mu is None and recipe.target.density == 0.2
 
 
-def test_overrides_do_not_touch_the_recipe_they_start_from() -> None:
+def test_overrides_do_not_change_the_shipped_recipe() -> None:
     assert Recipe.load("digits", ["seed=7"]).seed == 7 and Recipe.load("digits").seed == 0
 
 
-def test_a_value_may_hold_equal_signs() -> None:
+def test_override_value_may_contain_equal_signs() -> None:
     assert base("name=a=b").name == "a=b"
 
 
 @pytest.mark.parametrize(
     "override", ["train.epochs", "=3", "train.=3", "train..epochs=3", ".epochs=3", "train epochs=3", "--out", "", "a\nb=3"]
 )
-def test_what_is_no_override_is_refused(override: str) -> None:
+def test_malformed_override_is_refused(override: str) -> None:
     with refused("expected section.key=value", kind=UsageError):
         base(override)
 
 
-def test_an_override_below_a_number_is_refused() -> None:
+def test_override_below_a_number_is_refused() -> None:
     with refused("seed.x", "'seed' is not a section"):
         base("seed=1", "seed.x=1")
 
 
 @pytest.mark.parametrize("value", ["[", "*a", "{a", "'", "!!python/name:os.system"])
-def test_an_override_value_that_is_no_yaml_is_refused_by_its_key(value: str) -> None:
+def test_override_with_invalid_yaml_is_refused_by_its_key(value: str) -> None:
     with refused("train.epochs: got"):
         base(f"train.epochs={value}")
 
@@ -484,7 +484,7 @@ def test_an_override_value_that_is_no_yaml_is_refused_by_its_key(value: str) -> 
 # --- contradictions -----------------------------------------------------------------------------------------------------------------
 
 
-def test_exactly_one_of_mu_and_density_is_wanted() -> None:
+def test_exactly_one_of_mu_and_density_is_required() -> None:
     for target in ("{mu: 0.0, density: 0.2}", "{p: 1}", "{mu: null}", "{density: null}"):
         with refused("target.mu", "exactly one", "target.density"):
             Recipe.parse(BASE.replace("{mu: 0.0}", target))
@@ -492,7 +492,7 @@ def test_exactly_one_of_mu_and_density_is_wanted() -> None:
         base("target.mu=0.1", "target.density=0.2")
 
 
-def test_an_override_of_mu_replaces_the_density_of_the_file_and_the_other_way_round() -> None:
+def test_overrides_of_mu_and_density_replace_each_other() -> None:
     assert (base("target.density=0.2").target.mu, base("target.density=0.2").target.density) == (None, 0.2)
     dense = BASE.replace("{mu: 0.0}", "{density: 0.2}")
     assert (Recipe.parse(dense, ["target.mu=-1"]).target.mu, Recipe.parse(dense, ["target.mu=-1"]).target.density) == (-1.0, None)
@@ -504,7 +504,7 @@ def test_warmup_must_be_shorter_than_the_run(epochs: str) -> None:
         base(f"train.epochs={epochs}")
 
 
-def test_the_final_rate_may_not_exceed_the_peak() -> None:
+def test_min_lr_must_not_exceed_the_peak() -> None:
     assert base("optim.min_lr=1e-3").optim.min_lr == 1e-3
     with refused("optim.min_lr", "above the rate used"):
         base("optim.min_lr=1e-3", "train.batch_size=128")
@@ -520,7 +520,7 @@ def test_the_final_rate_may_not_exceed_the_peak() -> None:
         ("torchvision", "image_column", "img"), ("torchvision", "shuffle_buffer", "7"), ("hf", "download", "false"),
     ],
 )  # fmt: skip
-def test_data_fields_without_meaning_for_the_source_are_refused(source: str, key: str, value: str) -> None:
+def test_data_keys_of_another_source_are_refused(source: str, key: str, value: str) -> None:
     needed = {"torchvision": ["data.name=CIFAR10"], "hf": ["data.name=a/b"]}.get(source, [])
     base(f"data.source={source}", *needed)
     with refused(f"data.{key}: has no meaning for source '{source}'"):
@@ -528,12 +528,12 @@ def test_data_fields_without_meaning_for_the_source_are_refused(source: str, key
 
 
 @pytest.mark.parametrize("source", ["torchvision", "hf"])
-def test_a_source_that_needs_a_name_says_so(source: str) -> None:
+def test_missing_data_name_is_refused(source: str) -> None:
     with refused("data.name: needed for source", source):
         base(f"data.source={source}")
 
 
-def test_streaming_and_length_go_together() -> None:
+def test_streaming_and_length_require_each_other() -> None:
     assert base(*HF, "data.streaming=true", "data.length=100").data.length == 100
     with refused("data.length", "needed with data.streaming=true"):
         base(*HF, "data.streaming=true")
@@ -566,7 +566,7 @@ def test_unknown_directions_are_refused(directions: str) -> None:
 # --- derived values -----------------------------------------------------------------------------------------------------------------
 
 
-def test_rates_follow_the_batch_and_steps_drop_the_incomplete_one() -> None:
+def test_rates_scale_with_batch_and_steps_drop_the_last_one() -> None:
     recipe = base("optim.lr=0.3", "probe.lr=0.1", "train.batch_size=128", "train.epochs=2.5")
     assert recipe.lr == pytest.approx(0.15, rel=1e-12) and recipe.probe_lr == pytest.approx(0.05, rel=1e-12)
     assert base("optim.lr=0.3", "train.batch_size=128", "optim.reference_batch=64").lr == pytest.approx(0.6, rel=1e-12)
@@ -574,7 +574,7 @@ def test_rates_follow_the_batch_and_steps_drop_the_incomplete_one() -> None:
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 1.5, 2.0])
-def test_law_of_unit_variance_before_rectification_keeps_mu(p: float) -> None:
+def test_gn_scale_keeps_mu(p: float) -> None:
     mu, sigma = base(f"target.p={p}", "target.mu=-0.7").target.law()
     assert mu == -0.7 and sigma == pytest.approx(oracles.sigma_gn(p), rel=1e-12)
 
@@ -583,13 +583,13 @@ def test_law_of_unit_variance_before_rectification_keeps_mu(p: float) -> None:
     ("p", "mu", "sigma", "l0"),
     [(1, 0, 1.1547, 0.5), (1, -1, 1.4960, 0.256), (2, 0, 1.7129, 0.5), (2, -2, 2.8641, 0.243), (0.5, 1, 0.4753, 0.893)],
 )
-def test_law_of_unit_variance_after_rectification_matches_the_table(p: float, mu: float, sigma: float, l0: float) -> None:
+def test_rgn_scale_matches_the_table(p: float, mu: float, sigma: float, l0: float) -> None:
     target = base(f"target.p={p}", f"target.mu={mu}", "target.sigma=rgn").target
     assert target.law() == (mu, pytest.approx(sigma, abs=1e-4))
     assert target.density_in_theory() == pytest.approx(l0, abs=1e-3)
 
 
-def test_law_takes_a_number_for_sigma() -> None:
+def test_sigma_may_be_a_number() -> None:
     assert base("target.sigma=0.8", "target.mu=0.3").target.law() == (0.3, 0.8)
 
 
@@ -624,14 +624,14 @@ def test_density_is_inverted_for_every_scale(sigma: str, p: float, density: floa
         ("digits", ["objective.directions=axes", "objective.num_directions=256"], ("axes", 256)),
     ],
 )
-def test_the_paper_s_directions_are_a_preset(recipe: str, overrides: list[str], wanted: tuple[str, int | str]) -> None:
+def test_paper_directions_are_a_preset(recipe: str, overrides: list[str], wanted: tuple[str, int | str]) -> None:
     objective = Recipe.load(recipe, overrides).objective
     assert (objective.directions, objective.num_directions) == wanted
     assert Recipe.parse(Recipe.load(recipe, overrides).dump()).objective == objective
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             ["objective.directions=paper", "objective.num_directions=100"],
@@ -649,11 +649,11 @@ def test_the_paper_s_directions_are_a_preset(recipe: str, overrides: list[str], 
         (["objective.num_directions=auto", "objective.gradient_error=0"], "objective.gradient_error: got '0', expected"),
     ],
 )
-def test_directions_that_do_not_fit_are_refused_in_one_line(overrides: list[str], said: str) -> None:
-    with pytest.raises(RecipeError, match=re.escape(said)):
+def test_inconsistent_directions_are_refused_in_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
         Recipe.load("digits", overrides)
 
 
-def test_a_number_on_the_command_line_takes_the_error_of_the_file_out() -> None:
+def test_num_directions_override_removes_gradient_error() -> None:
     text = Recipe.load("digits", ["objective.num_directions=auto", "objective.gradient_error=0.3"]).dump()
     assert Recipe.parse(text, ["objective.num_directions=64"]).objective.gradient_error is None

@@ -1,4 +1,4 @@
-"""Embedding into a folder: complete, in order, without duplicates, to go on with after any interruption, by any number of processes."""
+"""Embedding into a folder: complete, in input order, without duplicates, after any interruption and with any number of processes."""
 
 import errno
 import json
@@ -21,11 +21,11 @@ from rows import N as FEW
 from rows import samples, table, tar
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli import app as cli
-from rlpjepa_zoo.core import files as _files
+from rlpjepa_zoo.cli.app import run as run_command
+from rlpjepa_zoo.core import files
 from rlpjepa_zoo.data.feeds import open_feed
-from rlpjepa_zoo.embedding import extract as extraction
 from rlpjepa_zoo.embedding.extract import Extraction, extract
+from rlpjepa_zoo.embedding.manifest import provenance
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.encoder import OutputOptions
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
@@ -46,30 +46,30 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def called(*words: Any) -> tuple[int, str, str]:
-        code = cli.run([str(word) for word in words])
+        code = run_command([str(word) for word in words])
         return code, *capsys.readouterr()
 
     return called
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file but the lock, by its path."""
+    """Contents of every file except the lock, by path."""
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
-def test_rows_are_those_of_embed_in_input_order_each_once(photos: Path, tmp_path: Path) -> None:
+def test_rows_equal_embed_in_input_order(photos: Path, tmp_path: Path) -> None:
     enc = settled()
-    found = extract(enc, open_feed(photos), tmp_path / "out", HOW)
+    totals = extract(enc, open_feed(photos), tmp_path / "out", HOW)
     e, expected = SparseEmbeddings.load(tmp_path / "out"), enc.embed(photos)
     assert e.ids.tolist() == expected.ids.tolist() == sorted(expected.ids.tolist()) and len(e) == N
     np.testing.assert_allclose(e.to_dense(), expected.to_dense(), rtol=1e-4, atol=1e-5)
-    assert found["rows"] == N and found["skipped"] == 0 and found["parts"] == 5 and found["density"] == pytest.approx(e.l0)
-    assert found["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out/data").iterdir())
-    assert json.loads((tmp_path / "out/embeddings.json").read_text())["result"] == found
+    assert totals["rows"] == N and totals["skipped"] == 0 and totals["parts"] == 5 and totals["density"] == pytest.approx(e.l0)
+    assert totals["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out/data").iterdir())
+    assert json.loads((tmp_path / "out/embeddings.json").read_text())["result"] == totals
     assert enc.training
 
 
-def test_the_folder_opens_in_datasets_pandas_polars_and_scipy(photos: Path, tmp_path: Path) -> None:
+def test_folder_opens_in_datasets_pandas_polars_and_scipy(photos: Path, tmp_path: Path) -> None:
     import datasets
     import pandas
     import polars
@@ -89,12 +89,12 @@ def test_the_folder_opens_in_datasets_pandas_polars_and_scipy(photos: Path, tmp_
             scaled = [x * s for x, s in zip(stored, frame["scale"], strict=True)] if values == "uint8" else stored
             np.testing.assert_array_equal(np.concatenate(scaled).astype(np.float32), e.values)
         assert e.to_scipy().shape == (N, 24) and e.to_scipy().nnz == e.nnz
-    whole = SparseEmbeddings.load(tmp_path / "float32")
-    np.testing.assert_array_equal(SparseEmbeddings.load(tmp_path / "float16").values, whole.values.astype(np.float16).astype(np.float32))
+    exact = SparseEmbeddings.load(tmp_path / "float32")
+    np.testing.assert_array_equal(SparseEmbeddings.load(tmp_path / "float16").values, exact.values.astype(np.float16).astype(np.float32))
     small = SparseEmbeddings.load(tmp_path / "uint8")
-    np.testing.assert_array_equal(small.indices, whole.indices)
-    largest = np.repeat(whole.to_dense().max(1), np.diff(whole.indptr))
-    assert (np.abs(small.values - whole.values) <= np.maximum(largest / 509, 0) + (whole.values < largest / 255) * largest / 255).all()
+    np.testing.assert_array_equal(small.indices, exact.indices)
+    largest = np.repeat(exact.to_dense().max(1), np.diff(exact.indptr))
+    assert (np.abs(small.values - exact.values) <= np.maximum(largest / 509, 0) + (exact.values < largest / 255) * largest / 255).all()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar", "hf", "stream"])
@@ -105,10 +105,10 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     if kind == "parquet":
         table().to_parquet(str(tmp_path / "t.parquet"))
     source: Any = tar(tmp_path / "x.tar", samples(range(FEW))) if kind == "tar" else sources[kind]
-    found = extract(enc, open_feed(source), tmp_path / "out", Extraction(part_rows=4, batch_size=3, num_workers=1))
+    totals = extract(enc, open_feed(source), tmp_path / "out", Extraction(part_rows=4, batch_size=3, num_workers=1))
     e = SparseEmbeddings.load(tmp_path / "out")
     np.testing.assert_allclose(e.to_dense(), expected, rtol=1e-4, atol=1e-5)
-    assert found["rows"] == FEW and found["parts"] == 3
+    assert totals["rows"] == FEW and totals["parts"] == 3
 
 
 def raw() -> list[dict[str, Any]]:
@@ -117,10 +117,10 @@ def raw() -> list[dict[str, Any]]:
     return table().cast_column("image", datasets.Image(decode=False))["image"][:]
 
 
-def test_a_stopped_run_is_gone_on_with_and_ends_byte_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_run_continues_and_ends_byte_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enc = settled()
-    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
-    write = _files.whole_file
+    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    write = files.whole_file
     for stop in range(1, 8):
         out, seen = tmp_path / f"out{stop}", [0]
 
@@ -139,14 +139,14 @@ def test_a_stopped_run_is_gone_on_with_and_ends_byte_equal(photos: Path, tmp_pat
         with refused(DataError, match="not finished" if len(before) else "no data/"):
             SparseEmbeddings.load(out)
         extract(enc, open_feed(photos), out, HOW)
-        assert contents(out) == contents(tmp_path / "whole")
-        assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())  # what was there is not made again
+        assert contents(out) == contents(tmp_path / "unbroken")
+        assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())  # finished parts are not made again
 
 
-def test_killed_at_random_instants_and_started_again_the_files_are_byte_equal(photos: Path, tmp_path: Path) -> None:
+def test_run_killed_at_random_times_ends_byte_equal(photos: Path, tmp_path: Path) -> None:
     enc = settled()
     started = time.monotonic()
-    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
+    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
     usual, source, kills = time.monotonic() - started, random.Random(0), 0
     while kills < 6:
         pid = os.fork()
@@ -163,15 +163,13 @@ def test_killed_at_random_instants_and_started_again_the_files_are_byte_equal(ph
         assert ended in (-signal.SIGKILL, 0)
         if ended:
             kills += 1
-        else:  # it was done before
+        else:  # it ended before the kill
             __import__("shutil").rmtree(tmp_path / "out")
     extract(enc, open_feed(photos), tmp_path / "out", HOW)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
-def test_a_part_that_is_damaged_and_what_a_killed_run_left_are_made_again(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_and_partial_files_are_made_again(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     enc, out = settled(), tmp_path / "out"
     extract(enc, open_feed(photos), out, HOW)
     before = contents(out)
@@ -187,23 +185,23 @@ def share(photos: Path, out: Path) -> dict[str, Any]:
     return extract(settled(), open_feed(photos), out, HOW)
 
 
-def test_two_and_three_processes_write_the_same_files_as_one(photos: Path, tmp_path: Path) -> None:
+def test_two_and_three_processes_write_the_files_of_one(photos: Path, tmp_path: Path) -> None:
     one = share(photos, tmp_path / "one")
     for world in (2, 3):
-        found = run_ranks(share, world, photos, tmp_path / str(world))
-        assert found == [one] * world
+        totals = run_ranks(share, world, photos, tmp_path / str(world))
+        assert totals == [one] * world
         assert contents(tmp_path / str(world)) == contents(tmp_path / "one")
 
 
-def test_images_that_cannot_be_read_are_left_out_and_listed_also_when_gone_on_with(photos: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_listed_also_after_a_resume(photos: Path, tmp_path: Path) -> None:
     enc, out = settled(), tmp_path / "out"
     (photos / "blue/00.png").write_bytes(b"")
     (photos / "red/13.png").write_bytes(b"\x89PNG no")
     how = Extraction(part_rows=7, batch_size=3, num_workers=2, skip_bad=True)
     with refused(DataError, match=r"blue/00\.png: .*--skip-bad"):
         extract(enc, open_feed(photos), out, HOW)
-    found = extract(enc, open_feed(photos), out, how)  # as the error said
-    assert found["rows"] == N - 2 and found["skipped"] == 2 and sum(found["reasons"].values()) == 2
+    totals = extract(enc, open_feed(photos), out, how)  # with the option that the error names
+    assert totals["rows"] == N - 2 and totals["skipped"] == 2 and sum(totals["reasons"].values()) == 2
     rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["blue/00.png", "red/13.png"] and all("cannot be read" in row["reason"] for row in rows)
     before = contents(out)
@@ -217,7 +215,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed_also_when_gone_on_wi
         extract(enc, open_feed(photos), tmp_path / "bad", how)
 
 
-def test_another_encoder_other_images_and_other_options_are_refused_and_overwrite_begins_anew(photos: Path, tmp_path: Path) -> None:
+def test_other_encoder_images_or_options_need_overwrite(photos: Path, tmp_path: Path) -> None:
     enc, out = settled(), tmp_path / "out"
     extract(enc, open_feed(photos), out, HOW)
     before = contents(out)
@@ -241,7 +239,7 @@ def test_another_encoder_other_images_and_other_options_are_refused_and_overwrit
     assert len(SparseEmbeddings.load(out)) == N - 1
 
 
-def test_another_batch_size_goes_on_with_a_warning(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_batch_size_continues_with_a_warning(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     enc, out = settled(), tmp_path / "out"
     extract(enc, open_feed(photos), out, HOW)
     (out / "data/part-000000.parquet").unlink()
@@ -249,12 +247,12 @@ def test_another_batch_size_goes_on_with_a_warning(photos: Path, tmp_path: Path,
     assert "batch_size 3 -> 5; equal up to rounding" in caplog.text and len(SparseEmbeddings.load(out)) == N
 
 
-def test_a_folder_of_something_else_is_left_alone(photos: Path, tmp_path: Path) -> None:
+def test_foreign_folder_is_refused_and_unchanged(photos: Path, tmp_path: Path) -> None:
     for name in ("notes.txt", "README.md"):
         out = tmp_path / name.split(".")[0]
         out.mkdir()
         (out / name).write_text("mine")
-        with refused(UsageError, match="which is not of embeddings"):
+        with refused(UsageError, match="which does not belong to embeddings"):
             extract(settled(), open_feed(photos), out, HOW)
         assert (out / name).read_text() == "mine"
     (tmp_path / "torn").mkdir()
@@ -263,14 +261,14 @@ def test_a_folder_of_something_else_is_left_alone(photos: Path, tmp_path: Path) 
         extract(settled(), open_feed(photos), tmp_path / "torn", HOW)
 
 
-def test_files_of_others_are_never_removed_not_even_to_begin_anew(photos: Path, tmp_path: Path) -> None:
+def test_overwrite_never_removes_foreign_files(photos: Path, tmp_path: Path) -> None:
     home = tmp_path / "set"
     (home / "data").mkdir(parents=True)
     table().to_parquet(str(home / "data/train-0.parquet"))
     (home / "README.md").write_text("a card")
     before = contents(home)
     for overwrite in (False, True):
-        with refused(UsageError, match="which is not of embeddings"):
+        with refused(UsageError, match="which does not belong to embeddings"):
             extract(settled(), open_feed(home), home, HOW, overwrite=overwrite)
     assert contents(home) == before
     extract(settled(), open_feed(photos), tmp_path / "out", HOW)
@@ -279,7 +277,7 @@ def test_files_of_others_are_never_removed_not_even_to_begin_anew(photos: Path, 
         extract(settled(), open_feed(photos), tmp_path / "out", HOW, overwrite=True)
 
 
-def test_other_columns_of_the_same_file_are_other_input(tmp_path: Path) -> None:
+def test_other_columns_count_as_other_input(tmp_path: Path) -> None:
     table().to_parquet(str(tmp_path / "t.parquet"))
     enc, how = settled(), Extraction(part_rows=4, batch_size=3)
     extract(enc, open_feed(tmp_path / "t.parquet"), tmp_path / "out", how)
@@ -288,16 +286,16 @@ def test_other_columns_of_the_same_file_are_other_input(tmp_path: Path) -> None:
             extract(enc, open_feed(tmp_path / "t.parquet", **options), tmp_path / "out", how)  # type: ignore[arg-type]
 
 
-def test_a_part_without_a_readable_image_does_not_keep_others_from_opening_the_folder(photos: Path, tmp_path: Path) -> None:
+def test_folder_with_a_part_without_images_opens(photos: Path, tmp_path: Path) -> None:
     import datasets
 
     for name in ("blue/14.png", "blue/16.png"):
         (photos / name).write_bytes(b"")
     enc, out, how = settled(), tmp_path / "out", Extraction(part_rows=1, batch_size=3, num_workers=0, skip_bad=True)
-    found = extract(enc, open_feed(photos), out, how)
+    totals = extract(enc, open_feed(photos), out, how)
     assert (
-        found["rows"] == N - 2
-        and found["parts"] == N - 2
+        totals["rows"] == N - 2
+        and totals["parts"] == N - 2
         and [row["id"] for row in map(json.loads, (out / "failed.jsonl").open())] == ["blue/14.png", "blue/16.png"]
     )
     assert (
@@ -309,7 +307,7 @@ def test_a_part_without_a_readable_image_does_not_keep_others_from_opening_the_f
     assert contents(out) == before
 
 
-def test_encoded_images_are_let_go_as_soon_as_they_are_decoded(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoded_images_are_freed_after_decoding(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
 
@@ -337,7 +335,7 @@ def test_encoded_images_are_let_go_as_soon_as_they_are_decoded(photos: Path, tmp
 
     monkeypatch.setattr(rz.SparseEncoder, "codes", counting)
     extract(settled(), Feed(rows, 40, {}), tmp_path / "out", Extraction(part_rows=40, batch_size=2, num_workers=1))
-    assert max(held) <= 8 < len(held)  # a few batches, not the part
+    assert max(held) <= 8 < len(held)  # a few batches, not a whole part
 
 
 def failing_share(photos: Path, out: Path) -> str:
@@ -348,9 +346,9 @@ def failing_share(photos: Path, out: Path) -> str:
     return "done"
 
 
-def test_processes_that_see_other_images_stop_before_anything_is_embedded(photos: Path, tmp_path: Path) -> None:
-    said = run_ranks(other_share, 2, photos, tmp_path / "out")
-    assert all(text.startswith("UsageError") and "processes see another input" in text for text in said)
+def test_processes_with_different_images_stop_at_once(photos: Path, tmp_path: Path) -> None:
+    errors = run_ranks(other_share, 2, photos, tmp_path / "out")
+    assert all(text.startswith("UsageError") and "processes see another input" in text for text in errors)
     assert list((tmp_path / "out/data").iterdir()) == []
 
 
@@ -362,7 +360,7 @@ def other_share(photos: Path, out: Path) -> str:
     return failing_share(photos, out)
 
 
-def test_a_name_that_is_no_text_is_an_id_all_the_same(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8_becomes_an_escaped_id(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for name in (b"good.png", b"bad\xff.png"):
         Image.new("RGB", (32, 32)).save(os.fsdecode(os.path.join(os.fsencode(tmp_path / "photos"), name)))
@@ -370,15 +368,15 @@ def test_a_name_that_is_no_text_is_an_id_all_the_same(tmp_path: Path) -> None:
     assert SparseEmbeddings.load(tmp_path / "out").ids.tolist() == ["bad\\xff.png", "good.png"]
 
 
-def test_an_image_that_is_too_long_and_thin_costs_no_memory(tmp_path: Path) -> None:
+def test_very_long_image_is_skipped_without_using_memory(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("1", (100_000, 1)).save(tmp_path / "photos/line.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "photos/good.png")
-    found = extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", Extraction(skip_bad=True))
-    assert found["skipped"] == 1 and "line.png: 100000 x 1 pixels: too long and thin" in (tmp_path / "out/failed.jsonl").read_text()
+    totals = extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", Extraction(skip_bad=True))
+    assert totals["skipped"] == 1 and "line.png: 100000 x 1 pixels: too long and thin" in (tmp_path / "out/failed.jsonl").read_text()
 
 
-def test_a_full_disk_keeps_the_parts_that_are_there(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_the_finished_parts(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet as pq
 
     enc, out, write, calls = settled(), tmp_path / "out", pq.write_table, [0]
@@ -394,11 +392,11 @@ def test_a_full_disk_keeps_the_parts_that_are_there(photos: Path, tmp_path: Path
         extract(enc, open_feed(photos), out, HOW)
     assert sorted(p.name for p in (out / "data").iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
     extract(enc, open_feed(photos), out, HOW)
-    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
-    assert contents(out) == contents(tmp_path / "whole")
+    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    assert contents(out) == contents(tmp_path / "unbroken")
 
 
-def test_not_a_number_never_reaches_a_file(photos: Path, tmp_path: Path) -> None:
+def test_nan_is_refused_and_not_written(photos: Path, tmp_path: Path) -> None:
     enc = settled()
     with torch.no_grad():
         enc.projector[-2].weight[0, 0] = torch.nan
@@ -408,7 +406,7 @@ def test_not_a_number_never_reaches_a_file(photos: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_between_batches_and_the_same_call_goes_on(
+def test_signal_stops_between_batches_and_call_continues(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
     enc, out, batches = settled(), tmp_path / "out", [0]
@@ -422,34 +420,34 @@ def test_a_signal_ends_it_between_batches_and_the_same_call_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(type(enc), "codes", signalled)
-        with refused(StoppedBySignal, match="the same command goes on") as caught:
+        with refused(StoppedBySignal, match="the same command continues") as caught:
             extract(enc, open_feed(photos), out, HOW)
     assert caught.value.exit_code == code
     extract(enc, open_feed(photos), out, HOW)
-    extract(enc, open_feed(photos), tmp_path / "whole", HOW)
-    assert contents(out) == contents(tmp_path / "whole")
+    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    assert contents(out) == contents(tmp_path / "unbroken")
 
 
-def test_two_runs_into_one_folder_are_refused(photos: Path, tmp_path: Path) -> None:
+def test_second_run_into_a_folder_is_refused(photos: Path, tmp_path: Path) -> None:
     from rlpjepa_zoo.core.files import lock
 
     with lock(tmp_path / "out"), refused(UsageError, match="in use by process"):
         extract(settled(), open_feed(photos), tmp_path / "out", HOW)
 
 
-def test_provenance_is_inside_every_file(photos: Path, tmp_path: Path) -> None:
+def test_every_file_holds_its_provenance(photos: Path, tmp_path: Path) -> None:
     enc = settled().with_budget(3)
-    model = extraction.provenance(enc, str(tmp_path), "abc")
+    model = provenance(enc, str(tmp_path), "abc")
     extract(enc, open_feed(photos), tmp_path / "out", HOW, model=model)
     for part in (tmp_path / "out/data").iterdir():
         meta = SparseEmbeddings.load(part).meta
-        said = json.loads(meta["provenance"])
-        assert meta["model"] == enc.fingerprint() and said["model"] == model and said["options"]["values"] == "float32"
-        assert said["input"]["files"] == N and said["model"]["dial"] == {"mode": "top_k", "value": 3}
-    assert model["source"] == tmp_path.name  # no path of a machine
+        recorded = json.loads(meta["provenance"])
+        assert meta["model"] == enc.fingerprint() and recorded["model"] == model and recorded["options"]["values"] == "float32"
+        assert recorded["input"]["files"] == N and recorded["model"]["dial"] == {"mode": "top_k", "value": 3}
+    assert model["source"] == tmp_path.name  # no path of this machine
 
 
-def test_parts_of_two_encoders_are_not_loaded_together(photos: Path, tmp_path: Path) -> None:
+def test_parts_of_two_encoders_do_not_load(photos: Path, tmp_path: Path) -> None:
     enc = settled()
     for name, encoder in (("a", enc), ("b", enc.with_budget(3))):
         extract(encoder, open_feed(photos), tmp_path / name, HOW)
@@ -460,20 +458,20 @@ def test_parts_of_two_encoders_are_not_loaded_together(photos: Path, tmp_path: P
         SparseEmbeddings.load(tmp_path)
 
 
-def test_budgets_and_precision(photos: Path) -> None:
+def test_embed_applies_budgets_and_precision(photos: Path) -> None:
     enc = settled()
-    whole = enc.embed(photos)
-    assert enc.embed(photos, max_active=4) == whole.top_k(4)
-    least = float(np.median(whole.values))
-    assert enc.embed(photos, min_value=least) == whole.at_least(least) and 0 < whole.at_least(least).nnz < whole.nnz
+    exact = enc.embed(photos)
+    assert enc.embed(photos, max_active=4) == exact.top_k(4)
+    least = float(np.median(exact.values))
+    assert enc.embed(photos, min_value=least) == exact.at_least(least) and 0 < exact.at_least(least).nnz < exact.nnz
     half = enc.embed(photos, precision="bf16").to_dense()
-    assert 0 < np.abs(half - whole.to_dense()).max() < 0.05
+    assert 0 < np.abs(half - exact.to_dense()).max() < 0.05
     for options in ({"min_value": -1.0}, {"precision": "fp8"}, {"min_value": float("nan")}):
         with refused(UsageError):
             enc.embed(photos, **options)
 
 
-def test_files_of_sparse_embeddings_are_an_eighth_of_dense_ones(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_sparse_files_are_an_eighth_of_dense_ones(tmp_path: Path, rng: np.random.Generator) -> None:
     dense = np.where(rng.random((2000, 512)) < 0.06, rng.laplace(size=(2000, 512)).__abs__(), 0).astype(np.float32)
     e = SparseEmbeddings.from_dense(dense, [f"folder/image-{i:06d}.jpg" for i in range(2000)])
     assert e.l0 == pytest.approx(0.06, abs=0.002)
@@ -489,7 +487,7 @@ def test_files_of_sparse_embeddings_are_an_eighth_of_dense_ones(tmp_path: Path, 
     assert sizes["float32.parquet"] > 8 and sizes["float16.safetensors"] > 8 and sizes["uint8.parquet"] > 16, sizes
 
 
-def test_the_command_embeds_into_a_folder_and_goes_on(photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+def test_command_embeds_into_a_folder_and_continues(photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     settled().save_pretrained(tmp_path / "enc")
     words = [
         "embed",
@@ -506,15 +504,15 @@ def test_the_command_embeds_into_a_folder_and_goes_on(photos: Path, tmp_path: Pa
         "uint8",
     ]
     code, out, _ = run(*words, "--json")
-    found = json.loads(out)
-    assert code == 0 and found["rows"] == N and found["density"] <= 5 / 24
+    printed = json.loads(out)
+    assert code == 0 and printed["rows"] == N and printed["density"] <= 5 / 24
     before = contents(tmp_path / "out")
     code, out, _ = run(*words)
     assert code == 0 and contents(tmp_path / "out") == before and "rows: 30" in out
-    assert rz.SparseEmbeddings.load(tmp_path / "out").meta["model"] == found["model"]
+    assert rz.SparseEmbeddings.load(tmp_path / "out").meta["model"] == printed["model"]
 
 
-def test_mistakes_on_the_command_line_are_one_line_with_their_code(
+def test_command_errors_are_one_line_with_their_code(
     photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settled().save_pretrained(tmp_path / "enc")
@@ -546,7 +544,7 @@ def test_mistakes_on_the_command_line_are_one_line_with_their_code(
     assert code == 2 and "several processes write a folder" in err
 
 
-def test_a_finished_folder_is_pushed_as_a_data_set_that_opens_from_the_hub(
+def test_pushed_folder_opens_as_a_data_set_from_the_hub(
     photos: Path, tmp_path: Path, hub_server: Any, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -561,17 +559,17 @@ def test_a_finished_folder_is_pushed_as_a_data_set_that_opens_from_the_hub(
     code, _, err = run("push", out, "owner/rows")
     assert code == 2 and "4 parts, 5 were written" in err
     (tmp_path / "kept").rename(out / "data/part-000004.parquet")
-    code, said, _ = run("push", out, "owner/rows", "--dry-run")
-    assert code == 0 and "part-000004.parquet" in said and ("dataset", "owner/rows") not in hub_server.repos
-    code, said, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
-    assert code == 0 and len(json.loads(said)["changed"]) == 7
+    code, printed, _ = run("push", out, "owner/rows", "--dry-run")
+    assert code == 0 and "part-000004.parquet" in printed and ("dataset", "owner/rows") not in hub_server.repos
+    code, printed, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
+    assert code == 0 and len(json.loads(printed)["changed"]) == 7
     assert [entry.title for entry in hub_server.log("owner/rows", type="dataset")] == ["Upload sparse embeddings", "initial commit"]
     rows = datasets.load_dataset("owner/rows", split="train", token="hf_writer")
     assert rows["id"][:] == SparseEmbeddings.load(out).ids.tolist() and rows.features["label"].names == ["blue", "red"]
     assert SparseEmbeddings.load(snapshot_download("owner/rows", repo_type="dataset")) == SparseEmbeddings.load(out)
     assert "license: cc-by-4.0" in hub_server.files("owner/rows", type="dataset")["README.md"].decode()
     extract(enc, open_feed(photos), out, Extraction(part_rows=15, batch_size=3), overwrite=True)
-    code, said, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
+    code, printed, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
     left = hub_server.files("owner/rows", type="dataset")
     assert code == 0 and sorted(name for name in left if name.startswith("data/")) == [
         "data/part-000000.parquet",
@@ -599,7 +597,7 @@ def test_batch_size_threads_and_part_size_change_no_row(photos: Path, tmp_path: 
         np.testing.assert_allclose(e.values, expected.values, rtol=1e-4, atol=1e-6)
 
 
-def test_no_file_stays_open_and_no_thread_runs_on(photos: Path, tmp_path: Path) -> None:
+def test_no_file_or_thread_is_left_open(photos: Path, tmp_path: Path) -> None:
     import threading
 
     enc = settled()
@@ -613,7 +611,7 @@ def test_no_file_stays_open_and_no_thread_runs_on(photos: Path, tmp_path: Path) 
     assert len(os.listdir("/proc/self/fd")) == held and threading.active_count() == threads
 
 
-def test_more_numbers_than_32_bits_count_and_wide_rows_have_wide_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_counts_and_wide_rows_use_64_bit_types(monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
 
     wide = SparseEmbeddings([0, 2], [5, 40_000], [1.0, 2.0], 2**16)
@@ -644,9 +642,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     import datasets
 
     datasets.concatenate_datasets([source] * 200).to_parquet(str(one))
-    for files in (1, 10):
-        command = [sys.executable, "-c", MEASURE, str(tmp_path / str(files)), *[str(one)] * files]
+    for copies in (1, 10):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / str(copies)), *[str(one)] * copies]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]))
-        assert len(list((tmp_path / str(files) / "data").iterdir())) == -(-FEW * 200 * files // 1000)
+        assert len(list((tmp_path / str(copies) / "data").iterdir())) == -(-FEW * 200 * copies // 1000)
     print(f"largest resident memory: {peaks[0] / 1024:.1f} MB for {FEW * 200} images, {peaks[1] / 1024:.1f} MB for ten times as many")
     assert peaks[1] < 1.05 * peaks[0]

@@ -158,7 +158,7 @@ def test_z_of_a_plain_timm_model_and_a_source_that_is_not_given_are_refused(tmp_
 
 def test_the_preprocessing_is_that_of_the_encoder_unless_the_recipe_gives_its_own() -> None:
     recipe, preprocess = tiny("data.crop_pct=0.7"), settled().config.preprocess
-    found = recipe.settled(preprocess).data
+    found = recipe.with_preprocess(vars(preprocess)).data
     assert (found.image_size, found.mean, found.std, found.interpolation, found.crop_pct) == (
         32,
         preprocess.mean,

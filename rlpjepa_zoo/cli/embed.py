@@ -1,0 +1,171 @@
+"""Commands that embed images, or change how sparse the embeddings are: `embed`, `dial`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import DataError, OutputError, UsageError
+from .options import AsJson, BatchSize, Device, Quiet, Revision, SourceName, Workers, choose_device, print_values, write_file
+
+if TYPE_CHECKING:
+    from ..data.feeds import Feed
+    from ..embedding.extract import Extraction
+    from ..models.encoder import SparseEncoder
+
+SUFFIXES = (".safetensors", ".npz", ".parquet")
+
+
+def embed(
+    source: SourceName,
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to start or to continue.")
+    ],
+    batch_size: BatchSize = 256,
+    num_workers: Workers = 4,
+    max_active: Annotated[int | None, typer.Option(min=1, help="Keep at most this many largest values of each image.")] = None,
+    min_value: Annotated[float, typer.Option(help="Leave out values below this.")] = 0.0,
+    values: Annotated[str, typer.Option(help="float32 (exact), float16, or uint8 (with one scale per image).")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, or bf16: faster on many processors, with its rounding error.")] = "float32",
+    part_rows: Annotated[
+        int, typer.Option(min=1, help="Folder: images per file. If the process is killed, at most this many are lost.")
+    ] = 4096,
+    columns: Annotated[
+        str,
+        typer.Option(help="Further columns to copy, such as a,b; for tar files suffixes such as json. The class label is always copied."),
+    ] = "",
+    id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
+    data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write sparse embeddings of images to a file or a folder; a folder also under `accelerate launch -m rlpjepa_zoo embed ...` and torchrun.
+
+    A folder is written in parts. After a stop, the same command continues.
+    """
+    from ..core import distributed
+    from ..data.feeds import open_feed
+    from ..embedding.extract import Extraction, extract
+    from ..embedding.manifest import provenance
+    from ..models.encoder import OutputOptions
+    from ..models.pretrained import load_encoder
+
+    to_file = bool(out.suffix) and not out.is_dir()
+    if to_file and out.suffix not in SUFFIXES:
+        raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
+    how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
+    _check_out(out, to_file, overwrite, bool(columns))
+    feed = open_feed(
+        images,
+        split=split,
+        columns=[c for c in columns.split(",") if c],
+        id_column=id_column,
+        image_column=image_column,
+        revision=data_revision,
+    )
+    try:
+        distributed.start()
+        encoder = load_encoder(source, revision=revision, device=choose_device(device))
+        if to_file:
+            result = _embed_to_file(encoder, feed, out, how, not quiet)
+        else:
+            model = provenance(encoder, source, revision)
+            totals = extract(encoder, feed, out, how, model=model, overwrite=overwrite, progress=not quiet)
+            result = {"folder": str(out), **totals, "model": encoder.fingerprint()}
+            if not as_json:
+                result["reasons"] = "; ".join(f"{n} x {reason}" for reason, n in result["reasons"].items()) or "-"
+        if distributed.rank() == 0:
+            print_values(result, as_json)
+    finally:
+        distributed.shut_down()
+
+
+def _check_out(out: Path, to_file: bool, overwrite: bool, columns: bool) -> None:
+    """Refuse an --out that cannot be written, before anything is loaded."""
+    if not out.parent.is_dir():
+        raise OutputError(f"--out {out}: no folder {out.parent}")
+    if not to_file:
+        return
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    if columns:
+        raise UsageError(f"--columns: a file holds ids and embeddings only, a folder holds columns too; give --out DIR instead of {out}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
+
+
+def _embed_to_file(encoder: SparseEncoder, feed: Feed, out: Path, how: Extraction, progress: bool) -> dict[str, Any]:
+    """Embed into one file. All embeddings are in memory until it is written."""
+    failures: list[tuple[Any, str]] = []
+    embeddings = encoder.embed(
+        feed, how.batch_size, how.num_workers, how.budget.max_active, progress, "skip" if how.skip_bad else "raise", failures,
+        min_value=how.budget.min_value, precision=how.budget.precision,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if failures and not len(embeddings):
+        raise DataError(f"none of the {len(failures)} images can be read; the first: {failures[0][1]}")
+    embeddings.save(out, values=how.values)
+    n, dim = embeddings.shape
+    if failures:
+        listing = out.with_name(out.name + ".failed.jsonl")
+        write_file(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures).encode())
+        logging.getLogger("rlpjepa_zoo").warning("%d of %d images could not be read, see %s", len(failures), n + len(failures), listing)
+    return {
+        "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": embeddings.l0, "bytes": out.stat().st_size,
+        "bytes as dense float32": 4 * n * dim, "model": embeddings.meta["model"],
+    }  # fmt: skip
+
+
+def dial(
+    source: SourceName,
+    out: Annotated[Path, typer.Option(help="Folder for the encoder with the dial. Its weights do not change.")],
+    density: Annotated[float | None, typer.Option(help="Fraction of active dimensions to reach.")] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Or: largest number of active dimensions.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="top_k keeps the largest values of each image; threshold keeps values above one number.")
+    ] = "top_k",
+    images: Annotated[str | None, typer.Option(help="Images to calibrate a threshold on: a folder, files, ... as for embed.")] = None,
+    num_workers: Workers = 4,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Calibrate without images that cannot be read.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the encoder in OUT.")] = False,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a trained encoder sparser without training, and save it with this setting."""
+    from ..models.pretrained import load_encoder
+
+    if (density is None) == (budget is None):
+        raise UsageError("--density and --budget: give one of them")
+    if budget is not None and (mode != "top_k" or images is not None):
+        raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; choose another folder, or add --overwrite")
+    encoder = load_encoder(source, revision=revision, device=choose_device(device))
+    if budget is not None:
+        sparser = encoder.with_budget(budget)
+    else:
+        options = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
+        sparser = encoder.with_density(density or 0.0, mode, images, **options)  # type: ignore[arg-type]
+    sparser.save_pretrained(out, name=f"local-dir:{out}")
+    setting = sparser.config.dial
+    description = "" if setting is None else setting.describe(sparser.config.dim)
+    print_values({"encoder": str(out), "dial": description, "model": sparser.fingerprint()}, as_json)

@@ -1,0 +1,264 @@
+"""Commands around the zoo and the Hub: `list`, `card`, `push`, `export`, `zoo verify`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from ..errors import OutputError, UsageError, ZooError, first_line
+from .options import (
+    AsJson,
+    License,
+    Notes,
+    Revision,
+    SourceName,
+    card_name,
+    format_value,
+    own_folder,
+    print_table,
+    print_values,
+    without_scheme,
+)
+
+if TYPE_CHECKING:
+    from ..hub.push import Kind
+
+T = TypeVar("T")
+PUSH_THREAD = "hub-push"
+"""Name of the thread that pushes; `rlpjepa_zoo.cli.app.main` does not wait for it."""
+
+LIST_COLUMNS = {
+    "name": "name",
+    "backbone": "architecture",
+    "data": "data",
+    "dim": "dim",
+    "density": "density",
+    "linear z": "linear_z",
+    "kNN z": "knn_z",
+    "MB": "megabytes",
+    "repo": "repo",
+}
+"""Columns of `rlpjepa list`, and their keys in the manifest of the zoo."""
+
+
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*",
+    recipes: Annotated[bool, typer.Option("--recipes", help="List recipes instead of encoders.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the encoders of the zoo (offline), or the recipes."""
+    from ..hub import zoo
+
+    if recipes:
+        import fnmatch
+
+        from ..config.load import list_recipes
+
+        names = fnmatch.filter(list_recipes(), pattern)
+        print(json.dumps(names) if as_json else "\n".join(names))
+        return
+    rows = [{"name": name, **zoo.entry(name)} for name in zoo.list_encoders(pattern)]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print_table(list(LIST_COLUMNS), [[format_value(row.get(key)) for key in LIST_COLUMNS.values()] for row in rows])
+
+
+def push(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run, of an encoder or of embeddings, or a zoo name.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; created if missing.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Visibility; an existing repository must have it. A new one is private if not given."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; created if missing.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag for the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    license: License = None,
+    notes: Notes = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the repository that is not a sparse encoder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files, sizes and the card; send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an encoder, a classifier, or embeddings as a data set, on the Hugging Face Hub.
+
+    Verifies an encoder first, then sends the changed files as one commit. Log in with `hf auth login`, or set HF_TOKEN.
+    """
+    from ..core.source import is_repository
+    from ..hub.push import Pushed
+    from ..hub.push import push as push_files
+
+    if not is_repository(repo):
+        raise UsageError(f"OWNER/NAME: expected a repository such as you/encoder, got '{repo}'")
+    kind, contents = _files_to_push(source, repo, license, _read_notes(notes))
+    if dry_run:
+        sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}
+        if as_json:
+            print_values({"repo": repo, "files": sizes}, True)
+            return
+        print("\n".join(f"{size:>12,}  {name}" for name, size in sizes.items()))
+        print(f"{sum(sizes.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
+        print(bytes(contents["README.md"]).decode(), end="")
+        return
+
+    def send() -> Pushed:
+        return push_files(
+            contents, repo, kind=kind, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
+            overwrite=overwrite,
+        )  # fmt: skip
+
+    pushed = _interruptible(send)
+    result = {"repo": repo, "commit": pushed.commit, "changed": list(pushed.changed), "url": pushed.url}
+    changed = ", ".join(pushed.changed) or "nothing, so nothing was sent"
+    print_values(result if as_json else {**result, "changed": changed}, as_json)
+
+
+def _files_to_push(source: str, repo: str, license: str | None, notes: str | None) -> tuple[Kind, dict[str, bytes | Path]]:
+    """Return the kind of repository and the files for it. What does not load raises here and is not published."""
+    import tempfile
+
+    from ..embedding.card import publishable
+    from ..hub import zoo
+    from ..hub.card import rewritten
+    from ..hub.download import resolve
+    from ..hub.format import write_folder
+    from ..hub.push import DATASET, MODEL
+    from ..models.pretrained import load_published
+
+    path = without_scheme(source)
+    if (Path(path) / "embeddings.json").is_file():
+        return DATASET, publishable(path, repo, license, notes)
+    folder = resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{path}")
+    contents = rewritten(folder, repo, license, notes)
+    with tempfile.TemporaryDirectory() as scratch:
+        load_published(write_folder(Path(scratch) / "model", contents))
+    return MODEL, {**contents}
+
+
+def _read_notes(path: Path | None) -> str | None:
+    try:
+        return None if path is None else path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--notes {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
+
+
+def _interruptible(work: Callable[[], T]) -> T:
+    """Call `work` in a thread, so that Ctrl-C ends the command while the Hub client waits for its own threads."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=PUSH_THREAD, daemon=True).start()
+    return result.result()
+
+
+def card(
+    source: SourceName,
+    name: Annotated[str | None, typer.Option(help="Name that the examples load, such as owner/name; unchanged if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write README.md and its pictures into this folder instead of printing.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Rewrite the card of SOURCE, a folder.")] = False,
+    license: License = None,
+    notes: Notes = None,
+    revision: Revision = None,
+) -> None:
+    """Print a model card, or rewrite it.
+
+    It is generated from the record of the run and from the results of `rlpjepa eval --card`.
+    """
+    from ..hub.card import rewritten
+    from ..hub.download import resolve
+    from ..hub.format import write_folder
+
+    if write and out is not None:
+        raise UsageError("--write and --out: give one of them")
+    path = resolve(source, revision)
+    contents = rewritten(path, name or card_name(path), license, _read_notes(notes))
+    if write:
+        print(write_folder(own_folder(source, "--write"), contents) / "README.md")
+    elif out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for file, content in contents.items():
+                if file == "README.md" or file.endswith(".png"):
+                    (out / file).write_bytes(content)
+        except OSError as error:
+            raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+        print(out / "README.md")
+    else:
+        print(contents["README.md"].decode(), end="")
+
+
+def export(
+    source: SourceName,
+    out: Annotated[Path, typer.Option(help="File to write: .onnx or .pt2 (torch.export).")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the sparse encoder as one ONNX or torch.export file.
+
+    The file holds backbone, projector and ReLU. It is checked to give the same codes before it is moved to OUT.
+    """
+    from ..models.export import export as run
+    from ..models.pretrained import load_encoder
+
+    encoder = load_encoder(source, revision=revision)
+    path, config, preprocess = run(encoder, out, overwrite=overwrite), encoder.config, encoder.config.preprocess
+    height, width = preprocess.size
+    mean, std = (tuple(map(float, values)) for values in (preprocess.mean, preprocess.std))
+    print_values(
+        {
+            "file": str(path), "bytes": path.stat().st_size,
+            "input images": f"float32 (batch, 3, {height}, {width}), RGB in 0..1, resized by {preprocess.interpolation} and cropped to "
+            f"{height}x{width} with crop_pct {preprocess.crop_pct:g}, then (x - mean) / std with mean {mean}, std {std}",
+            "outputs": f"z (batch, {config.dim}), features (batch, {config.features})",
+        },
+        as_json,
+    )  # fmt: skip
+
+
+zoo_app = typer.Typer(help="Check the encoders of the zoo.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@zoo_app.command()
+def verify(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*",
+    root: Annotated[Path | None, typer.Option("--folder", help="Check FOLDER/NAME instead of the shipped files.")] = None,
+    online: Annotated[bool, typer.Option("--hub", help="Check the pinned commit of the repository on the Hub.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check encoders of the zoo: listed figures, sha256 of every file, golden codes."""
+    from ..hub import zoo
+    from ..models.pretrained import verify_entry
+
+    names = zoo.list_encoders(pattern)
+    if not names:
+        raise UsageError(f"'{pattern}': no encoder of the zoo matches; see rlpjepa list")
+    if online and root is not None:
+        raise UsageError("--hub and --folder: give one of them")
+    outcomes: dict[str, str] = {}
+    first_error: ZooError | None = None
+    for name in names:
+        try:
+            verify_entry(name, root, online)
+            outcomes[name] = "ok"
+        except ZooError as error:
+            outcomes[name], first_error = str(error), first_error or error
+        if not as_json:
+            print(f"{name}: {outcomes[name]}", flush=True)
+    if as_json:
+        print(json.dumps(outcomes, indent=1))
+    if first_error is not None:
+        wrong = sum(text != "ok" for text in outcomes.values())
+        raise type(first_error)(f"{wrong} of {len(names)} encoders do not verify; the first: {first_error}")

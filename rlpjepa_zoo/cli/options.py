@@ -1,0 +1,111 @@
+"""Options that several commands share, and what commands print and write."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe (see rlpjepa list --recipes), or a YAML file.")]
+SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, owner/repo[@revision] on the Hub, or a folder.")]
+RunFolder = Annotated[Path, typer.Option(help="Folder of the run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out, if there is one.")]
+AllowChange = Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Workers = Annotated[int, typer.Option(min=0, help="Threads that decode images; 0 decodes between batches.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]
+License = Annotated[str | None, typer.Option("--license", help="Licence of the weights on the card, such as apache-2.0.")]
+Notes = Annotated[Path | None, typer.Option(help="Markdown file with your own text for the card.")]
+
+
+def choose_device(asked: str | None) -> str:
+    """Return the device to compute on: the asked one, else the GPU of this process, else mps, else cpu.
+
+    Raises:
+        UsageError: the device does not exist here.
+    """
+    import torch
+
+    if asked is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {asked}: not available here ({str(error).splitlines()[0]})") from error
+    return asked
+
+
+def without_scheme(source: str) -> str:
+    """Return the path of ``local-dir:PATH``; other sources as they are."""
+    return source.removeprefix("local-dir:")
+
+
+def own_folder(source: str, option: str) -> Path:
+    """Return the encoder folder of a source whose card can be rewritten.
+
+    Raises:
+        UsageError: the source is no folder, or lies in the cache of the Hub client.
+    """
+    from ..hub.format import find
+
+    path = Path(without_scheme(source)).expanduser()
+    if not path.is_dir() or path.parent.name == "snapshots":
+        raise UsageError(f"{option}: '{source}' is not a folder of your own, so its card cannot be written")
+    return find(path)
+
+
+def card_name(path: Path) -> str:
+    """Return the model name on the card of an encoder folder."""
+    from ..hub.format import BLOCK, read_config
+
+    return str(read_config(path)[BLOCK].get("name", "owner/repo"))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under its final name only when it is complete."""
+    from ..core.files import whole_file
+
+    with whole_file(path) as aside:
+        aside.write_bytes(content)
+
+
+def format_value(value: Any) -> str:
+    """Format a value for people: four digits of a float, thousands separators of an integer, ``-`` for None."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_values(values: dict[str, Any], as_json: bool) -> None:
+    """Print one JSON object, or `name: value` lines. If there is a value "text", it is printed in the place of the lines."""
+    if as_json:
+        print(json.dumps({k: v for k, v in values.items() if k != "text"}))
+    elif "text" in values:
+        print(values["text"])
+    else:
+        print("\n".join(f"{name}: {format_value(value)}" for name, value in values.items()))
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table: fitted to the terminal, or with unlimited width and without colours if stdout is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 10_000, force_terminal=terminal, highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))

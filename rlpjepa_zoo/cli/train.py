@@ -1,0 +1,137 @@
+"""Commands that train: `demo`, `check`, `train`, `finetune`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RecipeError, first_line
+from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, RunFolder, format_value, print_values
+
+if TYPE_CHECKING:
+    from ..config.finetune import TuningRecipe
+    from ..config.pretrain import Recipe
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all results of the demo.")] = Path("rlpjepa-demo"),
+    density: Annotated[float, typer.Option(help="Expected fraction of non-zero values, between 0 and 1.")] = 0.12,
+    epochs: Annotated[float, typer.Option(help="Epochs over the 1437 training digits.")] = 50,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pretrain on scikit-learn's digits, save, load, embed, evaluate and plot (one to two minutes on a CPU)."""
+    from ..report.demo import run
+
+    print_values(run(out, density, epochs, progress=not quiet), as_json)
+
+
+def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Validate a recipe and print it in full, with its expected density and number of parameters. Trains nothing."""
+    from ..config.finetune import TuningRecipe, load_any
+
+    resolved = load_any(recipe, overrides or [])
+    if isinstance(resolved, TuningRecipe):
+        resolved, facts = _tuning_facts(resolved)
+    else:
+        facts = _pretraining_facts(resolved)
+    if as_json:
+        print_values({**facts, "recipe": resolved.model_dump(mode="json")}, True)
+        return
+    print("\n".join(f"# {name}: {format_value(value)}" for name, value in facts.items()))
+    print(resolved.dump(), end="")
+
+
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: RunFolder = Path("runs/latest"),
+    resume: Resume = False,
+    allow_change: AllowChange = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pretrain an encoder from a recipe; also under `accelerate launch -m rlpjepa_zoo train ...` and torchrun."""
+    from ..config.pretrain import Recipe
+    from ..training.pretrain import train as run
+
+    resolved = Recipe.load(recipe, overrides or [])
+    _run_and_print("encoder", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
+
+
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: RunFolder = Path("runs/latest"),
+    resume: Resume = False,
+    allow_change: AllowChange = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune an encoder to a classifier of labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
+    from ..config.finetune import TuningRecipe
+    from ..training.finetune import finetune as run
+
+    resolved = TuningRecipe.load(recipe, overrides or [])
+    _run_and_print("classifier", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
+
+
+def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: bool) -> None:
+    """Run the training and print, on rank 0, the folder of the artifact and the numbers of summary.json."""
+    from ..core import distributed
+
+    try:
+        folder = run()
+        if distributed.rank() == 0:
+            summary = json.loads((out / "summary.json").read_text())
+            print_values({artifact: str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
+    finally:
+        distributed.shut_down()
+
+
+def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return derived numbers of a recipe. Builds the encoder on the meta device and passes one batch of the right size through it."""
+    import torch
+
+    from ..training.online_probes import build_encoder, build_objective, unlike_pretraining
+
+    mu, sigma = recipe.target.law()
+    without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
+    with torch.device("meta"):
+        encoder = build_encoder(without_weights)
+        side = recipe.data.image_size
+        try:
+            encoder.eval()(torch.empty(2, 3, side, side))
+        except Exception as error:
+            raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
+    for sentence in unlike_pretraining(recipe, encoder):
+        logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
+    return {
+        "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
+        "expected density": recipe.target.density_in_theory(),
+        "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
+        "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
+        "features": encoder.config.features,
+        "peak learning rate": recipe.lr,
+        "directions": f"{build_objective(recipe).n} {recipe.objective.directions}",
+    }
+
+
+def _tuning_facts(recipe: TuningRecipe) -> tuple[TuningRecipe, dict[str, Any]]:
+    """Load the encoder that a recipe starts from; return the recipe with the preprocessing of that encoder, and derived numbers."""
+    import dataclasses
+
+    from ..training.finetune import start_encoder
+
+    encoder = start_encoder(recipe)
+    return recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess)), {
+        "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
+        "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
+        "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",
+        "peak learning rate": recipe.lr,
+    }

@@ -1,0 +1,164 @@
+"""What recipes of every kind have in common: reading, writing, learning rate, number of steps, and what may be published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import RecipeError, UsageError
+from .base import Section
+from .errors import explain
+from .load import override, read_text, read_yaml, remove_excluded
+from .sections import Data, Views
+from .training_sections import Hub, Optim, Train
+
+__all__ = ["KINDS", "Plan", "data_section", "kind_of", "without_folder"]
+
+KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
+"""Commands that take a recipe, and the sections that only their recipes have."""
+
+
+def kind_of(values: dict[str, Any]) -> str:
+    """Return the command that a recipe is for, told by its sections."""
+    return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
+
+
+def without_folder(name: str) -> str:
+    """Reduce the path in a model name to its last component, so that the name can be published.
+
+    Example:
+        >>> without_folder("timm:local-dir:/home/me/vit"), without_folder("resnet18")
+        ('timm:local-dir:vit', 'resnet18')
+    """
+    kind, mark, path = name.rpartition("local-dir:")
+    return f"{kind}{mark}{Path(path).name}" if mark else name
+
+
+class Plan(Section):
+    """Base of all recipes."""
+
+    kind: ClassVar[str]
+    """Command that takes recipes of this class."""
+
+    if TYPE_CHECKING:
+        name: str
+        seed: int
+        data: Data
+        views: Views
+        optim: Optim
+        train: Train
+        hub: Hub
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate used: optim.lr * train.batch_size / optim.reference_batch."""
+        return self.optim.lr * self.train.batch_size / self.optim.reference_batch
+
+    def steps(self, images: int) -> tuple[int, int]:
+        """Return (steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
+        per_epoch = images // self.train.batch_size
+        return max(1, round(self.train.epochs * per_epoch)), per_epoch
+
+    def dump(self) -> str:
+        """Return canonical YAML with every field written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every value under its dotted key."""
+
+        def dotted(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+            flat: dict[str, Any] = {}
+            for key, value in values.items():
+                flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            return flat
+
+        return dotted(self.model_dump(mode="json"), "")
+
+    def shareable(self) -> str:
+        """Return `dump` without personal and machine-specific values, for publishing.
+
+        Paths keep their last component; data.path is removed if data.name names the data set. Of `hub` only the licence remains, so that
+        running the recipe again does not push to the same repository.
+        """
+        path = None if self.data.path is None or self.data.name is not None else Path(self.data.path).name
+        common = {"data": self.data.model_copy(update={"path": path}), "hub": Hub(license=self.hub.license)}
+        return self.model_copy(update=common | self._shareable_model()).dump()
+
+    def _shareable_model(self) -> dict[str, Section]:
+        """Sections that name a model, without folders of this machine."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a recipe.
+
+        Args:
+            source: path of a YAML file, or name of a shipped recipe (see `list_recipes`).
+            overrides: ``"section.key=value"``; target.mu replaces target.density and the other way round.
+
+        Raises:
+            RecipeError: names the key, what was given and what was expected.
+        """
+        return cls.parse(read_text(source), overrides, where=str(source))
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Self:
+        """Read a recipe from YAML text.
+
+        Args:
+            text: YAML.
+            overrides: as for `load`.
+            where: name of the recipe, for error messages.
+
+        Raises:
+            RecipeError: as for `load`.
+        """
+        values = read_yaml(text, where)
+        for given in overrides:
+            override(values, given)
+        remove_excluded(values, overrides)
+        if (kind := kind_of(values)) != cls.kind:
+            mark = next(section for section in KINDS[kind] if section in values)
+            raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {explain(error, cls)}") from error
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
+
+
+def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
+    """Return a data section that belongs to no recipe.
+
+    Args:
+        values: keys of the section.
+        overrides: ``"data.key=value"``.
+
+    Raises:
+        RecipeError: names the key, what was given and what was expected.
+        UsageError: an override of another section.
+
+    Example:
+        >>> data_section({"source": "hf", "name": "uoft-cs/cifar10"}, ["data.eval_split=test"]).eval_split
+        'test'
+    """
+    recipe: dict[str, Any] = {"data": dict(values)}
+    for given in overrides:
+        override(recipe, given)
+    if extra := sorted(recipe.keys() - {"data"}):
+        raise UsageError(
+            f"override of '{extra[0]}': only data.KEY=VALUE has a meaning here; overrides of other sections belong to a recipe"
+        )
+    try:
+        return _DataOnly.model_validate(recipe).data
+    except ValidationError as error:
+        raise RecipeError(explain(error, _DataOnly)) from error
+
+
+class _DataOnly(Section):
+    data: Data

@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.data.images import Images, ignore_signals
-from rlpjepa_zoo.data.loader import Batches, decoded, make_loader
+from rlpjepa_zoo.data.images import Images
+from rlpjepa_zoo.data.loader import Batches, ignore_signals, make_loader
+from rlpjepa_zoo.data.memory import decode_to_memory
 from rlpjepa_zoo.data.sources import Source, open_source
 
 
@@ -61,7 +62,7 @@ def plain(encoded: list[bytes], recipe: rz.Recipe) -> Iterator[Any]:
 
 
 def ours(encoded: list[bytes], recipe: rz.Recipe, finish: bool = True) -> Iterator[Any]:
-    train = decoded(Images(encoded.__getitem__, range(len(encoded))), recipe.data.cache_gb * 2**30)
+    train = decode_to_memory(Images(encoded.__getitem__, range(len(encoded))), recipe.data.cache_gb * 2**30)
     with Batches(make_loader(Source(train, None, len(encoded), 0), recipe, range(10**6), finish=finish)) as batches:
         while True:
             yield batches.next()

@@ -218,7 +218,7 @@ def embed(
     A folder is written in parts, and the same command goes on where it was stopped.
     """
     from ..core import distributed
-    from ..data.feeds import open_feed
+    from ..data.sources import open_images
     from ..embedding.extract import Extraction, extract, provenance
     from ..models.encoder import OutputOptions
     from ..models.pretrained import load_encoder
@@ -227,7 +227,7 @@ def embed(
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
     how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
     _check_out(out, overwrite, bool(columns))
-    feed = open_feed(
+    feed = open_images(
         images,
         split=split,
         columns=[c for c in columns.split(",") if c],

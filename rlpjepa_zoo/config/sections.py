@@ -62,20 +62,21 @@ class Section(BaseModel):
 class Data(Section):
     """Which images, and how they are brought to the input of the backbone."""
 
-    source: Literal["digits", "torchvision", "folder", "hf"]
-    """digits (embedded in scikit-learn), a torchvision data set, a folder of images, or a Hugging Face data set."""
+    source: Literal["digits", "torchvision", "folder", "hf", "parquet", "webdataset"]
+    """digits (embedded in scikit-learn), a torchvision data set, a folder of images, a Hugging Face data set, local parquet files read directly,
+    or tar files of WebDataset."""
     name: str | None = None
     """torchvision class (CIFAR10), or Hub id of a Hugging Face data set (uoft-cs/cifar10)."""
     path: str | None = None
     """folder: the images (train/ and val/ inside, or all for training). torchvision: where the files are. hf: a local copy (parquet
-    files, save_to_disk, image folder), read instead of the Hub."""
+    files, save_to_disk, image folder), read instead of the Hub. parquet, webdataset: the file, or the folder of the files."""
     split: str = "train"
-    """Training split (hf), or name of its sub-folder (folder)."""
+    """Training split (hf), or name of its sub-folder (folder); parquet, webdataset: start of the file names, or name of their sub-folder."""
     eval_split: str | None = None
     """Evaluation split; for folders the first of val, valid, validation, test that exists when null."""
     image_column: str | None = None
     label_column: str | None = None
-    """hf only; found by type when null. label_column: none says there are no labels."""
+    """hf and parquet only; found by type when null. label_column: none says there are no labels."""
     streaming: bool = False
     """hf only: read without downloading first; needs `length`."""
     length: Count | None = None
@@ -102,6 +103,8 @@ class Data(Section):
             "digits": set(),
             "torchvision": {"name", "path", "download", "split", "eval_split"},
             "folder": {"path", "split", "eval_split"},
+            "parquet": {"path", "split", "eval_split", "image_column", "label_column"},
+            "webdataset": {"path", "split", "eval_split"},
             "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
         }[self.source]
         of_some_source = {

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from .images import MAX_PIXELS
+from .decode import MAX_PIXELS
 
 __all__ = ["Preprocess", "Ready", "batched", "ready"]
 

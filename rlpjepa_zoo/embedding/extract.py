@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ..core import distributed, files, package
 from ..core.files import lock
 from ..core.signals import Interrupts
-from ..data.feeds import Feed, Row, named, spans
+from ..data.images import ImageRows, Row, reason_with_id, spans
 from ..data.preprocess import Ready, batched, ready
 from ..errors import DataError, HubError, OutputError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import OutputOptions, SparseEncoder
@@ -115,7 +115,7 @@ def read_record(out: Path) -> dict[str, Any] | None:
 @torch.inference_mode()
 def extract(
     encoder: SparseEncoder,
-    feed: Feed,
+    feed: ImageRows,
     out: str | Path,
     how: Extraction | None = None,
     *,
@@ -129,7 +129,7 @@ def extract(
 
     Args:
         encoder: of the embeddings.
-        feed: the images, from `rlpjepa_zoo.data.feeds.open_feed`.
+        feed: the images, from `rlpjepa_zoo.data.sources.open_images`.
         out: the folder.
         how: options of the extraction.
         model: what is recorded of the encoder, from `provenance`.
@@ -149,8 +149,8 @@ def extract(
     Example:
         >>> import tempfile, rlpjepa_zoo
         >>> from PIL import Image
-        >>> from rlpjepa_zoo.data.feeds import open_feed
-        >>> enc, feed = rlpjepa_zoo.create_encoder("test_resnet", dim=16), open_feed([Image.new("RGB", (32, 32), c) for c in ("red", "blue")])
+        >>> from rlpjepa_zoo.data.sources import open_images
+        >>> enc, feed = rlpjepa_zoo.create_encoder("test_resnet", dim=16), open_images([Image.new("RGB", (32, 32), c) for c in ("red", "blue")])
         >>> with tempfile.TemporaryDirectory() as scratch:
         ...     found = extract(enc, feed, scratch)
         ...     found["rows"], rlpjepa_zoo.SparseEmbeddings.load(scratch).shape
@@ -269,7 +269,7 @@ def _said_by(path: Path) -> dict[str, Any]:
 class _Work:
     """One process's share."""
 
-    def __init__(self, encoder: SparseEncoder, feed: Feed, out: Path, how: Extraction, record: dict[str, Any]) -> None:
+    def __init__(self, encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extraction, record: dict[str, Any]) -> None:
         self.encoder, self.feed, self.out, self.how = encoder, feed, out, how
         model = record["model"]
         self.meta = {"model": model["fingerprint"], "architecture": model["architecture"], "provenance": json.dumps(record, sort_keys=True)}
@@ -319,7 +319,7 @@ class _Work:
     def _embed(self, group: Ready[tuple[int, Row]], failed: list[tuple[str, str]]) -> SparseEmbeddings:
         for i, reason in group.bad:
             name = _text(group.items[i][1].id)
-            reason = named(name, reason)
+            reason = reason_with_id(name, reason)
             if not self.how.skip_bad:
                 raise DataError(f"{reason}; leave such images out with --skip-bad")
             failed.append((str(name), reason))
@@ -395,7 +395,7 @@ def _dtype(kind: Any) -> str:
 # --- the end --------------------------------------------------------------------------------------------------------------------------
 
 
-def _finish(out: Path, record: dict[str, Any], feed: Feed) -> dict[str, Any]:
+def _finish(out: Path, record: dict[str, Any], feed: ImageRows) -> dict[str, Any]:
     """Look at all parts, and write down what there is."""
     done = _done(out, record)
     paths = sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from rlpjepa_zoo.data.images import MAX_PIXELS, Images, decode, list_images, open_images
+from rlpjepa_zoo.data.decode import MAX_PIXELS, decode
+from rlpjepa_zoo.data.images import Images
+from rlpjepa_zoo.data.sources import open_images
+from rlpjepa_zoo.data.sources.folder import list_images
 from rlpjepa_zoo.errors import DataError
 
 

@@ -16,9 +16,12 @@ from PIL import Image
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.config.sections import Data
+from rlpjepa_zoo.data.batch import Batch
 from rlpjepa_zoo.data.images import Images
-from rlpjepa_zoo.data.loader import Batch, Batches, Decoded, decoded, make_loader, shard_groups
+from rlpjepa_zoo.data.loader import Batches, make_loader
+from rlpjepa_zoo.data.memory import Decoded, decode_to_memory
 from rlpjepa_zoo.data.sources import Source, fingerprint, open_source
+from rlpjepa_zoo.data.streaming import shard_groups
 from rlpjepa_zoo.data.views import Augment
 from rlpjepa_zoo.errors import DataError, HubError, ZooError
 
@@ -579,7 +582,7 @@ def test_a_stream_that_ends_too_soon_is_refused(stream_files: Path) -> None:
     with Batches(make_loader(source, recipe, range(7))) as found:
         for _ in range(5):
             found.next()
-        with refused("data.length", "lane 0 of 2", "ended after 20 images", "28 were promised"):
+        with refused("data.length", "shard group 0 of 2", "ended after 20 images", "28 were promised"):
             found.next()
 
 
@@ -608,7 +611,7 @@ def test_a_stream_runs_in_lanes_of_about_equal_length(batch: int, shards: int, e
 
 @pytest.fixture(scope="module")
 def many_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("lanes")
+    root = tmp_path_factory.mktemp("groups")
     for shard in range(4):
         table(range(shard * 10, shard * 10 + 10), broken=(13,)).to_parquet(str(root / f"train-{shard:05d}-of-00004.parquet"))
     return root
@@ -636,7 +639,7 @@ def test_a_stream_whose_file_is_cut_short_is_one_line(tmp_path: Path) -> None:
     source, recipe = streamed(tmp_path, "data.length=400", "data.shuffle_buffer=1")
     whole = (tmp_path / "train.parquet").read_bytes()
     (tmp_path / "train.parquet").write_bytes(whole[: len(whole) // 2])
-    with refused("stream, lane 0 of 1"):
+    with refused("stream, shard group 0 of 1"):
         batches(source, recipe, range(50))
 
 
@@ -645,8 +648,8 @@ def test_a_rank_reads_its_own_files_only(many_files: Path, monkeypatch: pytest.M
     opened = []
     for rank in range(4):
         stream: Any = make_loader(source, recipe, range(5), rank, 4).dataset
-        opened.append([lane for piece in stream.mine for lane in piece])
-        assert stream.lanes == 4 and stream.source.shard(4, rank).num_shards == 1
+        opened.append([group for piece in stream.mine for group in piece])
+        assert stream.groups == 4 and stream.dataset.shard(4, rank).num_shards == 1
     assert opened == [[0], [1], [2], [3]]
 
 
@@ -661,7 +664,7 @@ def test_a_short_lane_begins_again(tmp_path: Path) -> None:
         table(range(shard * 20, shard * 20 + n)).to_parquet(str(tmp_path / f"train-{shard:05d}-of-00004.parquet"))
     assert len(stream_batches(tmp_path, range(5))) == 5
     table(range(3)).to_parquet(str(tmp_path / "train-00000-of-00004.parquet"))
-    with refused("data.length", "lane 0 of 4", "ended after 3 images, 10 were promised"):
+    with refused("data.length", "shard group 0 of 4", "ended after 3 images, 10 were promised"):
         stream_batches(tmp_path, range(5))
 
 
@@ -676,7 +679,7 @@ def mixed_sizes(n: int = 24, broken: tuple[int, ...] = ()) -> Source:
 @pytest.mark.parametrize("make", [photos, mixed_sizes])
 def test_decoded_images_are_the_same_pictures_and_make_the_same_batches(make: Any) -> None:
     source = make(24, broken=(5, 9))
-    kept = source._replace(train=decoded(source.train, 1e9))
+    kept = source._replace(train=decode_to_memory(source.train, 1e9))
     assert isinstance(kept.train, Decoded) and sorted(kept.train.reasons) == [5, 9]
     for i in (0, 7, 23):
         assert np.array_equal(np.asarray(kept.train.read(i)), np.asarray(source.train.read(i)))
@@ -691,7 +694,7 @@ def test_decoded_images_are_the_same_pictures_and_make_the_same_batches(make: An
 
 def test_decoded_images_of_one_size_are_cropped_together_to_within_a_grey_level() -> None:
     source = photos(24, broken=(3, 8))
-    kept = source._replace(train=decoded(source.train, 1e9))
+    kept = source._replace(train=decode_to_memory(source.train, 1e9))
     assert kept.train.stack.shape == (22, SIZE, SIZE, 3)
     recipe = toy("views.jitter=0", "views.grayscale=0", "views.noise=0", "data.mean=[0,0,0]", "data.std=[1,1,1]")
     for a, b in zip(batches(kept, recipe, range(3)), batches(source, recipe, range(3)), strict=True):
@@ -701,9 +704,9 @@ def test_decoded_images_of_one_size_are_cropped_together_to_within_a_grey_level(
 
 def test_images_that_would_need_too_much_memory_stay_where_they_are() -> None:
     source = photos(24)
-    assert decoded(source.train, 24 * 3 * SIZE * SIZE - 1) is source.train
-    assert isinstance(decoded(source.train, 24 * 3 * SIZE * SIZE), Decoded)
-    assert decoded(photos(3, broken=(0, 1, 2)).train, 1e9).read is not None
+    assert decode_to_memory(source.train, 24 * 3 * SIZE * SIZE - 1) is source.train
+    assert isinstance(decode_to_memory(source.train, 24 * 3 * SIZE * SIZE), Decoded)
+    assert decode_to_memory(photos(3, broken=(0, 1, 2)).train, 1e9).read is not None
 
 
 @pytest.mark.parametrize("make", [photos, mixed_sizes])
@@ -711,7 +714,7 @@ def test_images_that_would_need_too_much_memory_stay_where_they_are() -> None:
 def test_views_finished_on_the_device_are_those_of_the_workers(make: Any, keep: bool) -> None:
     source, recipe = make(24), toy("views.count=3", "views.blur=0.5")
     if keep:
-        source = source._replace(train=decoded(source.train, 1e9))
+        source = source._replace(train=decode_to_memory(source.train, 1e9))
     augment = Augment(recipe.views, recipe.data, recipe.seed)
     with Batches(make_loader(source, recipe, range(3), finish=False)) as found:
         for expected in batches(source, recipe, range(3)):

@@ -86,7 +86,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_that_of_torchvision_on_pil_images(name: str) -> None:
+def test_operations_equal_torchvision_on_pil_images(name: str) -> None:
     n, options = 96, OPERATIONS[name]
     pixels = tensor(photographs(1)[0]).expand(n, -1, -1, -1) if name == "equalize" else torch.from_numpy(photographs(n)).permute(0, 3, 1, 2)
     made, rows = augment(**options), torch.arange(n)
@@ -101,7 +101,7 @@ def test_an_operation_is_that_of_torchvision_on_pil_images(name: str) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (48, 40, 24), (20, 30, 32), (8, 8, 32)])
-def test_crops_together_are_crops_one_by_one(interpolation: str, height: int, width: int, size: int) -> None:
+def test_joint_crops_equal_single_crops(interpolation: str, height: int, width: int, size: int) -> None:
     images = photographs(24, height, width)
     made = augment(size, {"interpolation": interpolation}, count=2, crop_scale=(0.1, 1.0))
     found = made.crop(torch.from_numpy(images).permute(0, 3, 1, 2), 3, torch.arange(24))[0]
@@ -165,7 +165,7 @@ def least_likely(expected: dict[str, np.ndarray], **changed: Any) -> float:
     return min(stats.ks_2samp(found[name], expected[name]).pvalue for name in expected) * len(expected)
 
 
-def test_views_are_distributed_as_torchvisions(drawn_by_torchvision: dict[str, np.ndarray]) -> None:
+def test_views_are_distributed_as_in_torchvision(drawn_by_torchvision: dict[str, np.ndarray]) -> None:
     assert least_likely(drawn_by_torchvision) > 0.01
 
 
@@ -174,11 +174,11 @@ def test_views_are_distributed_as_torchvisions(drawn_by_torchvision: dict[str, n
     [{"crop_scale": (0.5, 1.0)}, {"crop_ratio": (0.5, 2.0)}, {"jitter": 0.5}, {"brightness": 0.5}, {"contrast": 0.6}, {"saturation": 0.9}, {"hue": 0.2},
      {"grayscale": 0.1}, {"blur": 0.3}, {"solarize": 0.0}, {"equalize": 0.0}, {"flip": 0.1}],
 )  # fmt: skip
-def test_the_statistical_test_notices_a_change(drawn_by_torchvision: dict[str, np.ndarray], changed: dict[str, Any]) -> None:
+def test_statistical_test_detects_a_change(drawn_by_torchvision: dict[str, np.ndarray], changed: dict[str, Any]) -> None:
     assert least_likely(drawn_by_torchvision, **changed) < 0.01
 
 
-def test_rotation_translation_and_zoom_are_distributed_as_torchvisions() -> None:
+def test_affine_views_are_distributed_as_in_torchvision() -> None:
     options = {"rotate": 12, "translate": 0.07, "zoom": (0.85, 1.15)}
     views, n = Views(**{**NEUTRAL, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), **options}), 1500
     picture = Image.fromarray(photographs(1)[0])
@@ -198,7 +198,7 @@ def test_rotation_translation_and_zoom_are_distributed_as_torchvisions() -> None
 RICH = {**FULL, "count": 3, "rotate": 10, "translate": 0.1, "noise": 0.3, "local": {"count": 2, "size": 16, "crop_scale": (0.05, 0.3)}}
 
 
-def test_a_view_depends_on_seed_epoch_row_and_view_and_on_nothing_else() -> None:
+def test_view_depends_only_on_seed_epoch_row_and_view() -> None:
     pixels, rows = torch.from_numpy(photographs(20)).permute(0, 3, 1, 2), torch.arange(100, 120)
     made = augment(**RICH)
     whole = made([pixels], 2, rows)
@@ -213,7 +213,7 @@ def test_a_view_depends_on_seed_epoch_row_and_view_and_on_nothing_else() -> None
     assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[1][0], whole[1][1])
 
 
-def test_more_local_views_do_not_change_the_global_ones() -> None:
+def test_local_views_do_not_change_the_global_ones() -> None:
     pixels, rows = torch.from_numpy(photographs(6)).permute(0, 3, 1, 2), torch.arange(6)
     assert torch.equal(augment(**{**RICH, "local": None})([pixels], 0, rows)[0], augment(**RICH)([pixels], 0, rows)[0])
 
@@ -241,7 +241,7 @@ def test_draws_are_uniform_and_independent() -> None:
 # --- single operations, by what they should do ----------------------------------------------------------------------------------------
 
 
-def test_a_view_without_randomness_is_the_normalised_image() -> None:
+def test_view_without_randomness_is_the_normalised_image() -> None:
     image = coloured()
     data = Data(source="digits", image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     found = Augment(Views(**NEUTRAL), data, 0)([tensor(image)], 0, torch.arange(1))[0][0, 0]
@@ -285,7 +285,7 @@ def test_solarize_inverts_above_128_only() -> None:
     assert float(found[0, 0, 0]) == pytest.approx(127 / 255) and float(found[0, -1, 0]) == pytest.approx(55 / 255)
 
 
-def test_noise_has_the_asked_standard_deviation_after_normalisation() -> None:
+def test_noise_has_the_asked_standard_deviation() -> None:
     grey = np.full((32, 32, 3), 128, np.uint8)
     found = viewed(grey, 30, noise=0.8) - 128 / 255
     assert float(found.std()) == pytest.approx(0.8, rel=0.02) and abs(float(found.mean())) < 0.02
@@ -325,7 +325,7 @@ def test_crops_cover_the_asked_shares_of_the_area(low: float, high: float) -> No
     assert abs(np.log(ratio).mean()) < 0.03
 
 
-def test_without_a_crop_the_whole_image_is_resized() -> None:
+def test_without_crop_the_whole_image_is_resized() -> None:
     width, height = crop_boxes(3)
     assert np.abs(width - 1).max() < 0.03 and np.abs(height - 1).max() < 0.03
 
@@ -341,7 +341,7 @@ def test_rotation_and_translation_stay_within_their_bounds() -> None:
     assert reach.max() <= 0.1 * 33 + 0.5 and (reach.max(0) > 2).all()
 
 
-def test_noise_is_normal_and_of_each_image_alone() -> None:
+def test_noise_is_normal_and_independent_between_images() -> None:
     noise = viewed(np.full((32, 32, 3), 128, np.uint8), 40, noise=1.0) - 128 / 255
     assert stats.kstest(noise[:4].flatten().numpy(), "norm").pvalue > 1e-3
     assert float(torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max()) < 0.1

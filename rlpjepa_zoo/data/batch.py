@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """One batch of several that belong to one step and epoch."""
+    """Join the pieces of one step into one batch."""
     images = [torch.cat(views, dim=1) for views in zip(*(batch.images for batch in batches), strict=True)]
     labels, rows = torch.cat([batch.labels for batch in batches]), torch.cat([batch.rows for batch in batches])
     return Batch(images, labels, rows, batches[0].epoch, [entry for batch in batches for entry in batch.bad])

@@ -265,7 +265,7 @@ class SparseEncoder(Served):
 
         Args:
             images: a folder, paths, PIL images, a Hugging Face dataset (also streamed), parquet or tar files (see `rlpjepa_zoo.data.sources.open_images`), a
-                feed, or a float tensor (B, 3, H, W) that is already preprocessed.
+                `ImageRows`, or a float tensor (B, 3, H, W) that is already preprocessed.
             batch_size: images at a time, >= 1.
             num_workers: threads that decode images; 0 decodes in this one.
             max_active: keep only this many largest values of each row.

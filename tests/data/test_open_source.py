@@ -130,7 +130,7 @@ def test_missing_folders_are_refused_with_the_path(tmp_path: Path) -> None:
     with refused_with("data.path", "add data.path=DIR"):
         open_source(Data(source="folder"))
     (tmp_path / "empty").mkdir()
-    with refused_with(str(tmp_path / "empty"), "no images source"):
+    with refused_with(str(tmp_path / "empty"), "no images found"):
         folder(tmp_path / "empty")
     write_images(tmp_path / "full")
     with refused_with("data.eval_split", str(tmp_path / "full" / "holdout")):
@@ -243,7 +243,7 @@ class Toy(torchvision.datasets.VisionDataset):
         super().__init__(root)
         self.count, self.targets, self.downloaded = (6, [0, 1, 2] * 2, download) if train else (3, [2, 1, 0], download)
         if not download and not Path(root).is_dir():
-            raise RuntimeError("Dataset not source or corrupted.\nYou can use download=True to download it")
+            raise RuntimeError("Dataset not found or corrupted.\nYou can use download=True to download it")
 
     def __len__(self) -> int:
         return self.count
@@ -285,7 +285,7 @@ def test_torchvision_splits_are_taken_by_name(torchvision_toys: None, tmp_path: 
 
 
 def test_missing_torchvision_files_are_refused_in_one_line(torchvision_toys: None, tmp_path: Path) -> None:
-    with refused_with("torchvision Toy", str(tmp_path / "nowhere"), "not source or corrupted"):
+    with refused_with("torchvision Toy", str(tmp_path / "nowhere"), "not found or corrupted"):
         vision("Toy", tmp_path / "nowhere", download=False)
     assert vision("Toy", tmp_path / "nowhere").length == 6
     for name in ("CIFAR10", "MNIST", "STL10", "SVHN"):

@@ -28,7 +28,7 @@ RESERVED = ("id", "indices", "values", "scale")
 
 
 class Options(NamedTuple):
-    """Options for embedding images: which columns go with the rows, and which part of a data set is meant."""
+    """What to read: columns of a table, split and revision of a data set."""
 
     columns: tuple[str, ...] = ()
     """Columns passed along beside the class label."""
@@ -79,7 +79,7 @@ class ImageSource(ABC):
 
         Args:
             files: files that exist, in order; for a saved data set its folder.
-            folder: the folder that they are all files of, if one folder was given.
+            folder: the folder that holds them all, if one folder was given; None for a list of files.
             options: columns, split and revision.
 
         Raises:

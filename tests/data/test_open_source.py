@@ -95,8 +95,8 @@ def test_unknown_evaluation_folders_are_warned_about(tmp_path: Path, caplog: pyt
         write_images(tmp_path / "val" / (name if name != "green" else "Green"), 2)
     source = folder(tmp_path)
     assert source.eval is not None and sorted(source.eval.labels.tolist()) == [-1, -1, 0, 0, 2, 2]  # type: ignore[union-attr]
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
         f"{tmp_path / 'val'}: Green: no class of the training images (blue, green, red), so their images are not scored; "
         "name the classes of both parts alike"
     ]
@@ -174,8 +174,8 @@ def test_evaluation_labels_follow_training_class_names(tmp_path: Path, caplog: p
     source = hf(tmp_path, eval_split="test", **more)
     assert source.eval is not None and source.eval.labels.tolist() == [-1, 1, 0, 0, -1, 1]  # type: ignore[union-attr]
     assert source.eval.classes == ["red", "blue"] and source.classes == 2
-    said = [record.getMessage() for record in caplog.records if record.name == "rlpjepa_zoo"]
-    assert len(said) == 1 and "data.eval_split=test: green: no class of the training images (red, blue)" in said[0]
+    messages = [record.getMessage() for record in caplog.records if record.name == "rlpjepa_zoo"]
+    assert len(messages) == 1 and "data.eval_split=test: green: no class of the training images (red, blue)" in messages[0]
 
 
 def test_missing_split_is_refused_with_the_files(parquet: Path) -> None:
@@ -306,10 +306,10 @@ def test_torchvision_classes_with_other_arguments_are_refused(tmp_path: Path) ->
 
 
 def test_limit_takes_random_images_by_seed() -> None:
-    whole, some = open_source(Data(source="digits")), open_source(Data(source="digits", limit=50), seed=1)
+    everything, some = open_source(Data(source="digits")), open_source(Data(source="digits", limit=50), seed=1)
     assert (some.length, len(some.train), len(set(some.train.ids))) == (50, 50, 50)
-    number = {name: i for i, name in enumerate(whole.train.ids)}
-    assert some.train.labels.tolist() == [whole.train.labels[number[i]] for i in some.train.ids]
+    number = {name: i for i, name in enumerate(everything.train.ids)}
+    assert some.train.labels.tolist() == [everything.train.labels[number[i]] for i in some.train.ids]
     assert some.train.ids == open_source(Data(source="digits", limit=50), seed=1).train.ids
     assert some.train.ids != open_source(Data(source="digits", limit=50), seed=2).train.ids
     assert max(number[i] for i in some.train.ids) > 1000

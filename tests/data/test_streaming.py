@@ -121,9 +121,9 @@ def many_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (2, 2), (4, 1), (1, 2), (8, 0)])
 def test_stream_does_not_depend_on_ranks_and_workers(many_files: Path, world: int, workers: int) -> None:
-    whole = stream_batches(many_files, range(3, 10))
+    single = stream_batches(many_files, range(3, 10))
     parts = [stream_batches(many_files, range(3, 10), rank, world, workers) for rank in range(world)]
-    for results, expected in zip(joined(parts), whole, strict=True):
+    for results, expected in zip(joined(parts), single, strict=True):
         assert torch.equal(results.images[0], expected.images[0]) and torch.equal(results.labels, expected.labels)
         assert torch.equal(results.rows, expected.rows) and {row for row, _ in results.bad} == {row for row, _ in expected.bad}
 
@@ -139,8 +139,8 @@ def test_shard_groups_share_one_shuffle_buffer(many_files: Path, monkeypatch: py
 def test_truncated_file_of_a_stream_is_refused_in_one_line(tmp_path: Path) -> None:
     table(range(400)).to_parquet(str(tmp_path / "train.parquet"), batch_size=20)
     source, recipe = streamed(tmp_path, "data.length=400", "data.shuffle_buffer=1")
-    whole = (tmp_path / "train.parquet").read_bytes()
-    (tmp_path / "train.parquet").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(content[: len(content) // 2])
     with refused_with("stream, shard group 0 of 1"):
         batches(source, recipe, range(50))
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.config.sections import Data, Views
-from rlpjepa_zoo.core.rng import key, mix, uniform
+from rlpjepa_zoo.core.rng import key, mix, seeded, uniform
 from rlpjepa_zoo.data.views import Augment
 
 NEUTRAL: dict[str, Any] = {"crop_scale": None, "jitter": 0, "grayscale": 0, "flip": 0}

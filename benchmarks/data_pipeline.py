@@ -1,4 +1,4 @@
-"""Views per second of the data pipeline alone, side by side: this package against the usual loop over PIL images.
+"""Views per second of the data pipeline alone: this package against the usual loop over PIL images.
 
     python benchmarks/data_pipeline.py DATA [--workers 2] [--batch 256] [--seconds 20] [--json FILE]
 
@@ -7,9 +7,9 @@ photograph-sized JPEGs made of them (500 x 375, enlarged and noised) with the 22
 
 `plain` is what torchvision's documentation shows: a map-style data set that decodes one image and applies a `v2.Compose` for each view, in a
 DataLoader with that many workers. `ours` is what `rlpjepa train` runs on a CPU with as many workers: small images decoded once, views made
-for a whole batch at a time. Both deliver normalised float32 batches to the main process. `for a GPU` is what it runs where there is one: the
-workers decode and crop, and the device does the rest, which is not part of this measurement. They take turns of a few seconds each; the
-figures to trust are the ratios of the medians.
+for a whole batch at a time. Both deliver normalised float32 batches to the main process. `for a GPU` is what it runs on a machine with a GPU:
+the workers decode and crop; the rest is done on the device and is not measured. The kinds take turns of a few seconds each; compare the
+ratios of the medians.
 """
 
 import io
@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.data.images import Images, ignore_signals
-from rlpjepa_zoo.data.loader import Batches, decoded, make_loader
+from rlpjepa_zoo.data.images import Images
+from rlpjepa_zoo.data.loader import Batches, ignore_signals, make_loader
+from rlpjepa_zoo.data.memory import decode_to_memory
 from rlpjepa_zoo.data.sources import Source, open_source
 
 
@@ -61,7 +62,7 @@ def plain(encoded: list[bytes], recipe: rz.Recipe) -> Iterator[Any]:
 
 
 def ours(encoded: list[bytes], recipe: rz.Recipe, finish: bool = True) -> Iterator[Any]:
-    train = decoded(Images(encoded.__getitem__, range(len(encoded))), recipe.data.cache_gb * 2**30)
+    train = decode_to_memory(Images(encoded.__getitem__, range(len(encoded))), recipe.data.cache_gb * 2**30)
     with Batches(make_loader(Source(train, None, len(encoded), 0), recipe, range(10**6), finish=finish)) as batches:
         while True:
             yield batches.next()
@@ -110,17 +111,17 @@ def main() -> None:
     torch.set_num_threads(1)
     more = [f"train.num_workers={options.workers}"]
     cifar = rz.Recipe.load("cifar10-resnet18", [*more, f"train.batch_size={options.batch}", f"data.path={options.data}"])
-    source = open_source(cifar.data).train
+    source = open_source(cifar.data).images
     small = [source._read(i) for i in range(options.images)]
     large = rz.Recipe.load("imagenet100-resnet50", [*more, "train.batch_size=64"])
-    found = {
+    figures = {
         "cifar10": measure(small, cifar, options.seconds),
         "photographs": measure(
             photographs(small, 1000), large.model_copy(update={"data": large.data.model_copy(update={"cache_gb": 0.0})}), options.seconds
         ),
     }
     flags = f"--workers {options.workers} --batch {options.batch} --images {options.images} --seconds {options.seconds:g}"
-    result.tell(f"python benchmarks/data_pipeline.py DATA {flags}", found, f"{options.workers} workers", options.json)
+    result.tell(f"python benchmarks/data_pipeline.py DATA {flags}", figures, f"{options.workers} workers", options.json)
 
 
 if __name__ == "__main__":

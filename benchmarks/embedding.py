@@ -38,7 +38,7 @@ import timm
 import torch
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.data.feeds import open_feed
+from rlpjepa_zoo.data.sources import open_images
 from rlpjepa_zoo.embedding.extract import Extraction, extract
 
 
@@ -113,7 +113,7 @@ def end_to_end(path: Path, repeats: int) -> dict[str, Any]:
             plain_file, folder = Path(scratch) / "plain.parquet", Path(scratch) / "ours"
             kinds = {
                 "plain": lambda enc=enc, out=plain_file: plain(enc, path, out),
-                "ours": lambda enc=enc, out=folder: extract(enc, open_feed(path), out, Extraction(), overwrite=True),
+                "ours": lambda enc=enc, out=folder: extract(enc, open_images(path), out, Extraction(), overwrite=True),
             }
             seconds = turns(kinds, repeats)
             e = rz.SparseEmbeddings.load(folder)
@@ -148,7 +148,7 @@ def memory(train: Path) -> dict[str, Any]:
 
 
 def one(out: str, names: list[str]) -> None:
-    found = extract(rz.load_encoder("test_resnet.digits"), open_feed(names), out, Extraction(num_workers=2))
+    found = extract(rz.load_encoder("test_resnet.digits"), open_images(names), out, Extraction(num_workers=2))
     peak = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
     )  # ru_maxrss counts the parent's

@@ -14,7 +14,7 @@ from ..errors import DataError, OutputError, UsageError
 from .options import AsJson, BatchSize, Device, Quiet, Revision, SourceName, Workers, choose_device, print_values, write_file
 
 if TYPE_CHECKING:
-    from ..data.feeds import Feed
+    from ..data.images import ImageRows
     from ..embedding.extract import Extraction
     from ..models.encoder import SparseEncoder
 
@@ -62,7 +62,7 @@ def embed(
     A folder is written in parts. After a stop, the same command continues.
     """
     from ..core import distributed
-    from ..data.feeds import open_feed
+    from ..data.sources import open_images
     from ..embedding.extract import Extraction, extract
     from ..embedding.manifest import provenance
     from ..models.encoder import OutputOptions
@@ -73,7 +73,7 @@ def embed(
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
     how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
     _check_out(out, to_file, overwrite, bool(columns))
-    feed = open_feed(
+    feed = open_images(
         images,
         split=split,
         columns=[c for c in columns.split(",") if c],
@@ -112,7 +112,7 @@ def _check_out(out: Path, to_file: bool, overwrite: bool, columns: bool) -> None
         raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
 
 
-def _embed_to_file(encoder: SparseEncoder, feed: Feed, out: Path, how: Extraction, progress: bool) -> dict[str, Any]:
+def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extraction, progress: bool) -> dict[str, Any]:
     """Embed into one file. All embeddings are in memory until it is written."""
     failures: list[tuple[Any, str]] = []
     embeddings = encoder.embed(

@@ -7,30 +7,42 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
 
 __all__ = ["Data", "Encoder", "Local", "Objective", "Target", "Views"]
 
 
+SOURCE_KEYS: dict[str, set[str]] = {
+    "digits": set(),
+    "torchvision": {"name", "path", "download", "split", "eval_split"},
+    "folder": {"path", "split", "eval_split"},
+    "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
+    "parquet": {"path", "split", "eval_split", "image_column", "label_column"},
+    "webdataset": {"path", "split", "eval_split"},
+}
+"""Values of `data.source`, and the keys of the section that each one uses; `rlpjepa_zoo.data.sources` opens them."""
+
+
 class Data(Section):
     """Images, labels and preprocessing."""
 
-    source: Literal["digits", "torchvision", "folder", "hf"]
-    """Where the images come from: digits (scikit-learn, no download), a torchvision data set, a folder of images, or a Hugging Face data set."""
+    source: str
+    """Where the images come from: digits (scikit-learn, no download), a torchvision data set, a folder of images, a Hugging Face data set (hf),
+    local parquet files, or tar files (webdataset)."""
     name: str | None = None
     """torchvision: class name, such as CIFAR10. hf: repository on the Hub, such as uoft-cs/cifar10."""
     path: str | None = None
     """folder: folder of the images; those in train/ and val/, or all of them for training. torchvision: folder of the files. hf: local copy
-    (parquet files, save_to_disk, image folder) that is read instead of the Hub."""
+    (parquet files, save_to_disk, image folder) that is read instead of the Hub. parquet, webdataset: the file, or the folder of the files."""
     split: str = "train"
-    """Training split; for folders the name of its sub-folder."""
+    """Training split. folder: name of its sub-folder. parquet, webdataset: start of the file names, or name of their sub-folder."""
     eval_split: str | None = None
     """Evaluation split. For folders, null takes the first sub-folder of val, valid, validation and test that exists."""
     image_column: str | None = None
-    """hf only: column of the images; null takes the first column that holds images."""
+    """hf and parquet only: column of the images; null takes the first column that holds images."""
     label_column: str | None = None
-    """hf only: column of the class labels; null takes the first column of type ClassLabel. none: the images have no labels."""
+    """hf and parquet only: column of the class labels; null takes the first column of type ClassLabel. none: the images have no labels."""
     streaming: bool = False
     """hf only: read images while training, without downloading the data set first. Needs data.length."""
     length: Count | None = None
@@ -57,25 +69,11 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        allowed = {
-            "digits": set(),
-            "torchvision": {"name", "path", "download", "split", "eval_split"},
-            "folder": {"path", "split", "eval_split"},
-            "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
-        }[self.source]
-        of_some_source = {
-            "name",
-            "path",
-            "split",
-            "eval_split",
-            "image_column",
-            "label_column",
-            "streaming",
-            "length",
-            "shuffle_buffer",
-            "download",
-        }
-        changed = {k for k in of_some_source - allowed if getattr(self, k) != type(self).model_fields[k].default}
+        if self.source not in SOURCE_KEYS:
+            hint = did_you_mean(self.source, SOURCE_KEYS) or f" Expected one of {', '.join(SOURCE_KEYS)}."
+            raise ValueError(f"data.source: got '{self.source}'.{hint}")
+        others = set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[self.source]
+        changed = {k for k in others if getattr(self, k) != type(self).model_fields[k].default}
         if changed:
             raise ValueError(f"data.{min(changed)}: has no meaning for source '{self.source}'; remove it")
         if self.source == "torchvision" and self.name is None:

@@ -1,7 +1,7 @@
-"""Evaluation preprocessing: from an RGB image to the input of a backbone, one by one or many at a time.
+"""Evaluation preprocessing: from an RGB image to the input of a backbone, for one image or many.
 
-Resizing and cropping are Pillow's, which leaves the interpreter to others while it works, so threads do it; the rest is arithmetic on whole
-batches, on the device that encodes them.
+Pillow resizes and crops; it releases the interpreter lock while it works, so this is done in threads. The rest is arithmetic on batches, on
+the device that encodes them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from .images import MAX_PIXELS
+from .decode import MAX_PIXELS
 
 __all__ = ["Preprocess", "Ready", "batched", "ready"]
 
 T = TypeVar("T")
 _CHUNK = 32
-"""Images that a thread takes at a time."""
+"""Largest number of images in one task of a thread."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Preprocess:
     crop_pct: float = 1.0
 
     def data_config(self) -> dict[str, Any]:
-        """As timm names it."""
+        """The settings under timm's names."""
         return {
             "input_size": (len(self.mean), *self.size), "mean": self.mean, "std": self.std,
             "interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": "center",
@@ -61,15 +61,15 @@ class Preprocess:
 
     @cached_property
     def _shape(self) -> Any:
-        """The part of `transform` that is done on the image itself."""
+        """The steps of `transform` that work on the PIL image."""
         *steps, _, _ = self.transform().transforms  # the last two make a tensor and normalise it
         return steps
 
     def pixels(self, image: Image.Image) -> np.ndarray[Any, Any]:
-        """An RGB image resized and cropped: (H, W, 3) uint8. `normalised` is the rest of `transform`.
+        """An RGB image resized and cropped: (H, W, 3) uint8. `normalised` does the rest of `transform`.
 
         Raises:
-            DataError: so long and thin that resizing it, before the crop, would take more memory than any image is given.
+            DataError: the image is so long and thin that the resized image, before the crop, would have more than `MAX_PIXELS` pixels.
         """
         grown = max(self.size) / self.crop_pct / min(image.size)
         if image.width * image.height * grown**2 > MAX_PIXELS:
@@ -80,7 +80,7 @@ class Preprocess:
         return np.asarray(image)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, 3, H, W) float32 in the memory format channels_last; equal to `transform` bit for bit."""
+        """(B, 3, H, W) float32 in the memory format channels_last from (B, H, W, 3) uint8; bit-equal to `transform`."""
         mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
         return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
@@ -98,75 +98,75 @@ class Preprocess:
 
     @classmethod
     def of(cls, backbone: nn.Module, img_size: Any = None) -> Preprocess:
-        """What timm says the backbone wants, at the asked image size where one was asked for."""
-        found = timm.data.resolve_model_data_config(backbone)
+        """The preprocessing that timm gives for a backbone, at another image size if `img_size` is given."""
+        config = timm.data.resolve_model_data_config(backbone)
+        height, width = config["input_size"][1:]
         if img_size is not None:
-            found["input_size"] = (found["input_size"][0], *((img_size, img_size) if isinstance(img_size, int) else img_size))
-        return cls(
-            tuple(found["input_size"][1:]), tuple(found["mean"]), tuple(found["std"]), found["interpolation"], float(found["crop_pct"])
-        )
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        return cls((height, width), tuple(config["mean"]), tuple(config["std"]), config["interpolation"], float(config["crop_pct"]))
 
 
 class Ready(NamedTuple, Generic[T]):
-    """Some items and their images, as far as those can be read."""
+    """A group of items and the pixels of those whose images can be read."""
 
     items: list[T]
+    """The group."""
     good: list[int]
-    """Places of those that can be read, rising."""
+    """Indices of the items whose images can be read, ascending."""
     pixels: Tensor
-    """(len(good), H, W, 3) uint8"""
+    """(len(good), H, W, 3) uint8."""
     bad: list[tuple[int, str]]
-    """Places of the others, and why."""
+    """Index and reason of each image that cannot be read."""
 
 
 def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` rows, the last perhaps shorter."""
+    """Lists of `size` rows; the last may be shorter."""
     rows = iter(rows)
-    while found := list(islice(rows, size)):
-        yield found
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 def ready(
     groups: Iterable[list[T]], read: Callable[[T], Image.Image], preprocess: Preprocess, num_workers: int = 0
 ) -> Generator[Ready[T], None, None]:
-    """Decode, resize and crop groups of items in order, some groups ahead of the one that is asked for.
+    """Decode, resize and crop groups of items in order; threads work some groups ahead of the consumer.
 
     Args:
-        groups: lists of items; of few of them at a time the images are in memory.
-        read: from an item to its RGB image, in any thread; DataError where there is none.
-        preprocess: of the encoder.
-        num_workers: threads; 0 works in this one, when asked.
+        groups: lists of items; the images of a few groups are in memory at a time.
+        read: function that returns the RGB image of an item, called in any thread; it raises DataError if there is none.
+        preprocess: preprocessing of the encoder.
+        num_workers: threads; 0 works in the calling thread, on demand.
     """
     height, width = preprocess.size
 
-    def some(items: list[T]) -> list[np.ndarray[Any, Any] | str]:
-        found: list[np.ndarray[Any, Any] | str] = []
+    def pixels_or_reasons(items: list[T]) -> list[np.ndarray[Any, Any] | str]:
+        results: list[np.ndarray[Any, Any] | str] = []
         for item in items:
             try:
-                found.append(preprocess.pixels(read(item)))
+                results.append(preprocess.pixels(read(item)))
             except DataError as error:
-                found.append(str(error))
-        return found
+                results.append(str(error))
+        return results
 
-    def joined(items: list[T], found: list[np.ndarray[Any, Any] | str]) -> Ready[T]:
-        good = [i for i, x in enumerate(found) if not isinstance(x, str)]
-        stack = np.stack([found[i] for i in good]) if good else np.zeros((0, height, width, 3), np.uint8)
-        return Ready(items, good, torch.from_numpy(stack), [(i, x) for i, x in enumerate(found) if isinstance(x, str)])
+    def joined(items: list[T], results: list[np.ndarray[Any, Any] | str]) -> Ready[T]:
+        good = [i for i, x in enumerate(results) if not isinstance(x, str)]
+        stack = np.stack([results[i] for i in good]) if good else np.zeros((0, height, width, 3), np.uint8)
+        return Ready(items, good, torch.from_numpy(stack), [(i, x) for i, x in enumerate(results) if isinstance(x, str)])
 
     if not num_workers:
-        yield from (joined(items, some(items)) for items in groups)
+        yield from (joined(items, pixels_or_reasons(items)) for items in groups)
         return
     pool, waiting = ThreadPoolExecutor(num_workers, "decode"), deque[tuple[list[T], list[Future[Any]]]]()
 
     def first() -> Ready[T]:
-        items, parts = waiting.popleft()
-        return joined(items, [x for part in parts for x in part.result()])
+        items, tasks = waiting.popleft()
+        return joined(items, [x for task in tasks for x in task.result()])
 
     try:
         for items in groups:
             size = max(1, min(_CHUNK, -(-len(items) // num_workers)))
-            waiting.append((items, [pool.submit(some, items[i : i + size]) for i in range(0, len(items), size)]))
-            if len(waiting) > 2 and sum(len(parts) for _, parts in waiting) > 2 * num_workers:
+            waiting.append((items, [pool.submit(pixels_or_reasons, items[i : i + size]) for i in range(0, len(items), size)]))
+            if len(waiting) > 2 and sum(len(tasks) for _, tasks in waiting) > 2 * num_workers:
                 yield first()
         while waiting:
             yield first()

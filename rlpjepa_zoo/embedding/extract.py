@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..core import distributed, files
 from ..core.signals import Interrupts
-from ..data.feeds import Feed, Row, named, spans
+from ..data.images import ImageRows, Row, reason_with_id, spans
 from ..data.preprocess import batched, ready
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import OutputOptions, SparseEncoder
@@ -77,7 +77,7 @@ class Extraction:
 @torch.inference_mode()
 def extract(
     encoder: SparseEncoder,
-    feed: Feed,
+    feed: ImageRows,
     out: str | Path,
     how: Extraction | None = None,
     *,
@@ -91,7 +91,7 @@ def extract(
 
     Args:
         encoder: the encoder.
-        feed: the images, from `rlpjepa_zoo.data.feeds.open_feed`.
+        feed: the images, from `rlpjepa_zoo.data.sources.open_images`.
         out: the folder.
         how: options.
         model: description of the encoder for the manifest, from `provenance`.
@@ -111,8 +111,8 @@ def extract(
     Example:
         >>> import tempfile, rlpjepa_zoo
         >>> from PIL import Image
-        >>> from rlpjepa_zoo.data.feeds import open_feed
-        >>> enc, feed = rlpjepa_zoo.create_encoder("test_resnet", dim=16), open_feed([Image.new("RGB", (32, 32), c) for c in ("red", "blue")])
+        >>> from rlpjepa_zoo.data.sources import open_images
+        >>> enc, feed = rlpjepa_zoo.create_encoder("test_resnet", dim=16), open_images([Image.new("RGB", (32, 32), c) for c in ("red", "blue")])
         >>> with tempfile.TemporaryDirectory() as scratch:
         ...     totals = extract(enc, feed, scratch)
         ...     totals["rows"], rlpjepa_zoo.SparseEmbeddings.load(scratch).shape
@@ -178,8 +178,8 @@ def _encode(
             for i, reason in group.bad:
                 name = arrow_text(group.items[i][1].id)
                 if not how.skip_bad:
-                    raise DataError(f"{named(name, reason)}; leave such images out with --skip-bad")
-                failures.append((str(name), named(name, reason)))
+                    raise DataError(f"{reason_with_id(name, reason)}; leave such images out with --skip-bad")
+                failures.append((str(name), reason_with_id(name, reason)))
             ids = [arrow_text(group.items[i][1].id) for i in group.good]
             if ids:
                 x = preprocess.normalised(group.pixels.to(encoder.device))
@@ -191,7 +191,7 @@ def _encode(
 
 def _write_parts(
     encoder: SparseEncoder,
-    feed: Feed,
+    feed: ImageRows,
     out: Path,
     how: Extraction,
     manifest: dict[str, Any],
@@ -249,7 +249,7 @@ def _write(out: Path, batches: list[_Batch], columns: dict[str, dict[str, Any]],
     write_part(out, batches[0].part, embeddings, cells, failures, columns, values)
 
 
-def _progress_bar(feed: Feed, part_rows: int, mine: Callable[[int], bool], progress: bool) -> Any:
+def _progress_bar(feed: ImageRows, part_rows: int, mine: Callable[[int], bool], progress: bool) -> Any:
     rank, world = distributed.rank(), distributed.world_size()
     total = feed.length or feed.expected
     if total is not None:
@@ -258,7 +258,7 @@ def _progress_bar(feed: Feed, part_rows: int, mine: Callable[[int], bool], progr
     return tqdm(total=total, desc=name, unit="image", unit_scale=True, disable=not progress or rank > 0, mininterval=0.5)
 
 
-def _finish(out: Path, manifest: dict[str, Any], feed: Feed) -> dict[str, Any]:
+def _finish(out: Path, manifest: dict[str, Any], feed: ImageRows) -> dict[str, Any]:
     """Check that all parts are there, write failed.jsonl, the card and the final manifest, and return the totals."""
     fingerprint, dim = manifest["model"]["fingerprint"], manifest["model"]["dim"]
     done = finished_parts(out, fingerprint)

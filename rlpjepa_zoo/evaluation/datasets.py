@@ -89,8 +89,8 @@ def open_set(data: str, overrides: Sequence[str] = ()) -> EvalSet:
     opened = open_source(asked)
     name = asked.name or asked.label()
     if opened.eval is not None:
-        return EvalSet(opened.train, opened.eval, name, "")
-    labels = opened.train.labels
+        return EvalSet(opened.images, opened.eval, name, "")
+    labels = opened.images.labels
     if asked.source != "folder" or labels is None:
         raise DataError(
             f"--data {data}: no test images with labels; expected a folder for each class, in train/ and val/ or test/, or a set with data.eval_split"
@@ -99,4 +99,4 @@ def open_set(data: str, overrides: Sequence[str] = ()) -> EvalSet:
     if not test.any():
         raise DataError(f"--data {data}: no class has two images, so none can be held out for testing")
     note = f"no test part in the folder, so a stratified random fifth ({test.sum()} of {len(test)} images) was held out for testing"
-    return EvalSet(opened.train.take(np.flatnonzero(~test)), opened.train.take(np.flatnonzero(test)), name, note)
+    return EvalSet(opened.images.take(np.flatnonzero(~test)), opened.images.take(np.flatnonzero(test)), name, note)

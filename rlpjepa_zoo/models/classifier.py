@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from ..core import files as _files
 from ..core import package
-from ..data import feeds
+from ..data.images import reason_with_id
 from ..data.preprocess import Preprocess, batched, ready
+from ..data.sources import open_images
 from ..errors import DataError, NonFiniteError, OutputError, UsageError, first_line
 from ..hub import card
 from ..hub import format as hub_format
@@ -173,13 +174,13 @@ class Classifier(Served):
                 x = source[start : start + batch_size]
                 yield list(range(start, start + len(x))), x
             return
-        feed = feeds.open_feed(source)
-        groups = ready(batched(feed.rows(0), batch_size), lambda row: row.read(), self.config.preprocess, num_workers)
-        with tqdm(total=feed.length, desc="predict", unit="image", disable=not progress) as bar, closing(groups):
+        images = open_images(source)
+        groups = ready(batched(images.rows(0), batch_size), lambda row: row.read(), self.config.preprocess, num_workers)
+        with tqdm(total=images.length, desc="predict", unit="image", disable=not progress) as bar, closing(groups):
             for group in groups:
                 if group.bad:
                     place, reason = group.bad[0]
-                    raise DataError(feeds.named(group.items[place].id, reason))
+                    raise DataError(reason_with_id(group.items[place].id, reason))
                 bar.update(len(group.items))
                 yield [row.id for row in group.items], self.config.preprocess.normalised(group.pixels.to(self.device))
 

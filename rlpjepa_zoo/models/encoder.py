@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from ..core import files as _files
 from ..core import package
-from ..data import feeds
+from ..data.images import Row, reason_with_id
 from ..data.preprocess import Preprocess, Ready, batched, ready
+from ..data.sources import open_images
 from ..errors import DataError, NonFiniteError, OutputError, UsageError
 from ..hub import card
 from ..hub import format as hub_format
@@ -263,8 +264,8 @@ class SparseEncoder(Served):
         Equal to ``enc(x)`` of batches in the memory format channels_last, bit for bit; to any other, up to rounding.
 
         Args:
-            images: a folder, paths, PIL images, a Hugging Face dataset (also streamed), parquet or tar files (see `rlpjepa_zoo.data.feeds.open_feed`), a
-                feed, or a float tensor (B, 3, H, W) that is already preprocessed.
+            images: a folder, paths, PIL images, a Hugging Face dataset (also streamed), parquet or tar files (see `rlpjepa_zoo.data.sources.open_images`), a
+                `ImageRows`, or a float tensor (B, 3, H, W) that is already preprocessed.
             batch_size: images at a time, >= 1.
             num_workers: threads that decode images; 0 decodes in this one.
             max_active: keep only this many largest values of each row.
@@ -306,9 +307,9 @@ class SparseEncoder(Served):
                     x = images[start : start + batch_size]
                     parts.append(SparseEmbeddings.from_dense(self.codes(x, start, budget), list(range(start, start + len(x))), meta))
                 return SparseEmbeddings.concat(parts if len(parts) == 1 else parts[1:])
-            feed = images if isinstance(images, feeds.Feed) else feeds.open_feed(images)
-            bar = tqdm(total=feed.length, desc="embed", unit="image", disable=not progress)
-            groups = ready(batched(feed.rows(0), batch_size), lambda row: row.read(), self.config.preprocess, num_workers)
+            rows = open_images(images)
+            bar = tqdm(total=rows.length, desc="embed", unit="image", disable=not progress)
+            groups = ready(batched(rows.rows(0), batch_size), lambda row: row.read(), self.config.preprocess, num_workers)
             with bar, closing(groups):
                 for group in groups:
                     ids = [group.items[i].id for i in group.good]
@@ -338,11 +339,11 @@ class SparseEncoder(Served):
         return z if budget.max_active is None else keep_largest(z, budget.max_active)
 
     @staticmethod
-    def refused(group: Ready[feeds.Row], on_error: str, failures: list[tuple[Any, str]] | None) -> None:
+    def refused(group: Ready[Row], on_error: str, failures: list[tuple[Any, str]] | None) -> None:
         """Raise for, or note, images of a group that cannot be read."""
         for i, reason in group.bad:
             name = group.items[i].id
-            reason = feeds.named(name, reason)
+            reason = reason_with_id(name, reason)
             if on_error == "raise":
                 raise DataError(f"{reason}; leave such images out with on_error='skip' (--skip-bad)")
             if failures is not None:

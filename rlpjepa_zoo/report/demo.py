@@ -37,7 +37,7 @@ def run(out: Path, density: float = 0.12, epochs: float = 50, progress: bool = T
     encoder = load_encoder(folder)
     source = open_source(recipe.data)
     test = source.eval or Images(lambda i: None, [])  # the digits always have a test split
-    report = evaluate(encoder, source.train, test, budgets="auto", shots=[1], seeds=1)
+    report = evaluate(encoder, source.images, test, budgets="auto", shots=[1], seeds=1)
     encoder.save_pretrained(folder, info=with_results(encoder.config.info, report, "digits"), name=f"local-dir:{folder}")
     embeddings = encoder.embed(test)
     file = embeddings.save(out / "test-embeddings.safetensors")

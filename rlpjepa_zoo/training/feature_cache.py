@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from ..config.pretrain import Recipe
 from ..core import distributed, rng
-from ..data.loader import Batch, Batches, views_of
+from ..data.batch import Batch
+from ..data.loader import Batches, views_of
 from ..data.sources import Source
 from ..errors import DataError, RecipeError
 
@@ -76,7 +77,7 @@ def cache_views(
         RecipeError: they need more than `data.cache_gb`.
         DataError: nothing can be read.
     """
-    count, n, width = recipe.encoder.cached_views or 0, len(source.train), encoder.config.features
+    count, n, width = recipe.encoder.cached_views or 0, len(source.images), encoder.config.features
     size, most = 4 * n * count * width / 2**30, recipe.data.cache_gb
     if size / 2 > most:
         what = f"{count} views of {n} images with {width} features need {size / 2:.3g} GB in float16, data.cache_gb is {most:g}"
@@ -88,7 +89,7 @@ def cache_views(
     features, labels = torch.empty(len(mine), count, width, dtype=kind), torch.empty(len(mine), dtype=torch.long)
     try:
         chunk = max(1, recipe.train.batch_size // count)
-        loader, at = views_of(source.train, recipe.with_views(count), mine, chunk), 0
+        loader, at = views_of(source.images, recipe.with_views(count), mine, chunk), 0
         with Batches(loader) as batches, tqdm(total=len(mine), desc="encode", unit="image", disable=not progress) as bar, torch.no_grad():
             while at < len(mine):
                 batch = batches.next()

@@ -251,7 +251,7 @@ class _Tuning(Task):
         best, names = self.recipe.train.best, source.train.classes or []
         if best is not None and source.eval is None:
             raise RecipeError(f"train.best: {best} needs evaluation images; give data.eval_split, or set it to null")
-        train = choose(source.train, self.recipe.data.per_class, self.recipe.seed)
+        train = choose(source.images, self.recipe.data.per_class, self.recipe.seed)
         if source.eval is not None and (source.eval.labels is None or not (source.eval.labels >= 0).any()):
             other = "move them out of data.path" if self.recipe.data.source == "folder" else "set data.eval_split=null"
             mend = f"name the classes of both parts alike, or {other}"

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from ..config.pretrain import Recipe
 from ..core import distributed, rng
-from ..data.loader import Batch, rows_loader
+from ..data.batch import Batch
+from ..data.loader import rows_loader
 from ..data.sources import Source
 from ..errors import NonFiniteError, RecipeError
 from ..evaluation.evaluate import during_training, labelled

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core import distributed
-from ..data.loader import Batch, make_loader
+from ..data.batch import Batch
+from ..data.loader import make_loader
 from ..data.sources import Source
 
 __all__ = ["Loss", "Task", "agree"]

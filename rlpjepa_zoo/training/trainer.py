@@ -32,8 +32,10 @@ from tqdm.auto import tqdm
 from ..config.plan import Plan
 from ..core import distributed, files, package, rng
 from ..core.signals import Interrupts
+from ..data.batch import Batch
 from ..data.images import Images
-from ..data.loader import Batch, Batches, decoded, steps_of_an_epoch
+from ..data.loader import Batches, steps_of_an_epoch
+from ..data.memory import decode_to_memory
 from ..data.sources import Source, fingerprint, open_source
 from ..data.views import Augment
 from ..errors import DataError, HubError, OutputError, RecipeError, StoppedBySignal, UsageError, ZooError, did_you_mean, first_line
@@ -192,8 +194,8 @@ class Run:
         """Keep small sets in memory."""
         if isinstance(self.source.train, Images) and self.recipe.train.epochs > 1:
             most = self.recipe.data.cache_gb * 2**30
-            held_out = self.source.eval and decoded(self.source.eval, most, self.progress)
-            self.source = self.source._replace(train=decoded(self.source.train, most, self.progress), eval=held_out)
+            held_out = self.source.eval and decode_to_memory(self.source.eval, most, self.progress)
+            self.source = self.source._replace(train=decode_to_memory(self.source.train, most, self.progress), eval=held_out)
 
     def _prepare(self) -> None:
         """Model and optimiser, as they are trained on this device among the others."""

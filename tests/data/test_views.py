@@ -1,4 +1,4 @@
-"""Views: what is drawn is distributed as torchvision draws it, and what is done with it is what torchvision does to PIL images."""
+"""Views: draws are distributed as in torchvision, and operations equal those of torchvision on PIL images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.config.sections import Data, Views
-from rlpjepa_zoo.core import rng as streams
+from rlpjepa_zoo.core.rng import key, mix, seeded, uniform
 from rlpjepa_zoo.data.views import Augment
 
 NEUTRAL: dict[str, Any] = {"crop_scale": None, "jitter": 0, "grayscale": 0, "flip": 0}
@@ -86,28 +86,28 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_that_of_torchvision_on_pil_images(name: str) -> None:
+def test_operations_equal_torchvision_on_pil_images(name: str) -> None:
     n, options = 96, OPERATIONS[name]
     pixels = tensor(photographs(1)[0]).expand(n, -1, -1, -1) if name == "equalize" else torch.from_numpy(photographs(n)).permute(0, 3, 1, 2)
-    made, rows = augment(**options), torch.arange(n)
-    found = made([pixels.contiguous()], 0, rows)[0][0] * 255
+    make, rows = augment(**options), torch.arange(n)
+    result = make([pixels.contiguous()], 0, rows)[0][0] * 255
     operations = {"affine"} if name in ("rotation", "translation", "zoom") else {k for k in STILL if options.get(k)}
-    expected = one_by_one(pixels, made._draws(made.groups[0], 0, rows), operations)
-    difference = (found - expected).abs()
+    expected = one_by_one(pixels, make._draws(make.groups[0], 0, rows), operations)
+    difference = (result - expected).abs()
     most, share = {"hue": (12.0, 0.01), "rotation": (1.01, 0.01), "zoom": (1.01, 0.01), "blur": (1.01, 0.001)}.get(name, (0.01, 0.0))
     assert float(difference.max()) <= most and float((difference > 0.01).float().mean()) <= share
-    assert float((expected - pixels.float()).abs().mean()) > 1  # something was done
+    assert float((expected - pixels.float()).abs().mean()) > 1  # the operation changed the images
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (48, 40, 24), (20, 30, 32), (8, 8, 32)])
-def test_crops_together_are_crops_one_by_one(interpolation: str, height: int, width: int, size: int) -> None:
+def test_joint_crops_equal_single_crops(interpolation: str, height: int, width: int, size: int) -> None:
     images = photographs(24, height, width)
-    made = augment(size, {"interpolation": interpolation}, count=2, crop_scale=(0.1, 1.0))
-    found = made.crop(torch.from_numpy(images).permute(0, 3, 1, 2), 3, torch.arange(24))[0]
-    alone = torch.stack([made.crop_one(Image.fromarray(image), 3, row)[0] for row, image in enumerate(images)], 1)
-    difference = (found.int() - alone.int()).abs()
-    assert found.shape == (2, 24, 3, size, size) and int(difference.max()) <= 1
+    make = augment(size, {"interpolation": interpolation}, count=2, crop_scale=(0.1, 1.0))
+    result = make.crop(torch.from_numpy(images).permute(0, 3, 1, 2), 3, torch.arange(24))[0]
+    alone = torch.stack([make.crop_one(Image.fromarray(image), 3, row)[0] for row, image in enumerate(images)], 1)
+    difference = (result.int() - alone.int()).abs()
+    assert result.shape == (2, 24, 3, size, size) and int(difference.max()) <= 1
     # Pillow 13 resizes first along the axis that saves more work, and rounds in between; older ones, and we, along the rows
     assert float((difference > 0).float().mean()) < (0.1 if size < min(height, width) else 0.003)
 
@@ -154,18 +154,18 @@ N = 3000
 def drawn_by_torchvision() -> dict[str, np.ndarray]:
     pipeline = torchvision_pipeline(Views(**FULL), Data(**{**PLAIN, "interpolation": "bicubic"}))
     picture = Image.fromarray(photographs(1, 40, 48)[0])
-    with streams.seeded(7, "torchvision"):
+    with seeded(7, "torchvision"):
         return figures(torch.stack([pipeline(picture) for _ in range(N)]).as_subclass(torch.Tensor))
 
 
 def least_likely(expected: dict[str, np.ndarray], **changed: Any) -> float:
     """The smallest p of the Kolmogorov-Smirnov tests of all figures, times their number."""
-    made = augment(32, {"interpolation": "bicubic"}, **{**FULL, **changed})
-    found = figures(made([tensor(photographs(1, 40, 48)[0], N)], 0, torch.arange(N))[0][0])
-    return min(stats.ks_2samp(found[name], expected[name]).pvalue for name in expected) * len(expected)
+    make = augment(32, {"interpolation": "bicubic"}, **{**FULL, **changed})
+    result = figures(make([tensor(photographs(1, 40, 48)[0], N)], 0, torch.arange(N))[0][0])
+    return min(stats.ks_2samp(result[name], expected[name]).pvalue for name in expected) * len(expected)
 
 
-def test_views_are_distributed_as_torchvisions(drawn_by_torchvision: dict[str, np.ndarray]) -> None:
+def test_views_are_distributed_as_in_torchvision(drawn_by_torchvision: dict[str, np.ndarray]) -> None:
     assert least_likely(drawn_by_torchvision) > 0.01
 
 
@@ -174,19 +174,19 @@ def test_views_are_distributed_as_torchvisions(drawn_by_torchvision: dict[str, n
     [{"crop_scale": (0.5, 1.0)}, {"crop_ratio": (0.5, 2.0)}, {"jitter": 0.5}, {"brightness": 0.5}, {"contrast": 0.6}, {"saturation": 0.9}, {"hue": 0.2},
      {"grayscale": 0.1}, {"blur": 0.3}, {"solarize": 0.0}, {"equalize": 0.0}, {"flip": 0.1}],
 )  # fmt: skip
-def test_the_statistical_test_notices_a_change(drawn_by_torchvision: dict[str, np.ndarray], changed: dict[str, Any]) -> None:
+def test_statistical_test_detects_a_change(drawn_by_torchvision: dict[str, np.ndarray], changed: dict[str, Any]) -> None:
     assert least_likely(drawn_by_torchvision, **changed) < 0.01
 
 
-def test_rotation_translation_and_zoom_are_distributed_as_torchvisions() -> None:
+def test_affine_views_are_distributed_as_in_torchvision() -> None:
     options = {"rotate": 12, "translate": 0.07, "zoom": (0.85, 1.15)}
     views, n = Views(**{**NEUTRAL, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), **options}), 1500
     picture = Image.fromarray(photographs(1)[0])
-    with streams.seeded(3, "torchvision"):
+    with seeded(3, "torchvision"):
         pipeline = torchvision_pipeline(views, Data(**PLAIN))
         expected = figures(torch.stack([pipeline(picture) for _ in range(n)]).as_subclass(torch.Tensor))
-    found = figures(viewed(photographs(1)[0], n, **options))
-    assert min(stats.ks_2samp(found[name], expected[name]).pvalue for name in expected) * len(expected) > 0.01
+    result = figures(viewed(photographs(1)[0], n, **options))
+    assert min(stats.ks_2samp(result[name], expected[name]).pvalue for name in expected) * len(expected) > 0.01
     assert (
         min(stats.ks_2samp(figures(viewed(photographs(1)[0], n, **{**options, "rotate": 4}))[k], expected[k]).pvalue for k in expected)
         < 1e-3
@@ -198,22 +198,22 @@ def test_rotation_translation_and_zoom_are_distributed_as_torchvisions() -> None
 RICH = {**FULL, "count": 3, "rotate": 10, "translate": 0.1, "noise": 0.3, "local": {"count": 2, "size": 16, "crop_scale": (0.05, 0.3)}}
 
 
-def test_a_view_depends_on_seed_epoch_row_and_view_and_on_nothing_else() -> None:
+def test_view_depends_only_on_seed_epoch_row_and_view() -> None:
     pixels, rows = torch.from_numpy(photographs(20)).permute(0, 3, 1, 2), torch.arange(100, 120)
-    made = augment(**RICH)
-    whole = made([pixels], 2, rows)
-    assert [x.shape for x in whole] == [(3, 20, 3, 32, 32), (2, 20, 3, 16, 16)]
+    make = augment(**RICH)
+    views = make([pixels], 2, rows)
+    assert [x.shape for x in views] == [(3, 20, 3, 32, 32), (2, 20, 3, 16, 16)]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:7]
     torch.manual_seed(1)
-    for found, expected in zip(made([pixels[order]], 2, rows[order]), whole, strict=True):
-        assert torch.allclose(found, expected[:, order], atol=1e-5)
-    assert torch.equal(augment(**RICH)([pixels], 2, rows)[0], whole[0])
-    for other in (made([pixels], 3, rows), made([pixels], 2, rows + 1), Augment(made.views, made.data, seed=1)([pixels], 2, rows)):
-        assert not torch.equal(other[0], whole[0])
-    assert not torch.equal(whole[0][0], whole[0][1]) and not torch.equal(whole[1][0], whole[1][1])
+    for result, expected in zip(make([pixels[order]], 2, rows[order]), views, strict=True):
+        assert torch.allclose(result, expected[:, order], atol=1e-5)
+    assert torch.equal(augment(**RICH)([pixels], 2, rows)[0], views[0])
+    for other in (make([pixels], 3, rows), make([pixels], 2, rows + 1), Augment(make.views, make.data, seed=1)([pixels], 2, rows)):
+        assert not torch.equal(other[0], views[0])
+    assert not torch.equal(views[0][0], views[0][1]) and not torch.equal(views[1][0], views[1][1])
 
 
-def test_more_local_views_do_not_change_the_global_ones() -> None:
+def test_local_views_do_not_change_the_global_ones() -> None:
     pixels, rows = torch.from_numpy(photographs(6)).permute(0, 3, 1, 2), torch.arange(6)
     assert torch.equal(augment(**{**RICH, "local": None})([pixels], 0, rows)[0], augment(**RICH)([pixels], 0, rows)[0])
 
@@ -221,19 +221,19 @@ def test_more_local_views_do_not_change_the_global_ones() -> None:
 def test_local_views_are_small_crops() -> None:
     ramp = np.linspace(0, 255, 256).astype(np.uint8)
     image = np.stack([np.tile(ramp, (256, 1)), np.tile(ramp[:, None], (1, 256)), np.zeros((256, 256), np.uint8)], -1)
-    made = augment(crop_scale=(0.9, 1.0), local={"count": 4, "size": 16, "crop_scale": (0.05, 0.3)})
-    local = made([tensor(image, 50)], 0, torch.arange(50))[1]
+    make = augment(crop_scale=(0.9, 1.0), local={"count": 4, "size": 16, "crop_scale": (0.05, 0.3)})
+    local = make([tensor(image, 50)], 0, torch.arange(50))[1]
     width = (local[:, :, 0, 8, 15] - local[:, :, 0, 8, 0]) * 16 / 15
     height = (local[:, :, 1, 15, 8] - local[:, :, 1, 0, 8]) * 16 / 15
     assert 0.045 < float((width * height).min()) and float((width * height).max()) < 0.33
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    u = streams.uniform(streams.mix(streams.key(0, "test"), torch.arange(4000)[:, None], torch.arange(5))).double().numpy()
+    u = uniform(mix(key(0, "test"), torch.arange(4000)[:, None], torch.arange(5))).double().numpy()
     assert all(stats.kstest(u[:, j], "uniform").pvalue > 1e-3 for j in range(5))
     assert np.abs(np.corrcoef(u.T) - np.eye(5)).max() < 0.06 and abs(np.corrcoef(u[1:, 0], u[:-1, 0])[0, 1]) < 0.06
     assert u.min() >= 0 and u.max() < 1 and len(np.unique(u)) > 19900
-    bits = streams.mix(5, torch.arange(-1000, 1000))
+    bits = mix(5, torch.arange(-1000, 1000))
     ones = np.unpackbits(bits.numpy().view(np.uint8)).reshape(-1, 64).mean(0)
     assert np.abs(ones - 0.5).max() < 0.06
 
@@ -241,12 +241,12 @@ def test_draws_are_uniform_and_independent() -> None:
 # --- single operations, by what they should do ----------------------------------------------------------------------------------------
 
 
-def test_a_view_without_randomness_is_the_normalised_image() -> None:
+def test_view_without_randomness_is_the_normalised_image() -> None:
     image = coloured()
     data = Data(source="digits", image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    found = Augment(Views(**NEUTRAL), data, 0)([tensor(image)], 0, torch.arange(1))[0][0, 0]
+    result = Augment(Views(**NEUTRAL), data, 0)([tensor(image)], 0, torch.arange(1))[0][0, 0]
     expected = (image / 255 - np.array(data.mean)) / np.array(data.std)
-    assert found.dtype == torch.float32 and np.abs(found.permute(1, 2, 0).numpy() - expected).max() < 1e-5
+    assert result.dtype == torch.float32 and np.abs(result.permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
 def is_flipped(x: torch.Tensor) -> bool:
@@ -281,14 +281,14 @@ def test_random_operations_happen_as_often_as_asked(field: str, happened: Callab
 def test_solarize_inverts_above_128_only() -> None:
     image = np.zeros((32, 32, 3), np.uint8)
     image[:16], image[16:] = 127, 200
-    found = viewed(image, 1, solarize=1.0)[0]
-    assert float(found[0, 0, 0]) == pytest.approx(127 / 255) and float(found[0, -1, 0]) == pytest.approx(55 / 255)
+    result = viewed(image, 1, solarize=1.0)[0]
+    assert float(result[0, 0, 0]) == pytest.approx(127 / 255) and float(result[0, -1, 0]) == pytest.approx(55 / 255)
 
 
-def test_noise_has_the_asked_standard_deviation_after_normalisation() -> None:
+def test_noise_has_the_asked_standard_deviation() -> None:
     grey = np.full((32, 32, 3), 128, np.uint8)
-    found = viewed(grey, 30, noise=0.8) - 128 / 255
-    assert float(found.std()) == pytest.approx(0.8, rel=0.02) and abs(float(found.mean())) < 0.02
+    result = viewed(grey, 30, noise=0.8) - 128 / 255
+    assert float(result.std()) == pytest.approx(0.8, rel=0.02) and abs(float(result.mean())) < 0.02
 
 
 def crop_boxes(n: int, **views: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -325,7 +325,7 @@ def test_crops_cover_the_asked_shares_of_the_area(low: float, high: float) -> No
     assert abs(np.log(ratio).mean()) < 0.03
 
 
-def test_without_a_crop_the_whole_image_is_resized() -> None:
+def test_without_crop_the_whole_image_is_resized() -> None:
     width, height = crop_boxes(3)
     assert np.abs(width - 1).max() < 0.03 and np.abs(height - 1).max() < 0.03
 
@@ -341,7 +341,7 @@ def test_rotation_and_translation_stay_within_their_bounds() -> None:
     assert reach.max() <= 0.1 * 33 + 0.5 and (reach.max(0) > 2).all()
 
 
-def test_noise_is_normal_and_of_each_image_alone() -> None:
+def test_noise_is_normal_and_independent_between_images() -> None:
     noise = viewed(np.full((32, 32, 3), 128, np.uint8), 40, noise=1.0) - 128 / 255
     assert stats.kstest(noise[:4].flatten().numpy(), "norm").pvalue > 1e-3
     assert float(torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs().max()) < 0.1

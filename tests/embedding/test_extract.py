@@ -23,7 +23,7 @@ from rows import samples, table, tar
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.cli.app import run as run_command
 from rlpjepa_zoo.core import files
-from rlpjepa_zoo.data.feeds import open_feed
+from rlpjepa_zoo.data.sources import open_images
 from rlpjepa_zoo.embedding.extract import Extraction, extract
 from rlpjepa_zoo.embedding.manifest import provenance
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal, UsageError
@@ -59,7 +59,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def test_rows_equal_embed_in_input_order(photos: Path, tmp_path: Path) -> None:
     enc = settled()
-    totals = extract(enc, open_feed(photos), tmp_path / "out", HOW)
+    totals = extract(enc, open_images(photos), tmp_path / "out", HOW)
     e, expected = SparseEmbeddings.load(tmp_path / "out"), enc.embed(photos)
     assert e.ids.tolist() == expected.ids.tolist() == sorted(expected.ids.tolist()) and len(e) == N
     np.testing.assert_allclose(e.to_dense(), expected.to_dense(), rtol=1e-4, atol=1e-5)
@@ -77,7 +77,7 @@ def test_folder_opens_in_datasets_pandas_polars_and_scipy(photos: Path, tmp_path
     enc = settled()
     for values in ("float32", "float16", "uint8"):
         out = tmp_path / values
-        extract(enc, open_feed(photos), out, Extraction(values, 7, batch_size=3))
+        extract(enc, open_images(photos), out, Extraction(values, 7, batch_size=3))
         e = SparseEmbeddings.load(out)
         rows = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
         assert rows.features["label"].names == ["blue", "red"] and rows["id"][:] == e.ids.tolist()
@@ -105,7 +105,7 @@ def test_every_source_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     if kind == "parquet":
         table().to_parquet(str(tmp_path / "t.parquet"))
     source: Any = tar(tmp_path / "x.tar", samples(range(FEW))) if kind == "tar" else sources[kind]
-    totals = extract(enc, open_feed(source), tmp_path / "out", Extraction(part_rows=4, batch_size=3, num_workers=1))
+    totals = extract(enc, open_images(source), tmp_path / "out", Extraction(part_rows=4, batch_size=3, num_workers=1))
     e = SparseEmbeddings.load(tmp_path / "out")
     np.testing.assert_allclose(e.to_dense(), expected, rtol=1e-4, atol=1e-5)
     assert totals["rows"] == FEW and totals["parts"] == 3
@@ -119,7 +119,7 @@ def raw() -> list[dict[str, Any]]:
 
 def test_stopped_run_continues_and_ends_byte_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enc = settled()
-    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    extract(enc, open_images(photos), tmp_path / "unbroken", HOW)
     write = files.whole_file
     for stop in range(1, 8):
         out, seen = tmp_path / f"out{stop}", [0]
@@ -133,12 +133,12 @@ def test_stopped_run_continues_and_ends_byte_equal(photos: Path, tmp_path: Path,
         with monkeypatch.context() as patch:
             patch.setattr("rlpjepa_zoo.core.files.whole_file", failing)
             with pytest.raises(KeyboardInterrupt):
-                extract(enc, open_feed(photos), out, HOW)
+                extract(enc, open_images(photos), out, HOW)
         before = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "part-" in name}
         assert len(before) == min(5, max(0, stop - 2))
         with refused(DataError, match="not finished" if len(before) else "no data/"):
             SparseEmbeddings.load(out)
-        extract(enc, open_feed(photos), out, HOW)
+        extract(enc, open_images(photos), out, HOW)
         assert contents(out) == contents(tmp_path / "unbroken")
         assert all((out / name).stat().st_mtime_ns == at for name, at in before.items())  # finished parts are not made again
 
@@ -146,14 +146,14 @@ def test_stopped_run_continues_and_ends_byte_equal(photos: Path, tmp_path: Path,
 def test_run_killed_at_random_times_ends_byte_equal(photos: Path, tmp_path: Path) -> None:
     enc = settled()
     started = time.monotonic()
-    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    extract(enc, open_images(photos), tmp_path / "unbroken", HOW)
     usual, source, kills = time.monotonic() - started, random.Random(0), 0
     while kills < 6:
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                extract(enc, open_feed(photos), tmp_path / "out", HOW)
+                extract(enc, open_images(photos), tmp_path / "out", HOW)
                 code = 0
             finally:
                 os._exit(code)
@@ -165,24 +165,24 @@ def test_run_killed_at_random_times_ends_byte_equal(photos: Path, tmp_path: Path
             kills += 1
         else:  # it ended before the kill
             __import__("shutil").rmtree(tmp_path / "out")
-    extract(enc, open_feed(photos), tmp_path / "out", HOW)
+    extract(enc, open_images(photos), tmp_path / "out", HOW)
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
 
 
 def test_damaged_and_partial_files_are_made_again(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     enc, out = settled(), tmp_path / "out"
-    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_images(photos), out, HOW)
     before = contents(out)
     (out / "data/part-000001.parquet").write_bytes(before["data/part-000001.parquet"][:500])
     (out / "data/.part-000003.77.partial.parquet").write_bytes(b"half")
     (out / "data/part-000004.parquet").unlink()
-    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_images(photos), out, HOW)
     assert contents(out) == before
     assert "part-000001.parquet: damaged" in caplog.text
 
 
 def share(photos: Path, out: Path) -> dict[str, Any]:
-    return extract(settled(), open_feed(photos), out, HOW)
+    return extract(settled(), open_images(photos), out, HOW)
 
 
 def test_two_and_three_processes_write_the_files_of_one(photos: Path, tmp_path: Path) -> None:
@@ -199,25 +199,25 @@ def test_unreadable_images_are_listed_also_after_a_resume(photos: Path, tmp_path
     (photos / "red/13.png").write_bytes(b"\x89PNG no")
     how = Extraction(part_rows=7, batch_size=3, num_workers=2, skip_bad=True)
     with refused(DataError, match=r"blue/00\.png: .*--skip-bad"):
-        extract(enc, open_feed(photos), out, HOW)
-    totals = extract(enc, open_feed(photos), out, how)  # with the option that the error names
+        extract(enc, open_images(photos), out, HOW)
+    totals = extract(enc, open_images(photos), out, how)  # with the option that the error names
     assert totals["rows"] == N - 2 and totals["skipped"] == 2 and sum(totals["reasons"].values()) == 2
     rows = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["blue/00.png", "red/13.png"] and all("cannot be read" in row["reason"] for row in rows)
     before = contents(out)
     (out / "data/part-000002.parquet").unlink()
     (out / "failed.jsonl").unlink()
-    extract(enc, open_feed(photos), out, how)
+    extract(enc, open_images(photos), out, how)
     assert contents(out) == before
     for path in photos.rglob("*.png"):
         path.write_bytes(b"none")
     with refused(DataError, match="none of the images can be read; the first of 30"):
-        extract(enc, open_feed(photos), tmp_path / "bad", how)
+        extract(enc, open_images(photos), tmp_path / "bad", how)
 
 
 def test_other_encoder_images_or_options_need_overwrite(photos: Path, tmp_path: Path) -> None:
     enc, out = settled(), tmp_path / "out"
-    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_images(photos), out, HOW)
     before = contents(out)
     other = settled()
     with torch.no_grad():
@@ -230,20 +230,20 @@ def test_other_encoder_images_or_options_need_overwrite(photos: Path, tmp_path: 
         (enc, Extraction(part_rows=7, batch_size=3, budget=OutputOptions(max_active=2)), "max_active was None, is 2"),
     ):
         with refused(UsageError, match=words):
-            extract(encoder, open_feed(photos), out, how)
+            extract(encoder, open_images(photos), out, how)
     (photos / "blue/00.png").unlink()
     with refused(UsageError, match="another input"):
-        extract(enc, open_feed(photos), out, HOW)
+        extract(enc, open_images(photos), out, HOW)
     assert contents(out) == before
-    extract(other, open_feed(photos), out, HOW, overwrite=True)
+    extract(other, open_images(photos), out, HOW, overwrite=True)
     assert len(SparseEmbeddings.load(out)) == N - 1
 
 
 def test_other_batch_size_continues_with_a_warning(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     enc, out = settled(), tmp_path / "out"
-    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_images(photos), out, HOW)
     (out / "data/part-000000.parquet").unlink()
-    extract(enc, open_feed(photos), out, Extraction(part_rows=7, batch_size=5))
+    extract(enc, open_images(photos), out, Extraction(part_rows=7, batch_size=5))
     assert "batch_size 3 -> 5; equal up to rounding" in caplog.text and len(SparseEmbeddings.load(out)) == N
 
 
@@ -253,12 +253,12 @@ def test_foreign_folder_is_refused_and_unchanged(photos: Path, tmp_path: Path) -
         out.mkdir()
         (out / name).write_text("mine")
         with refused(UsageError, match="which does not belong to embeddings"):
-            extract(settled(), open_feed(photos), out, HOW)
+            extract(settled(), open_images(photos), out, HOW)
         assert (out / name).read_text() == "mine"
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/embeddings.json").write_text("{")
     with refused(DataError, match="embeddings.json: damaged"):
-        extract(settled(), open_feed(photos), tmp_path / "torn", HOW)
+        extract(settled(), open_images(photos), tmp_path / "torn", HOW)
 
 
 def test_overwrite_never_removes_foreign_files(photos: Path, tmp_path: Path) -> None:
@@ -269,21 +269,21 @@ def test_overwrite_never_removes_foreign_files(photos: Path, tmp_path: Path) -> 
     before = contents(home)
     for overwrite in (False, True):
         with refused(UsageError, match="which does not belong to embeddings"):
-            extract(settled(), open_feed(home), home, HOW, overwrite=overwrite)
+            extract(settled(), open_images(home), home, HOW, overwrite=overwrite)
     assert contents(home) == before
-    extract(settled(), open_feed(photos), tmp_path / "out", HOW)
+    extract(settled(), open_images(photos), tmp_path / "out", HOW)
     (tmp_path / "out/data/mine.parquet").write_bytes(b"mine")
     with refused(UsageError, match=r"data/mine\.parquet"):
-        extract(settled(), open_feed(photos), tmp_path / "out", HOW, overwrite=True)
+        extract(settled(), open_images(photos), tmp_path / "out", HOW, overwrite=True)
 
 
 def test_other_columns_count_as_other_input(tmp_path: Path) -> None:
     table().to_parquet(str(tmp_path / "t.parquet"))
     enc, how = settled(), Extraction(part_rows=4, batch_size=3)
-    extract(enc, open_feed(tmp_path / "t.parquet"), tmp_path / "out", how)
+    extract(enc, open_images(tmp_path / "t.parquet"), tmp_path / "out", how)
     for options in ({"columns": ["note"]}, {"id_column": "key"}):
         with refused(UsageError, match="another input: (columns|id column) was"):
-            extract(enc, open_feed(tmp_path / "t.parquet", **options), tmp_path / "out", how)  # type: ignore[arg-type]
+            extract(enc, open_images(tmp_path / "t.parquet", **options), tmp_path / "out", how)  # type: ignore[arg-type]
 
 
 def test_folder_with_a_part_without_images_opens(photos: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_folder_with_a_part_without_images_opens(photos: Path, tmp_path: Path) -
     for name in ("blue/14.png", "blue/16.png"):
         (photos / name).write_bytes(b"")
     enc, out, how = settled(), tmp_path / "out", Extraction(part_rows=1, batch_size=3, num_workers=0, skip_bad=True)
-    totals = extract(enc, open_feed(photos), out, how)
+    totals = extract(enc, open_images(photos), out, how)
     assert (
         totals["rows"] == N - 2
         and totals["parts"] == N - 2
@@ -303,7 +303,7 @@ def test_folder_with_a_part_without_images_opens(photos: Path, tmp_path: Path) -
     )
     before = contents(out)
     (out / "data/part-000003.parquet").unlink()
-    extract(enc, open_feed(photos), out, how)
+    extract(enc, open_images(photos), out, how)
     assert contents(out) == before
 
 
@@ -311,7 +311,7 @@ def test_encoded_images_are_freed_after_decoding(photos: Path, tmp_path: Path, m
     import gc
     import weakref
 
-    from rlpjepa_zoo.data.feeds import Feed, Row
+    from rlpjepa_zoo.data.images import ImageRows, Row
 
     class Cell:
         def __call__(self) -> Image.Image:
@@ -334,13 +334,13 @@ def test_encoded_images_are_freed_after_decoding(photos: Path, tmp_path: Path, m
         return codes(self, *args)
 
     monkeypatch.setattr(rz.SparseEncoder, "codes", counting)
-    extract(settled(), Feed(rows, 40, {}), tmp_path / "out", Extraction(part_rows=40, batch_size=2, num_workers=1))
+    extract(settled(), ImageRows(rows, 40, {}), tmp_path / "out", Extraction(part_rows=40, batch_size=2, num_workers=1))
     assert max(held) <= 8 < len(held)  # a few batches, not a whole part
 
 
 def failing_share(photos: Path, out: Path) -> str:
     try:
-        extract(settled(), open_feed(photos), out, HOW)
+        extract(settled(), open_images(photos), out, HOW)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "done"
@@ -364,7 +364,7 @@ def test_file_name_that_is_not_utf8_becomes_an_escaped_id(tmp_path: Path) -> Non
     (tmp_path / "photos").mkdir()
     for name in (b"good.png", b"bad\xff.png"):
         Image.new("RGB", (32, 32)).save(os.fsdecode(os.path.join(os.fsencode(tmp_path / "photos"), name)))
-    extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", HOW)
+    extract(settled(), open_images(tmp_path / "photos"), tmp_path / "out", HOW)
     assert SparseEmbeddings.load(tmp_path / "out").ids.tolist() == ["bad\\xff.png", "good.png"]
 
 
@@ -372,7 +372,7 @@ def test_very_long_image_is_skipped_without_using_memory(tmp_path: Path) -> None
     (tmp_path / "photos").mkdir()
     Image.new("1", (100_000, 1)).save(tmp_path / "photos/line.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "photos/good.png")
-    totals = extract(settled(), open_feed(tmp_path / "photos"), tmp_path / "out", Extraction(skip_bad=True))
+    totals = extract(settled(), open_images(tmp_path / "photos"), tmp_path / "out", Extraction(skip_bad=True))
     assert totals["skipped"] == 1 and "line.png: 100000 x 1 pixels: too long and thin" in (tmp_path / "out/failed.jsonl").read_text()
 
 
@@ -389,10 +389,10 @@ def test_full_disk_keeps_the_finished_parts(photos: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(pq, "write_table", full)
     with refused(OutputError, match=r"part-000002\.parquet: cannot write: No space left"):
-        extract(enc, open_feed(photos), out, HOW)
+        extract(enc, open_images(photos), out, HOW)
     assert sorted(p.name for p in (out / "data").iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
-    extract(enc, open_feed(photos), out, HOW)
-    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    extract(enc, open_images(photos), out, HOW)
+    extract(enc, open_images(photos), tmp_path / "unbroken", HOW)
     assert contents(out) == contents(tmp_path / "unbroken")
 
 
@@ -401,7 +401,7 @@ def test_nan_is_refused_and_not_written(photos: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         enc.projector[-2].weight[0, 0] = torch.nan
     with refused(NonFiniteError, match="NaN or infinity for the batch that starts at 'blue/00.png'"):
-        extract(enc, open_feed(photos), tmp_path / "out", HOW)
+        extract(enc, open_images(photos), tmp_path / "out", HOW)
     assert list((tmp_path / "out/data").iterdir()) == []
 
 
@@ -421,10 +421,10 @@ def test_signal_stops_between_batches_and_call_continues(
     with monkeypatch.context() as patch:
         patch.setattr(type(enc), "codes", signalled)
         with refused(StoppedBySignal, match="the same command continues") as caught:
-            extract(enc, open_feed(photos), out, HOW)
+            extract(enc, open_images(photos), out, HOW)
     assert caught.value.exit_code == code
-    extract(enc, open_feed(photos), out, HOW)
-    extract(enc, open_feed(photos), tmp_path / "unbroken", HOW)
+    extract(enc, open_images(photos), out, HOW)
+    extract(enc, open_images(photos), tmp_path / "unbroken", HOW)
     assert contents(out) == contents(tmp_path / "unbroken")
 
 
@@ -432,13 +432,13 @@ def test_second_run_into_a_folder_is_refused(photos: Path, tmp_path: Path) -> No
     from rlpjepa_zoo.core.files import lock
 
     with lock(tmp_path / "out"), refused(UsageError, match="in use by process"):
-        extract(settled(), open_feed(photos), tmp_path / "out", HOW)
+        extract(settled(), open_images(photos), tmp_path / "out", HOW)
 
 
 def test_every_file_holds_its_provenance(photos: Path, tmp_path: Path) -> None:
     enc = settled().with_budget(3)
     model = provenance(enc, str(tmp_path), "abc")
-    extract(enc, open_feed(photos), tmp_path / "out", HOW, model=model)
+    extract(enc, open_images(photos), tmp_path / "out", HOW, model=model)
     for part in (tmp_path / "out/data").iterdir():
         meta = SparseEmbeddings.load(part).meta
         recorded = json.loads(meta["provenance"])
@@ -450,7 +450,7 @@ def test_every_file_holds_its_provenance(photos: Path, tmp_path: Path) -> None:
 def test_parts_of_two_encoders_do_not_load(photos: Path, tmp_path: Path) -> None:
     enc = settled()
     for name, encoder in (("a", enc), ("b", enc.with_budget(3))):
-        extract(encoder, open_feed(photos), tmp_path / name, HOW)
+        extract(encoder, open_images(photos), tmp_path / name, HOW)
     (tmp_path / "b/data/part-000000.parquet").rename(tmp_path / "a/data/part-000004.parquet")
     with refused(UsageError, match="rows of different encoders do not mix"):
         SparseEmbeddings.load(tmp_path / "a")
@@ -554,7 +554,7 @@ def test_pushed_folder_opens_as_a_data_set_from_the_hub(
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     code, _, err = run("push", out, "owner/rows")
     assert code == 4 and "no such folder" in err
-    extract(enc, open_feed(photos), out, HOW)
+    extract(enc, open_images(photos), out, HOW)
     (out / "data/part-000004.parquet").rename(tmp_path / "kept")
     code, _, err = run("push", out, "owner/rows")
     assert code == 2 and "4 parts, 5 were written" in err
@@ -568,7 +568,7 @@ def test_pushed_folder_opens_as_a_data_set_from_the_hub(
     assert rows["id"][:] == SparseEmbeddings.load(out).ids.tolist() and rows.features["label"].names == ["blue", "red"]
     assert SparseEmbeddings.load(snapshot_download("owner/rows", repo_type="dataset")) == SparseEmbeddings.load(out)
     assert "license: cc-by-4.0" in hub_server.files("owner/rows", type="dataset")["README.md"].decode()
-    extract(enc, open_feed(photos), out, Extraction(part_rows=15, batch_size=3), overwrite=True)
+    extract(enc, open_images(photos), out, Extraction(part_rows=15, batch_size=3), overwrite=True)
     code, printed, _ = run("push", out, "owner/rows", "--license", "cc-by-4.0", "--json")
     left = hub_server.files("owner/rows", type="dataset")
     assert code == 0 and sorted(name for name in left if name.startswith("data/")) == [
@@ -582,12 +582,12 @@ def test_pushed_folder_opens_as_a_data_set_from_the_hub(
 
 def test_batch_size_threads_and_part_size_change_no_row(photos: Path, tmp_path: Path) -> None:
     enc = settled()
-    extract(enc, open_feed(photos), tmp_path / "one", Extraction(num_workers=0))
+    extract(enc, open_images(photos), tmp_path / "one", Extraction(num_workers=0))
     expected = SparseEmbeddings.load(tmp_path / "one")
     for i, how in enumerate(
         (Extraction(part_rows=1, batch_size=9), Extraction(part_rows=8, batch_size=1, num_workers=3), Extraction(part_rows=N, batch_size=4))
     ):
-        extract(enc, open_feed(photos), tmp_path / str(i), how)
+        extract(enc, open_images(photos), tmp_path / str(i), how)
         e = SparseEmbeddings.load(tmp_path / str(i))
         assert (
             e.ids.tolist() == expected.ids.tolist()
@@ -601,13 +601,13 @@ def test_no_file_or_thread_is_left_open(photos: Path, tmp_path: Path) -> None:
     import threading
 
     enc = settled()
-    extract(enc, open_feed(photos), tmp_path / "first", HOW)
+    extract(enc, open_images(photos), tmp_path / "first", HOW)
     held, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for i in range(3):
-        extract(enc, open_feed(photos), tmp_path / str(i), HOW)
+        extract(enc, open_images(photos), tmp_path / str(i), HOW)
     (photos / "red/13.png").write_bytes(b"")
     with refused(DataError):
-        extract(enc, open_feed(photos), tmp_path / "bad", HOW)
+        extract(enc, open_images(photos), tmp_path / "bad", HOW)
     assert len(os.listdir("/proc/self/fd")) == held and threading.active_count() == threads
 
 
@@ -625,9 +625,9 @@ import sys
 import torch
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.embedding.extract import Extraction, extract
-from rlpjepa_zoo.data.feeds import open_feed
+from rlpjepa_zoo.data.sources import open_images
 torch.set_num_threads(1)
-extract(rz.load_encoder("test_resnet.digits"), open_feed(sys.argv[2:]), sys.argv[1], Extraction(num_workers=2, part_rows=1000))
+extract(rz.load_encoder("test_resnet.digits"), open_images(sys.argv[2:]), sys.argv[1], Extraction(num_workers=2, part_rows=1000))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])  # ru_maxrss counts the parent's too
 """
 

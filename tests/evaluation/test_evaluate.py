@@ -15,7 +15,7 @@ from refusals import refused
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.data.images import Images
-from rlpjepa_zoo.data.sources import labelled_folder
+from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, ModelError, NonFiniteError, RecipeError, UsageError
 from rlpjepa_zoo.evaluation.datasets import SETS, open_set, section
 from rlpjepa_zoo.evaluation.evaluate import encode, evaluate, with_results

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlpjepa_zoo.data.images import Images
-from rlpjepa_zoo.data.sources import labelled_folder
+from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.evaluation.evaluate import encode, evaluate

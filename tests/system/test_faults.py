@@ -34,9 +34,11 @@ from runs import TINY, codes, of_folder, poison, rows, stop_after, tiny
 import rlpjepa_zoo.training.trainer as engine
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core.files import lock
-from rlpjepa_zoo.data.images import Images, decode, open_images
+from rlpjepa_zoo.data.decode import decode
+from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.loader import Batches, make_loader
-from rlpjepa_zoo.data.sources import Source
+from rlpjepa_zoo.data.sources import Source, open_images
+from rlpjepa_zoo.data.sources.folder import list_images
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.training import checkpoint, run_dir
@@ -687,10 +689,12 @@ def test_archives_are_neither_listed_nor_opened(tmp_path: Path) -> None:
         entry.size = len(jpeg())
         tar.addfile(entry, io.BytesIO(jpeg()))
     with refused(DataError, match="no images found"):
-        open_images(tmp_path)
+        list_images(tmp_path)
     for name in ("a.zip", "b.tar"):
         with refused(DataError, match="cannot be read as an image"):
-            open_images(tmp_path / name).read(0)
+            decode(tmp_path / name)
+    with refused(DataError, match="cannot be read as an image"):
+        next(open_images(tmp_path / "a.zip").rows()).read()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "b.tar"] and not (tmp_path.parent / "evil.jpg").exists()
 
 

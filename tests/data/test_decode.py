@@ -1,0 +1,220 @@
+"""decode: the RGB picture that each kind of image becomes, and what is refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from images import encoded, photo
+from PIL import Image, ImageFile
+from refusals import refused
+
+from rlpjepa_zoo.data.decode import MAX_PIXELS, decode
+from rlpjepa_zoo.errors import DataError
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, bits=8, colour=0, pixels=b"", before=b""):
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
+def test_lossless_formats_keep_every_pixel(rng, tmp_path, kind):
+    image = photo(rng)
+    data = encoded(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    (tmp_path / "x.dat").write_bytes(data)
+    for source in (data, tmp_path / "x.dat", str(tmp_path / "x.dat"), image):
+        out = decode(source)
+        assert out.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(image))
+
+
+def test_jpeg_is_decoded_as_pillow_decodes_it(rng):
+    data = encoded(photo(rng), "JPEG")
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("alpha", [0, 51, 128, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_laid_over_white(mode, alpha):
+    colour = (200, 40, 90, alpha) if mode == "RGBA" else (70, alpha)
+    solid = np.array(colour[:-1] if mode == "RGBA" else colour[:1] * 3)
+    expected = solid * alpha / 255 + 255 * (1 - alpha / 255)
+    for source in (Image.new(mode, (4, 4), colour), encoded(Image.new(mode, (4, 4), colour), "PNG")):
+        np.testing.assert_allclose(np.asarray(decode(source)), np.broadcast_to(expected, (4, 4, 3)), atol=1)
+
+
+def test_transparent_palette_colour_becomes_white():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    out = decode(encoded(image, "PNG", transparency=0))
+    assert out.getpixel((0, 0)) == (255, 255, 255)
+    assert out.getpixel((1, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 7), ("RGB", (255, 0, 0))])
+def test_transparent_colour_key_becomes_white(mode, colour):
+    image = Image.new(mode, (4, 4), colour)
+    assert decode(encoded(image, "PNG", transparency=colour)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_one_bit_becomes_black_and_white():
+    pixels = np.array([[True, False], [False, True]])
+    out = decode(encoded(Image.fromarray(pixels), "PNG"))
+    np.testing.assert_array_equal(np.asarray(out), np.repeat(pixels[..., None] * 255, 3, -1))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk_becomes_the_right_colour(kind):
+    image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(np.asarray(decode(encoded(image, kind)), int) - (255, 0, 0)).max() <= 6
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    for data in (encoded(Image.fromarray(values), "PNG"), encoded(Image.fromarray(values), "TIFF")):
+        out = np.asarray(decode(data))
+        assert out.shape == (16, 16, 3)
+        assert np.abs(out[..., 0] - values / 257).max() <= 0.51
+        assert len(np.unique(out)) == 256
+
+
+def test_sixteen_bit_colour_keeps_its_range():
+    rows = b"".join(b"\0" + struct.pack(">3H", v, 65535 - v, 0) for v in (0, 21845, 43690, 65535))
+    out = np.asarray(decode(png(1, 4, bits=16, colour=2, pixels=rows)))
+    np.testing.assert_array_equal(out[:, 0], [[0, 255, 0], [85, 170, 0], [170, 85, 0], [255, 0, 0]])
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_float_tiff_is_scaled(top):
+    values = (np.linspace(0, 1, 64, dtype=np.float32) * top).reshape(8, 8)
+    out = np.asarray(decode(encoded(Image.fromarray(values), "TIFF")))
+    assert np.abs(out[..., 1] - values / top * 255).max() <= 0.51
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_float_with_nan_and_infinity_is_decoded():
+    values = np.array([[np.nan, np.inf], [-np.inf, 0.5]], dtype=np.float32)
+    assert decode(encoded(Image.fromarray(values), "TIFF")).mode == "RGB"
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_exif_rotation_is_applied(rng, tag):
+    pixels = np.asarray(photo(rng))
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    expected = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
+        6: pixels.swapaxes(0, 1)[:, ::-1], 7: pixels.swapaxes(0, 1)[::-1, ::-1], 8: pixels.swapaxes(0, 1)[::-1],
+    }[tag]  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(decode(encoded(Image.fromarray(pixels), "PNG", exif=exif))), expected)
+
+
+def test_opened_pil_image_equals_its_file(rng, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(rng).save(tmp_path / "x.jpg", exif=exif)
+    np.testing.assert_array_equal(np.asarray(decode(Image.open(tmp_path / "x.jpg"))), np.asarray(decode(tmp_path / "x.jpg")))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
+def test_first_of_several_frames_is_taken(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert np.abs(np.asarray(decode(data), int) - (250, 0, 0)).max() <= 8
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000)])
+def test_one_pixel_wide_and_long_images_are_decoded(size):
+    assert decode(encoded(Image.new("L", size), "PNG")).size == size
+
+
+def test_image_of_the_caller_is_not_changed(rng):
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 40))
+    decode(image)
+    assert image.mode == "RGBA"
+    assert image.getpixel((0, 0)) == (10, 20, 30, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_truncated_files_are_refused_by_name(rng, tmp_path, kind):
+    data = encoded(photo(rng), kind)
+    path = tmp_path / "cut.img"
+    for share in (0.02, 0.3, 0.5, 0.9):
+        path.write_bytes(data[: int(len(data) * share)])
+        with refused(DataError, match=r"^my name: "):
+            decode(path, name="my name")
+        with refused(DataError, match=r"^cut: "):
+            decode(path.read_bytes(), name="cut")
+
+
+def test_truncated_pil_image_is_refused(rng, tmp_path):
+    data = encoded(photo(rng), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(data[: int(len(data) * 0.9)])
+    with refused(DataError):
+        decode(Image.open(tmp_path / "cut.jpg"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"hello, this is text", b"<html><body></body></html>", b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+     b"GIF89a", b"\xff\xd8\xff", b"%PDF-1.4\n", b"P6\n99 99\n255\nx",
+     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"],
+    ids=lambda c: repr(c[:12]),
+)  # fmt: skip
+def test_file_that_is_no_image_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with refused(DataError, match="x.jpg"):
+        decode(tmp_path / "x.jpg", name="x.jpg")
+    with refused(DataError, match="x.jpg"):
+        decode(content, name="x.jpg")
+
+
+def test_missing_file_and_folder_are_refused(tmp_path):
+    for path in (tmp_path / "none.png", tmp_path):
+        with refused(DataError, match="cannot be read"):
+            decode(path, name=str(path))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self))
+    with refused(DataError, match="12000 x 12000 pixels, the limit is 64 megapixels"):
+        decode(png(12000, 12000))
+    with refused(DataError):
+        decode(png(2**31 - 1, 2**31 - 1))
+    assert decoded == []
+    assert MAX_PIXELS == 64_000_000
+
+
+def test_compressed_text_bomb_is_refused():
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000)))
+    with refused(DataError):
+        decode(png(1, 1, pixels=b"\0\0", before=bomb))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_image_is_decoded_or_refused(rng, kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(rng, 16, 16), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF") else {}))
+    refusals = 0
+    for _ in range(150):
+        mutated = bytearray(data)
+        for at in rng.integers(0, len(data), rng.integers(1, 5)):
+            mutated[at] = rng.integers(0, 256)
+        try:
+            assert decode(bytes(mutated)).mode == "RGB"
+        except DataError as error:
+            refusals += 1
+            assert len(str(error).splitlines()) == 1
+    assert refusals > 0

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpjepa_zoo.ops import triton_kernels
-from rlpjepa_zoo.ops import triton_sort as kernels
+from rlpjepa_zoo.ops import triton_sort
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -65,7 +64,7 @@ def check(batch: int, dim: int, views: int) -> None:
     """
     n, chunk = (64, 24) if batch <= 512 else (5, 3)
     z, y, c = rand(views, batch, dim, seed=1), rand(batch, dim, seed=2), unit(n, dim)
-    value, gradient = kernels.loss_and_gradient(z, y, c, chunk, gradient=True)
+    value, gradient = triton_sort.loss_and_gradient(z, y, c, chunk, gradient=True)
     a, b, k = (t.double().cpu() for t in (z, y, c))
     exact = a.clone().requires_grad_()
     oracles.sliced_autograd(exact, b, k).backward()
@@ -103,7 +102,7 @@ def test_ties_are_ranked_in_batch_order_to_the_bit(batch: int, state: str) -> No
         z, c = z.relu(), torch.eye(11, device=DEVICE)
     samples = torch.cat([y[None], z]).double().cpu().numpy()
     wanted = ranked(np.einsum("vbd,nd->nvb", samples, c.double().cpu().numpy()))
-    g, sums = kernels.project_and_match(z, y, c)
+    g, sums = triton_sort.project_and_match(z, y, c)
     assert np.array_equal(g.cpu().numpy(), wanted)
     assert np.allclose(sums.cpu().numpy(), np.square(wanted).sum((1, 2)), rtol=1e-6, atol=0)
 
@@ -113,7 +112,7 @@ def test_match_sorts_any_batch_and_signed_zeros_are_equal(batch: int) -> None:
     projected = rand(6, 3, batch, seed=1) - 0.5
     projected[:, 1, ::2] = 0.0
     projected[:, 1, ::4] = -0.0
-    g, sums = kernels.match(projected.clone())
+    g, sums = triton_sort.match(projected.clone())
     wanted = ranked(projected.cpu().numpy())
     assert np.array_equal(g.cpu().numpy(), wanted)
     assert np.allclose(sums.cpu().numpy(), np.square(wanted.astype(float)).sum((1, 2)), rtol=1e-6, atol=0)
@@ -128,7 +127,7 @@ def test_what_is_not_finite_stays_in_its_row(batch: int, bits: int) -> None:
     projected[3, 0, 0] = bad
     projected[4, 2] = bad
     guarded, sums = torch.full((9, 2, batch), 7.0, device=DEVICE), torch.full((9,), 7.0, device=DEVICE)
-    kernels._match(projected, guarded[2:7], sums[2:7])
+    triton_sort._match(projected, guarded[2:7], sums[2:7])
     assert bool((guarded[[0, 1, 7, 8]] == 7.0).all()) and bool((sums[[0, 1, 7, 8]] == 7.0).all())
     g, sums = guarded[2:7].cpu(), sums[2:7].cpu()
     assert np.array_equal(g[:2].numpy(), ranked(projected[:2].cpu().numpy()))
@@ -140,17 +139,17 @@ def test_what_is_not_finite_stays_in_its_row(batch: int, bits: int) -> None:
 def test_an_embedding_that_is_not_finite_is_not_hidden() -> None:
     z, y, c = rand(2, 20, 6, seed=1), rand(20, 6, seed=2), unit(5, 6)
     z[1, 3, 2] = torch.nan
-    value, gradient = kernels.loss_and_gradient(z, y, c, 8, gradient=True)
+    value, gradient = triton_sort.loss_and_gradient(z, y, c, 8, gradient=True)
     assert bool(value.isnan()) and bool(gradient[1, 3].isnan().all()) and bool(gradient[0].isfinite().all())
 
 
 @pytest.mark.parametrize("batch", [33, 513])
 def test_chunks_change_rounding_only_and_leaving_the_gradient_out_no_bit(batch: int) -> None:
     z, y, c = rand(2, batch, 10, seed=1), rand(batch, 10, seed=2), unit(5, 10)
-    value, gradient = kernels.loss_and_gradient(z, y, c, 100, gradient=True)
-    again, other = kernels.loss_and_gradient(z, y, c, 3, gradient=True)
+    value, gradient = triton_sort.loss_and_gradient(z, y, c, 100, gradient=True)
+    again, other = triton_sort.loss_and_gradient(z, y, c, 3, gradient=True)
     assert torch.allclose(again, value, rtol=1e-6) and torch.allclose(other, gradient, rtol=1e-4, atol=1e-8)
-    alone, none = kernels.loss_and_gradient(z, y, c, 3, gradient=False)
+    alone, none = triton_sort.loss_and_gradient(z, y, c, 3, gradient=False)
     assert torch.equal(alone, again) and none is None
 
 
@@ -160,7 +159,7 @@ def test_the_choice_of_the_tuner_changes_no_bit(batch: int) -> None:
     results = []
     for block in (2, 16):
         g, sums = torch.empty(n, 2, batch, device=DEVICE), torch.empty(n, device=DEVICE)
-        triton_kernels.match_kernel[(-(-n // block),)](
+        triton_sort.match_kernel[(-(-n // block),)](
             projected, g, sums, n, batch, 16, VIEWS=2, WRITE=True, P=1 << log, LOG_P=log, BLOCK_N=block,
             enable_fp_fusion=False, num_warps=4,
         )  # fmt: skip
@@ -172,25 +171,25 @@ def test_the_choice_of_the_tuner_changes_no_bit(batch: int) -> None:
 def test_they_run_as_an_opaque_operator_of_a_compiled_function() -> None:
     @torch.library.custom_op("rlpjepa_tests::value", mutates_args=())
     def value(z: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        return kernels.loss_and_gradient(z, y, c, 4, gradient=False)[0]
+        return triton_sort.loss_and_gradient(z, y, c, 4, gradient=False)[0]
 
     value.register_fake(lambda z, y, c: z.new_empty(()))
     z, y, c = rand(2, 20, 6, seed=1), rand(20, 6, seed=2), unit(5, 6)
     compiled = torch.compile(lambda z: 2 * value(z * 3, y, c), fullgraph=True, backend="eager" if INTERPRETED else "inductor")
-    assert torch.allclose(compiled(z), 2 * kernels.loss_and_gradient(z * 3, y, c, 4, gradient=False)[0])
+    assert torch.allclose(compiled(z), 2 * triton_sort.loss_and_gradient(z * 3, y, c, 4, gradient=False)[0])
 
 
 def test_autocast_changes_nothing() -> None:
     for batch in (20, 513):
         z, y, c = rand(2, batch, 6, seed=1), rand(batch, 6, seed=2), unit(5, 6)
-        plain = kernels.loss_and_gradient(z, y, c, 4, gradient=True)
+        plain = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
         with torch.autocast(DEVICE, torch.bfloat16):
-            cast = kernels.loss_and_gradient(z, y, c, 4, gradient=True)
+            cast = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
         assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 def test_they_are_supported_here() -> None:
-    assert kernels.supported(rand(2, 4096, 3, seed=1)) and not kernels.supported(rand(2, 4097, 3, seed=1))
+    assert triton_sort.supported(rand(2, 4096, 3, seed=1)) and not triton_sort.supported(rand(2, 4097, 3, seed=1))
 
 
 # --- the operator they serve ---------------------------------------------------------------------------------------------------------
@@ -200,20 +199,20 @@ def test_they_are_supported_here() -> None:
     ("batch", "family", "n"), [(64, "random", 70), (64, "axes:20+hadamard", 120), (520, "hadamard", 70), (520, "random", 30)]
 )
 def test_the_distance_takes_the_kernels_and_agrees_with_float64(family: str, n: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlpjepa_zoo.ops.directions import slices
+    from rlpjepa_zoo.ops.directions import direction_blocks
     from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
     launched: list[int] = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda *args, **more: launched.append(1) or launch(*args, **more))
+    launch = triton_sort._launch
+    monkeypatch.setattr(triton_sort, "_launch", lambda *args, **more: launched.append(1) or launch(*args, **more))
     z, y = rand(2, batch, 64, seed=1).requires_grad_(), rand(batch, 64, seed=2)
-    parts = slices(family, n, 64, torch.Generator(DEVICE).manual_seed(3))
-    value = sliced_wasserstein(z, y, parts, chunk=100)
+    blocks = direction_blocks(family, n, 64, torch.Generator(DEVICE).manual_seed(3))
+    value = sliced_wasserstein(z, y, blocks, chunk=100)
     (grad,) = torch.autograd.grad(value, z)
     x = z.detach().double().requires_grad_()
-    exact = oracles.sliced_autograd(x, y.double(), torch.cat([part.dense() for part in parts]).double())
+    exact = oracles.sliced_autograd(x, y.double(), torch.cat([block.matrix() for block in blocks]).double())
     (wanted,) = torch.autograd.grad(exact, x)
-    assert len(launched) >= len(parts), "torch did the work"
+    assert len(launched) >= len(blocks), "torch did the work"
     assert value.item() == pytest.approx(exact.item(), rel=1e-5)
     assert float((grad - wanted).norm() / wanted.norm()) < 5e-3
 
@@ -221,5 +220,5 @@ def test_the_distance_takes_the_kernels_and_agrees_with_float64(family: str, n: 
 def test_a_batch_too_large_for_the_kernels_goes_by_torch() -> None:
     from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
-    y = rand(kernels.LARGEST + 1, 8, seed=1)
+    y = rand(triton_sort.LARGEST + 1, 8, seed=1)
     assert float(sliced_wasserstein(y.flip(0) + 1, y, torch.eye(8, device=DEVICE))) == pytest.approx(1, rel=1e-4)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
-from rlpjepa_zoo.ops import sliced_wasserstein as sliced
-from rlpjepa_zoo.ops.directions import FAMILIES, Part, Rotations, cut, directions, slices
+from rlpjepa_zoo.ops import sliced_wasserstein as module
+from rlpjepa_zoo.ops.directions import FAMILIES, DirectionBlock, direction_blocks, directions, select_directions
+from rlpjepa_zoo.ops.hadamard import Rotations
 from rlpjepa_zoo.ops.precision import full_float32
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
@@ -48,7 +49,7 @@ def near(batch: int, dim: int) -> Tensor:
     return z
 
 
-def gradient(z: Tensor, y: Tensor, c: Tensor | list[Part], chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def gradient(z: Tensor, y: Tensor, c: Tensor | list[DirectionBlock], chunk: int | None = None) -> tuple[Tensor, Tensor]:
     x = z.clone().requires_grad_()
     loss = sliced_wasserstein(x, y, c, chunk)
     loss.backward()
@@ -78,14 +79,14 @@ def test_value_and_gradient_agree_with_float64_at_every_size(batch: int, dim: in
     n = 16 if batch * dim > 1 << 20 else 40
     z, y = near(batch, dim), law(batch, dim, 2)
     features = law(min(batch, 64), dim, 3)
-    parts = slices(family, n, dim, source(), features)
-    c = torch.cat([replace(part, table=part.table.double()).dense() for part in parts])
+    blocks = direction_blocks(family, n, dim, source(), features)
+    c = torch.cat([replace(block, table=block.table.double()).matrix() for block in blocks])
     value, grad = exact(z, y, c)
-    got, slope = gradient(z, y, parts)
+    got, slope = gradient(z, y, blocks)
     assert got.dtype == torch.float32 and float(got) == pytest.approx(float(value), rel=1e-5)
     assert error(merged(slope, z), merged(grad, z)) < 5e-3
     if batch * dim <= 1 << 18:  # the float64 path sorts by another way
-        for form in (c, parts):
+        for form in (c, blocks):
             got, slope = gradient(z.double(), y.double(), form)
             assert float(got) == pytest.approx(float(value), rel=1e-12) and error(merged(slope, z), merged(grad, z)) < 1e-10
 
@@ -95,9 +96,9 @@ def test_value_and_gradient_agree_with_float64_at_every_size(batch: int, dim: in
 @pytest.mark.parametrize("make", [lambda b, d: torch.zeros(b, d), lambda b, d: torch.ones(b, d), lambda b, d: law(b, d)[:1].expand(b, d)])
 def test_constant_features_and_any_number_of_views(family: str, views: int, make: Callable[[int, int], Tensor]) -> None:
     z = torch.stack([make(64, 96), *[law(64, 96, seed) for seed in range(views - 1)]])
-    y, parts, c = law(64, 96, 9), slices(family, 200, 96, source()), directions(family, 200, 96, source())
+    y, blocks, c = law(64, 96, 9), direction_blocks(family, 200, 96, source()), directions(family, 200, 96, source())
     value, grad = exact(z, y, c)
-    got, slope = gradient(z, y, parts)
+    got, slope = gradient(z, y, blocks)
     assert float(got) == pytest.approx(float(value), rel=1e-5)
     assert error(slope.sum(1), grad.sum(1)) < 1e-4, "ties may swap ranks, but not what their rows get together"
 
@@ -105,18 +106,18 @@ def test_constant_features_and_any_number_of_views(family: str, views: int, make
 @pytest.mark.parametrize("chunk", [1, 250])
 @pytest.mark.parametrize("dim", [64, 96, 100, 127, 512])
 def test_rotations_are_orthonormal_bases_and_go_back_by_their_transpose(dim: int, chunk: int) -> None:
-    (part,) = slices("hadamard", 2 * dim + 7, dim, source())
-    assert isinstance(part, Rotations) and part.table.shape == (5, dim)
-    c = part.dense().double()
+    (block,) = direction_blocks("hadamard", 2 * dim + 7, dim, source())
+    assert isinstance(block, Rotations) and block.table.shape == (5, dim)
+    c = block.matrix().double()
     assert c.shape == (2 * dim + 7, dim)
     for basis in (c[:dim], c[dim : 2 * dim]):
         assert float((basis @ basis.T - torch.eye(dim)).abs().max()) < 1e-5
     x, g = torch.randn(dim, 6, generator=source(1)), torch.randn(len(c), 6, generator=source(2))
-    spread, back = part.spread(x), torch.zeros(dim, 6)
-    for low, high in part.spans(chunk):
-        assert torch.allclose(part.project(spread, low, high), (c[low:high] @ x.double()).float(), atol=1e-5)
-        back += part.back(g[low:high].clone(), low, high)
-    assert torch.allclose(part.gather(back), (c.T @ g.double()).float(), atol=1e-4)
+    prepared, back = block.prepare(x), torch.zeros(dim, 6)
+    for low, high in block.chunks(chunk):
+        assert torch.allclose(block.project(prepared, low, high), (c[low:high] @ x.double()).float(), atol=1e-5)
+        back += block.project_back(g[low:high].clone(), low, high)
+    assert torch.allclose(block.prepare_back(back), (c.T @ g.double()).float(), atol=1e-4)
 
 
 @pytest.mark.parametrize(("dim", "draws"), [(64, 500), (96, 500), (768, 100)])
@@ -138,12 +139,12 @@ def test_rotations_have_the_moments_of_uniform_directions(dim: int, draws: int) 
 @pytest.mark.parametrize("chunk", [7, None, 1000])
 def test_shares_of_the_directions_add_up(cuts: tuple[int, ...], chunk: int | None) -> None:
     z, y = law(32, 128, 1), law(32, 128, 2)
-    parts = slices("axes:40+hadamard+random:20", 300, 128, source())
-    value, grad = gradient(z, y, parts)
-    shares = [(high - low, *gradient(z, y, cut(parts, low, high), chunk)) for low, high in zip(cuts, cuts[1:], strict=False)]
+    blocks = direction_blocks("axes:40+hadamard+random:20", 300, 128, source())
+    value, grad = gradient(z, y, blocks)
+    shares = [(high - low, *gradient(z, y, select_directions(blocks, low, high), chunk)) for low, high in zip(cuts, cuts[1:], strict=False)]
     assert float(sum(n * v for n, v, _ in shares)) / 300 == pytest.approx(float(value), rel=1e-5)
     assert error(sum(n * g for n, _, g in shares) / 300, grad.double()) < 1e-5
-    whole = torch.cat([part.dense() for low, high in zip(cuts, cuts[1:], strict=False) for part in cut(parts, low, high)])
+    whole = torch.cat([block.matrix() for low, high in zip(cuts, cuts[1:], strict=False) for block in select_directions(blocks, low, high)])
     assert torch.equal(whole, directions("axes:40+hadamard+random:20", 300, 128, source()))
 
 
@@ -154,8 +155,8 @@ def test_the_fast_sort_equals_torch_for_every_kind_of_number() -> None:
     )
     views = torch.stack([row, row.flip(0), torch.zeros(16)])[None]
     target = torch.linspace(-1, 1, 16).flip(0)[None, None]
-    values, order = sliced._sorted_by_numpy(target, views)
-    expected, _ = sliced._sorted_by_torch(target, views)
+    values, order = module._sorted_by_numpy(target, views)
+    expected, _ = module._sorted_by_torch(target, views)
     assert torch.equal(values, expected)
     assert torch.equal(views.gather(2, order), views.sort(dim=2).values)
     assert torch.equal(order.sort(dim=2).values, torch.arange(16).expand_as(order)), "each index once"
@@ -175,7 +176,7 @@ def test_rows_are_sorted_on_several_threads(threads: int) -> None:
     wanted = np.sort(x, axis=1)
     try:
         torch.set_num_threads(threads)
-        sliced._sort_rows(x)
+        module._sort_rows(x)
     finally:
         torch.set_num_threads(before)
     assert np.array_equal(x, wanted)
@@ -185,21 +186,21 @@ def test_rows_are_sorted_on_several_threads(threads: int) -> None:
 def _sorted_in_a_child() -> bool:
     torch.set_num_threads(2)
     x = torch.rand(700, 1000, generator=source()).numpy()
-    sliced._sort_rows(x)
+    module._sort_rows(x)
     return bool((np.diff(x, axis=1) >= 0).all())
 
 
 def test_a_forked_process_makes_threads_of_its_own() -> None:
-    list(sliced._pool(2).map(abs, [1, 2]))
+    list(module._pool(2).map(abs, [1, 2]))
     with get_context("fork").Pool(1) as pool:
         assert pool.apply_async(_sorted_in_a_child).get(timeout=60)
 
 
 def test_it_compiles_without_a_break_in_the_graph() -> None:
-    y, parts = law(16, 64, 2), slices("axes:8+hadamard:64", 72, 64, source())
+    y, blocks = law(16, 64, 2), direction_blocks("axes:8+hadamard:64", 72, 64, source())
 
     def loss(x: Tensor) -> Tensor:
-        return 3 * sliced_wasserstein((x * 1.5).relu(), y, parts)
+        return 3 * sliced_wasserstein((x * 1.5).relu(), y, blocks)
 
     x = law(16, 64, 1).requires_grad_()
     (wanted,) = torch.autograd.grad(loss(x), x)
@@ -209,10 +210,10 @@ def test_it_compiles_without_a_break_in_the_graph() -> None:
 
 def test_the_operator_is_what_torch_expects_of_one() -> None:
     z, y = law(12, 64, 1)[None].requires_grad_(), law(12, 64, 2)
-    (part,) = slices("hadamard", 70, 64, source())
+    (block,) = direction_blocks("hadamard", 70, 64, source())
     tests = ("test_schema", "test_faketensor")  # the others differentiate the gradient, which is refused
-    torch.library.opcheck(sliced._distance, (z, y, part.table, True, 0, 70, 16, True), test_utils=tests)
-    torch.library.opcheck(sliced._distance, (z, y, part.dense(), False, 0, 70, 16, True), test_utils=tests)
+    torch.library.opcheck(module._distance, (z, y, block.table, True, 0, 70, 16, True), test_utils=tests)
+    torch.library.opcheck(module._distance, (z, y, block.matrix(), False, 0, 70, 16, True), test_utils=tests)
 
 
 def test_memory_for_backward_does_not_grow_with_the_directions() -> None:
@@ -244,8 +245,8 @@ def test_numbers_that_are_not_real_or_elsewhere_are_refused(z: Tensor, y: Tensor
 
 
 def test_one_part_alone_is_taken_too() -> None:
-    z, y, parts = law(16, 64, 1), law(16, 64, 2), slices("hadamard", 64, 64, source())
-    assert torch.equal(sliced_wasserstein(z, y, parts[0]), sliced_wasserstein(z, y, parts))
+    z, y, blocks = law(16, 64, 1), law(16, 64, 2), direction_blocks("hadamard", 64, 64, source())
+    assert torch.equal(sliced_wasserstein(z, y, blocks[0]), sliced_wasserstein(z, y, blocks))
 
 
 def test_directions_are_float32_whatever_the_default() -> None:

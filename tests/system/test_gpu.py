@@ -14,7 +14,7 @@ from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
-from rlpjepa_zoo.ops.directions import FAMILIES, directions, slices
+from rlpjepa_zoo.ops.directions import FAMILIES, direction_blocks, directions
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.report import bench_loss as bench
 from rlpjepa_zoo.training.pretrain import train
@@ -41,11 +41,11 @@ def test_samples_are_drawn_on_the_device_from_the_generator(p: float) -> None:
 @pytest.mark.parametrize("kind", ["random", "hadamard"])
 def test_loss_and_gradient_match_the_float64_oracle(batch: int, dim: int, n: int, dtype: torch.dtype, kind: str) -> None:
     z = torch.rand(2, batch, dim, device="cuda").to(dtype)
-    y, parts = law().sample((batch, dim)), slices(kind, n, dim, torch.Generator("cuda").manual_seed(0))
-    c = torch.cat([part.dense() for part in parts])
+    y, blocks = law().sample((batch, dim)), direction_blocks(kind, n, dim, torch.Generator("cuda").manual_seed(0))
+    c = torch.cat([block.matrix() for block in blocks])
     x = z.clone().requires_grad_()
     with torch.autocast("cuda", torch.bfloat16):
-        loss = sliced_wasserstein(x, y, parts)
+        loss = sliced_wasserstein(x, y, blocks)
     loss.backward()
     a, b, k = (t.double().cpu() for t in (z, y, c))
     reference = a.clone().requires_grad_()

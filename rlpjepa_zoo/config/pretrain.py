@@ -7,7 +7,7 @@ The classes below are the single source of defaults and documentation; derived v
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -32,8 +32,11 @@ class Recipe(Plan):
     data: Data
     views: Views = Views()
     encoder: Encoder
-    target: Target
-    objective: Objective = Objective()
+    if TYPE_CHECKING:
+        target: Target
+    else:
+        target: Target | None = None  # needed by objectives that have a target, which all registered ones have today
+    objective: Objective = Field(default_factory=dict, validate_default=True)
     optim: Optim
     probe: Probe = Probe()
     train: Train
@@ -50,15 +53,24 @@ class Recipe(Plan):
             if self.views.blur and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self._frozen()
-        self.target.law()
-        from ..ops.directions import parse_directions
+        self._objective()
+        return self
 
+    def _objective(self) -> None:
+        """Check the objective's target and its options for the embedding width."""
+        from ..objectives import OBJECTIVES
+
+        name, needs_target = self.objective.name, OBJECTIVES[self.objective.name].needs_target
+        if needs_target and not self.target:
+            raise ValueError(f"target: missing; objective {name} needs one")
+        if self.target and not needs_target:
+            raise ValueError(f"target: has no meaning for objective {name}; remove it")
+        if needs_target:
+            self.target.law()
         try:
-            asked = self.objective.num_directions
-            parse_directions(self.objective.directions, 1 if asked == "auto" else asked, self.encoder.dim)
+            self.objective.check_dim(self.encoder.dim)
         except ValueError as error:
             raise ValueError(f"objective.{error}") from error
-        return self
 
     def _frozen(self) -> None:
         """What has a meaning only with, or only without, a frozen backbone."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from ..core import source as source_names
 from ..errors import RecipeError, UsageError
@@ -270,43 +270,29 @@ class Target(Section):
         return float(RectifiedGeneralizedGaussian(torch.tensor(mu, dtype=torch.float64), sigma, self.p).l0)
 
 
-class Objective(Section):
-    """Weights and directions of the loss."""
+def _objective(values: Any) -> Any:
+    """The options of the objective that `name` selects, see `rlpjepa_zoo.objectives`."""
+    from ..objectives import OBJECTIVES
+    from ..objectives.base import Options
 
-    invariance: NonNegative = 25.0
-    matching: NonNegative = 125.0
-    """Weight of the mean over views of the sliced distance."""
-    directions: str = "hadamard"
-    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random; paper for the paper's 8192 random ones."""
-    num_directions: Count | Literal["auto"] = "auto"
-    """auto: the fewest that keep the gradient within `gradient_error`; for random, orthogonal and hadamard."""
-    gradient_error: Positive | None = None
-    """Of the directions, relative, where embeddings are a sample of the target; for auto, which takes 0.45 without it: what 8192 random
-    directions have at a batch of 256 and a width of 512."""
-    chunk: Count | None = None
-    """Directions worked on at once: bounds memory, changes nothing else; null takes 128 for each thread of a CPU, 4096 elsewhere."""
+    if isinstance(values, Options):
+        return values
+    if not isinstance(values, dict):
+        raise ValueError(f"objective: got {values!r}, expected a valid dictionary")
+    try:
+        options = OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+    except UsageError as error:
+        raise ValueError(f"objective.name: {error}") from error
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"objective.{explain(error, options)}") from error
 
-    @model_validator(mode="before")
-    @classmethod
-    def _paper(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("directions") != "paper":
-            return values
-        if str(given := values.get("num_directions", 8192)) != "8192":
-            raise ValueError(f"objective.directions: paper is 8192 random ones, but num_directions is {given}; remove it, or say random")
-        return values | {"directions": "random", "num_directions": 8192}
 
-    @model_validator(mode="after")
-    def _counted(self) -> Self:
-        from ..ops.directions import FAMILIES, INDEPENDENT
+DEFAULT_OBJECTIVE = "rectified_lpjepa"
 
-        known = {part.partition(":")[0].strip() for part in self.directions.split("+")} <= set(FAMILIES)  # else it is refused for that
-        if self.num_directions == "auto" and known and self.directions not in INDEPENDENT:
-            raise ValueError(
-                f"objective.num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number"
-            )
-        if self.num_directions != "auto" and self.gradient_error is not None:
-            raise ValueError(f"objective.gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
-        return self
+Objective = Annotated[SerializeAsAny[Any], BeforeValidator(_objective)]
+"""Section of the training objective: `name`, and the keys of that objective's `Options`."""
 
 
 class Optim(Section):

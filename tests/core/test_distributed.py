@@ -46,9 +46,9 @@ def train_step(kind: str, views: int = 2, n: int = COUNT, width: int = WIDTH) ->
     law = RectifiedGeneralizedGaussian(-0.2, sigma_gn(1.0), 1.0)
     z = model(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     terms = RectifiedLpJEPALoss(law, kind=kind, n=n, chunk=7)(z, step=3)
-    terms.loss.backward()
+    terms.total.backward()
     return {
-        "terms": [collectives.mean_over_ranks(term).item() for term in terms],
+        "terms": [collectives.mean_over_ranks(term).item() for term in (terms.total, *terms.parts.values())],
         "gradients": [parameter.grad.clone() for parameter in net.parameters()],
     }
 

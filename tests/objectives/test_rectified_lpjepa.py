@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import NonFiniteError
-from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss, invariance
+from rlpjepa_zoo.objectives.base import Terms, invariance
+from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.ops.directions import FAMILIES, directions, parse_directions
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
@@ -498,10 +499,14 @@ def test_loss_is_a_function_of_seed_step_and_embedding(kind: str, p: float) -> N
     objective(kind, p=p)(z, 4)
     again = objective(kind, p=p)
     again(z, 1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again(z, 5), strict=True))
-    assert float(first.matching) != float(objective(kind, p=p)(z, 6).matching)
-    assert float(first.matching) != float(objective(kind, seed=4, p=p)(z, 5).matching)
-    assert float(first.invariance) == float(objective(kind, seed=4, p=p)(z, 6).invariance)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(again(z, 5)), strict=True))
+    assert float(first.parts["matching"]) != float(objective(kind, p=p)(z, 6).parts["matching"])
+    assert float(first.parts["matching"]) != float(objective(kind, seed=4, p=p)(z, 5).parts["matching"])
+    assert float(first.parts["invariance"]) == float(objective(kind, seed=4, p=p)(z, 6).parts["invariance"])
+
+
+def tensors(terms: Terms) -> list[Tensor]:
+    return [terms.total, *terms.parts.values()]
 
 
 DRAWN = [(seed, step) for seed in range(3) for step in range(3)]
@@ -509,7 +514,7 @@ DRAWN = [(seed, step) for seed in range(3) for step in range(3)]
 
 def test_each_seed_and_step_draws_its_own_target() -> None:
     zeros = torch.zeros(1, 16, 8)
-    values = {float(objective("axes", 8, seed)(zeros, step).matching) for seed, step in DRAWN}
+    values = {float(objective("axes", 8, seed)(zeros, step).parts["matching"]) for seed, step in DRAWN}
     assert len(values) == len(DRAWN)
 
 
@@ -517,7 +522,7 @@ def test_each_seed_and_step_draws_its_own_target() -> None:
 def test_each_seed_and_step_draws_its_own_directions(kind: str) -> None:
     negligible = RectifiedGeneralizedGaussian(0.0, 1e-20, 1.0)
     ones = torch.ones(1, 16, 8)
-    values = {float(RectifiedLpJEPALoss(negligible, kind=kind, n=3, seed=seed)(ones, step).matching) for seed, step in DRAWN}
+    values = {float(RectifiedLpJEPALoss(negligible, kind=kind, n=3, seed=seed)(ones, step).parts["matching"]) for seed, step in DRAWN}
     assert len(values) == len(DRAWN)
 
 
@@ -534,28 +539,28 @@ def test_targets_and_directions_are_independent_streams() -> None:
 def test_terms_are_the_weighted_sum_of_their_parts() -> None:
     z = uniform(3, 16, 8, seed=1).requires_grad_()
     terms = RectifiedLpJEPALoss(target(), 3.0, 7.0, n=64)(z, 0)
-    assert terms.invariance.item() == pytest.approx(oracles.invariance(z.detach().numpy()), rel=1e-12)
-    assert terms.loss.item() == pytest.approx(3 * terms.invariance.item() + 7 * terms.matching.item(), rel=1e-12)
-    whole = torch.autograd.grad(terms.loss, z, retain_graph=True)[0]
-    parts = [torch.autograd.grad(part, z, retain_graph=True)[0] for part in (terms.invariance, terms.matching)]
+    assert terms.parts["invariance"].item() == pytest.approx(oracles.invariance(z.detach().numpy()), rel=1e-12)
+    assert terms.total.item() == pytest.approx(3 * terms.parts["invariance"].item() + 7 * terms.parts["matching"].item(), rel=1e-12)
+    whole = torch.autograd.grad(terms.total, z, retain_graph=True)[0]
+    parts = [torch.autograd.grad(part, z, retain_graph=True)[0] for part in (terms.parts["invariance"], terms.parts["matching"])]
     torch.testing.assert_close(whole, 3 * parts[0] + 7 * parts[1], rtol=1e-12, atol=1e-15)
 
 
 def test_default_weights_are_those_of_the_paper() -> None:
     terms = RectifiedLpJEPALoss(target(), n=64)(uniform(2, 16, 8), 0)
-    assert float(terms.loss) == pytest.approx(25 * float(terms.invariance) + 125 * float(terms.matching), rel=1e-12)
+    assert float(terms.total) == pytest.approx(25 * float(terms.parts["invariance"]) + 125 * float(terms.parts["matching"]), rel=1e-12)
 
 
 def test_matching_is_the_mean_over_views_against_one_target() -> None:
     z = uniform(3, 16, 8, seed=1)
-    each = [float(objective()(view[None], 0).matching) for view in z]
-    assert float(objective()(z, 0).matching) == pytest.approx(np.mean(each), rel=1e-12)
+    each = [float(objective()(view[None], 0).parts["matching"]) for view in z]
+    assert float(objective()(z, 0).parts["matching"]) == pytest.approx(np.mean(each), rel=1e-12)
 
 
 def test_matching_of_zeros_is_the_second_moment() -> None:
     law = target(1.0, -1.0)
     loss = RectifiedLpJEPALoss(law, kind="orthogonal", n=64)
-    values = [float(loss(torch.zeros(1, 512, 64), step).matching) for step in range(4)]
+    values = [float(loss(torch.zeros(1, 512, 64), step).parts["matching"]) for step in range(4)]
     assert np.mean(values) == pytest.approx(float(law.second_moment), rel=0.05)
 
 
@@ -565,26 +570,26 @@ def test_loss_under_autocast_has_the_float32_value(dtype: torch.dtype) -> None:
     wanted = objective("eigen+random")(z.float(), 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = objective("eigen+random")(z, 0)
-    assert got.loss.dtype == torch.float32
-    assert [float(x) for x in got] == [float(x) for x in wanted]
+    assert got.total.dtype == torch.float32
+    assert [float(x) for x in tensors(got)] == [float(x) for x in tensors(wanted)]
 
 
 def test_nan_embedding_gives_a_nan_loss() -> None:
     z = uniform(2, 16, 8, seed=1)
     z[1, 3, 2] = torch.nan
     terms = objective()(z, 0)
-    assert bool(terms.loss.isnan()) and bool(terms.matching.isnan())
+    assert bool(terms.total.isnan()) and bool(terms.parts["matching"].isnan())
 
 
 def test_gradient_descent_on_free_embeddings_reaches_the_floor() -> None:
     loss = RectifiedLpJEPALoss(target(), 0.0, 1.0, n=64)
     z = torch.zeros(1, 64, 8).add_(uniform(1, 64, 8, dtype=torch.float32), alpha=0.01).requires_grad_()
-    start = loss(z, 0).matching.item()
+    start = loss(z, 0).parts["matching"].item()
     optimizer = torch.optim.Adam([z], lr=0.03)
     for step in range(150):
         optimizer.zero_grad()
-        loss(z, step).loss.backward()
+        loss(z, step).total.backward()
         optimizer.step()
-    end = np.mean([float(loss(z.detach(), step).matching) for step in range(1000, 1010)])
+    end = np.mean([float(loss(z.detach(), step).parts["matching"]) for step in range(1000, 1010)])
     assert start > 0.3
     assert end < 1.3 * loss.floor(64, 8, repeats=10)

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.core import distributed as collectives
 from rlpjepa_zoo.core import rng
-from rlpjepa_zoo.objectives.sigreg import KINDS, LeJEPALoss, SIGReg, sketch, strong_sigreg, weak_sigreg
+from rlpjepa_zoo.objectives.lejepa import LeJEPALoss
+from rlpjepa_zoo.objectives.sigreg import KINDS, SIGReg, sketch, strong_sigreg, weak_sigreg
 from rlpjepa_zoo.ops.directions import directions
 
 RULES = [(17, 5.0), (33, 3.0)]
@@ -372,10 +373,10 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(views: int) -> None:
         terms = LeJEPALoss(0.2, regulariser)(z.requires_grad_(), 3)
         with torch.no_grad():
             spread = np.mean([(view - z.mean(0)).square().mean().item() for view in z])
-        assert terms.invariance.item() == pytest.approx(spread, rel=1e-12, abs=1e-30)
-        assert terms.matching.item() == regulariser(z, 3).item()
-        assert terms.loss.item() == pytest.approx(0.2 * terms.matching.item() + 0.8 * spread, rel=1e-12)
-        parts = [torch.autograd.grad(term, z, retain_graph=True)[0] for term in terms]
+        assert terms.parts["invariance"].item() == pytest.approx(spread, rel=1e-12, abs=1e-30)
+        assert terms.parts["matching"].item() == regulariser(z, 3).item()
+        assert terms.total.item() == pytest.approx(0.2 * terms.parts["matching"].item() + 0.8 * spread, rel=1e-12)
+        parts = [torch.autograd.grad(term, z, retain_graph=True)[0] for term in (terms.total, *terms.parts.values())]
         assert torch.allclose(parts[0], 0.8 * parts[1] + 0.2 * parts[2], rtol=1e-10, atol=1e-14)
 
 
@@ -403,10 +404,10 @@ def train_step(objective: LeJEPALoss, batch: int, dim: int) -> dict[str, Any]:
     model = DistributedDataParallel(net) if dist.is_initialized() else net
     images = normal(2, batch, INPUTS, seed=1).chunk(collectives.world_size(), 1)[collectives.rank()]
     terms = objective(model(images.flatten(0, 1)).unflatten(0, images.shape[:2]), step=3)
-    terms.loss.backward()
+    terms.total.backward()
     return {
-        "terms": [collectives.mean_over_ranks(term).item() for term in terms],
-        "same": [float(collectives.max_over_ranks(sign * terms.matching)) for sign in (1, -1)],
+        "terms": [collectives.mean_over_ranks(term).item() for term in (terms.total, *terms.parts.values())],
+        "same": [float(collectives.max_over_ranks(sign * terms.parts["matching"])) for sign in (1, -1)],
         "gradient": torch.cat([parameter.grad.flatten() for parameter in net.parameters()]),
     }
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import RecipeError
+from rlpjepa_zoo.objectives.rectified_lpjepa import PAPER_ERROR
 from rlpjepa_zoo.ops.directions import directions
 from rlpjepa_zoo.ops.gradient_noise import directions_needed, gradient_error, matched
 from rlpjepa_zoo.report.bench_loss import states
-from rlpjepa_zoo.training.online_probes import PAPER_ERROR, build_objective
+from rlpjepa_zoo.training.online_probes import build_objective
 
 BATCH, DIM = 24, 64
 

@@ -65,7 +65,7 @@ def test_directions_live_on_the_device(family: str) -> None:
 def test_objective_is_a_function_of_seed_and_step() -> None:
     z = torch.rand(2, 64, 32, device="cuda")
     loss = RectifiedLpJEPALoss(law(), kind="orthogonal", n=64)
-    assert torch.equal(loss(z, 3).loss, loss(z, 3).loss) and not torch.equal(loss(z, 3).loss, loss(z, 4).loss)
+    assert torch.equal(loss(z, 3).total, loss(z, 3).total) and not torch.equal(loss(z, 3).total, loss(z, 4).total)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_step_that_overflows_fp16_is_skipped_and_lowers_the_scale(tmp_path: Pa
 
     def broken(self, z, step):  # type: ignore[no-untyped-def]
         terms = original(self, z, step)
-        return terms._replace(loss=terms.loss * float("inf")) if step in (4, 5) else terms
+        return terms._replace(total=terms.total * float("inf")) if step in (4, 5) else terms
 
     monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
     recipe = Recipe.load("digits", ["train.epochs=3", "optim.warmup_epochs=1", "train.log_every=1", "train.precision=fp16"])

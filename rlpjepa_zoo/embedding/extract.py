@@ -33,7 +33,8 @@ from ..data.feeds import Feed, Row, named, spans
 from ..data.preprocess import Ready, batched, ready
 from ..errors import DataError, HubError, OutputError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import OutputOptions, SparseEncoder
-from ..sparse.embeddings import SparseEmbeddings, Values
+from ..sparse.embeddings import SparseEmbeddings
+from ..sparse.io import Values
 
 __all__ = ["Extraction", "card", "extract", "provenance", "publishable", "read_record"]
 

@@ -17,7 +17,7 @@ from refusals import refused
 from safetensors.numpy import save as pack
 
 from rlpjepa_zoo.errors import DataError, ModelError, OutputError, UsageError
-from rlpjepa_zoo.sparse import embeddings as sparse
+from rlpjepa_zoo.sparse import io
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
@@ -476,7 +476,7 @@ def test_a_flipped_byte_is_never_another_exception(saved):
 def test_a_file_of_a_newer_format_is_refused_with_the_mend(tmp_path, monkeypatch, dense):
     e = SparseEmbeddings.from_dense(dense)
     with monkeypatch.context() as patch:
-        patch.setattr(sparse, "_FORMAT", "rlpjepa_zoo.sparse/9")
+        patch.setattr(io, "FORMAT", "rlpjepa_zoo.sparse/9")
         paths = [e.save(tmp_path / f"e{suffix}") for suffix in SUFFIXES]
     for path in paths:
         with refused(ModelError, match="update rlpjepa_zoo"):

@@ -433,3 +433,20 @@ def test_mu_for_density_refuses_a_bad_shape_or_scale(bad: float) -> None:
         mu_for_density(0.1, bad)
     with pytest.raises(ValueError, match="scale"):
         mu_for_density(0.1, 1.0, bad)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_arguments_are_validated_though_torch_s_default_is_off(law: type) -> None:
+    """torch.compile turns the default off for the whole process."""
+    default = torch.distributions.Distribution._validate_args
+    try:
+        torch.distributions.Distribution.set_default_validate_args(False)
+        with pytest.raises(ValueError, match="scale"):
+            law(0.0, -1.0, 1.0)
+        with pytest.raises(ValueError, match="p: expected finite"):
+            law(0.0, 1.0, math.inf)
+        with pytest.raises(ValueError, match="support"):
+            law(0.0, 1.0, 1.0).expand((2,)).log_prob(torch.tensor([math.nan, 1.0]))
+        law(0.0, -1.0, 1.0, validate_args=False)
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(default)

@@ -194,7 +194,7 @@ def test_reductions_give_a_detached_copy_on_one_process(reduce: Callable[[Tensor
 # --- two processes: the collectives ---------------------------------------------------------------------------------------------------
 
 
-def test_ranks_know_their_place(reports: list[dict[str, Any]]) -> None:
+def test_ranks_and_world_size_are_reported(reports: list[dict[str, Any]]) -> None:
     assert [r["who"] for r in reports] == [(0, 2), (1, 2)]
     assert [r["alone"] for r in reports] == [(0, 1, [0]), (0, 1, [1])]
 
@@ -218,7 +218,7 @@ def test_gather_with_grad_sums_the_gradients_of_all_ranks(reports: list[dict[str
         torch.testing.assert_close(f["gradient"], part.transpose(0, 1) if transposed else part, rtol=1e-14, atol=0)
 
 
-def test_gather_with_grad_leaves_the_gradient_of_other_branches_alone(reports: list[dict[str, Any]]) -> None:
+def test_gather_with_grad_keeps_the_gradient_of_other_branches(reports: list[dict[str, Any]]) -> None:
     for r in reports:
         torch.testing.assert_close(r["beside"]["gradient"], r["beside"]["weight"])
         torch.testing.assert_close(r["beside"]["inner"], r["beside"]["weight"])
@@ -262,26 +262,26 @@ def test_two_ranks_get_loss_and_gradient_of_one_process(reports: list[dict[str, 
     assert_equal_to_one_process([r["steps"][kind] for r in reports], train_step(kind))
 
 
-def test_even_shares_of_the_directions_give_the_same_too(reports: list[dict[str, Any]]) -> None:
+def test_even_shares_of_directions_equal_one_process(reports: list[dict[str, Any]]) -> None:
     assert_equal_to_one_process([r["even"] for r in reports], train_step("random", n=32))
 
 
-def test_shares_that_cut_a_basis_in_two_give_the_same_too(reports: list[dict[str, Any]]) -> None:
+def test_shares_that_split_a_basis_equal_one_process(reports: list[dict[str, Any]]) -> None:
     assert_equal_to_one_process([r["bases"] for r in reports], train_step("axes:10+hadamard", n=175, width=64))
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_other_numbers_of_views_give_the_same_too(reports: list[dict[str, Any]], views: int) -> None:
+def test_other_numbers_of_views_equal_one_process(reports: list[dict[str, Any]], views: int) -> None:
     assert_equal_to_one_process([r["views"][views] for r in reports], train_step("random", views))
 
 
-def test_kinds_of_directions_differ_in_gradient() -> None:
+def test_families_of_directions_differ_in_gradient() -> None:
     gradients = [train_step(kind)["gradients"] for kind in KINDS]
     assert all(apart(a, b) > 1e-3 for i, a in enumerate(gradients) for b in gradients[:i])
 
 
 @pytest.mark.parametrize("mutation", ["detached", "own slice"])
-def test_wrong_gather_is_noticed(reports: list[dict[str, Any]], mutation: str) -> None:
+def test_wrong_gather_changes_the_gradient(reports: list[dict[str, Any]], mutation: str) -> None:
     wanted = train_step("random")
     for r in reports:
         assert r[mutation]["terms"] == pytest.approx(wanted["terms"], rel=1e-10)
@@ -293,11 +293,11 @@ def test_fewer_directions_than_ranks_are_refused_on_every_rank(reports: list[dic
         assert "fewer than 2 ranks" in r["refusal"]
 
 
-def test_what_goes_wrong_on_one_rank_is_raised_on_all(reports: list[dict[str, Any]]) -> None:
+def test_error_of_one_rank_is_raised_on_all(reports: list[dict[str, Any]]) -> None:
     assert [r["together"] for r in reports] == [["went on", "process 1: no disk"], ["went on", "no disk"]]
     assert what_is_raised(None) == "went on" and what_is_raised(DataError("full")) == "full"
 
 
-def test_error_of_a_rank_is_raised_here() -> None:
+def test_error_of_a_rank_is_raised_in_the_parent() -> None:
     with pytest.raises(mp.ProcessRaisedException, match="told to fail"):
         run_ranks(fail_on_last_rank, WORLD)

@@ -84,13 +84,13 @@ def test_value_and_gradient_match_the_oracle(batch: int, views: int) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("batch", [*BATCHES, 1, 3, 17, 511, 512, 513, 4095])
-def test_value_and_gradient_match_the_oracle_everywhere(batch: int, views: int, dim: int) -> None:
+def test_value_and_gradient_match_the_oracle_at_every_size(batch: int, views: int, dim: int) -> None:
     check(batch, dim, views)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 100, 1000])
 @pytest.mark.parametrize("state", ["few values", "rows twice", "rows of zeros", "constant", "axes"])
-def test_ties_are_ranked_in_batch_order_to_the_bit(batch: int, state: str) -> None:
+def test_ties_are_ranked_in_batch_order_bit_for_bit(batch: int, state: str) -> None:
     z, y, c = dyadic(2, batch, 11, seed=1), dyadic(batch, 11, seed=2), dyadic(5, 11, seed=3)
     if state == "rows twice":
         z = z[:, torch.arange(batch) % max(1, batch // 2)].contiguous()
@@ -108,7 +108,7 @@ def test_ties_are_ranked_in_batch_order_to_the_bit(batch: int, state: str) -> No
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 17, 255, 512, 2049])
-def test_match_sorts_any_batch_and_signed_zeros_are_equal(batch: int) -> None:
+def test_match_sorts_any_batch_and_treats_signed_zeros_as_equal(batch: int) -> None:
     projected = rand(6, 3, batch, seed=1) - 0.5
     projected[:, 1, ::2] = 0.0
     projected[:, 1, ::4] = -0.0
@@ -120,7 +120,7 @@ def test_match_sorts_any_batch_and_signed_zeros_are_equal(batch: int) -> None:
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, -0x400000, 0x7F800000, -0x800000])  # NaN of either sign, infinities
 @pytest.mark.parametrize("batch", [5, 16, 100])
-def test_what_is_not_finite_stays_in_its_row(batch: int, bits: int) -> None:
+def test_non_finite_values_stay_in_their_row(batch: int, bits: int) -> None:
     bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(DEVICE)
     projected = rand(5, 3, batch, seed=1)
     projected[2, 1, batch // 2] = bad
@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_in_its_row(batch: int, bits: int) -> None:
     assert (~torch.isfinite(g[3])).sum(1).tolist() == [1, 1] and torch.isfinite(g[4, 0]).all() and not torch.isfinite(g[4, 1]).any()
 
 
-def test_an_embedding_that_is_not_finite_is_not_hidden() -> None:
+def test_non_finite_embedding_reaches_value_and_gradient() -> None:
     z, y, c = rand(2, 20, 6, seed=1), rand(20, 6, seed=2), unit(5, 6)
     z[1, 3, 2] = torch.nan
     value, gradient = triton_sort.loss_and_gradient(z, y, c, 8, gradient=True)
@@ -144,7 +144,7 @@ def test_an_embedding_that_is_not_finite_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("batch", [33, 513])
-def test_chunks_change_rounding_only_and_leaving_the_gradient_out_no_bit(batch: int) -> None:
+def test_chunks_change_rounding_only_and_no_gradient_no_bit(batch: int) -> None:
     z, y, c = rand(2, batch, 10, seed=1), rand(batch, 10, seed=2), unit(5, 10)
     value, gradient = triton_sort.loss_and_gradient(z, y, c, 100, gradient=True)
     again, other = triton_sort.loss_and_gradient(z, y, c, 3, gradient=True)
@@ -154,7 +154,7 @@ def test_chunks_change_rounding_only_and_leaving_the_gradient_out_no_bit(batch: 
 
 
 @pytest.mark.parametrize("batch", [30, 100])
-def test_the_choice_of_the_tuner_changes_no_bit(batch: int) -> None:
+def test_tuner_choice_changes_no_bit(batch: int) -> None:
     projected, n, log = rand(9, 3, batch, seed=1), 9, max(4, (batch - 1).bit_length())
     results = []
     for block in (2, 16):
@@ -168,7 +168,7 @@ def test_the_choice_of_the_tuner_changes_no_bit(batch: int) -> None:
         assert torch.equal(g, results[0][0]) and torch.equal(sums, results[0][1])
 
 
-def test_they_run_as_an_opaque_operator_of_a_compiled_function() -> None:
+def test_kernels_run_as_an_opaque_operator_under_compile() -> None:
     @torch.library.custom_op("rlpjepa_tests::value", mutates_args=())
     def value(z: Tensor, y: Tensor, c: Tensor) -> Tensor:
         return triton_sort.loss_and_gradient(z, y, c, 4, gradient=False)[0]
@@ -188,7 +188,7 @@ def test_autocast_changes_nothing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_they_are_supported_here() -> None:
+def test_kernels_are_supported_here() -> None:
     assert triton_sort.supported(rand(2, 4096, 3, seed=1)) and not triton_sort.supported(rand(2, 4097, 3, seed=1))
 
 
@@ -198,7 +198,7 @@ def test_they_are_supported_here() -> None:
 @pytest.mark.parametrize(
     ("batch", "family", "n"), [(64, "random", 70), (64, "axes:20+hadamard", 120), (520, "hadamard", 70), (520, "random", 30)]
 )
-def test_the_distance_takes_the_kernels_and_agrees_with_float64(family: str, n: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distance_uses_the_kernels_and_agrees_with_float64(family: str, n: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlpjepa_zoo.ops.directions import direction_blocks
     from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
@@ -217,7 +217,7 @@ def test_the_distance_takes_the_kernels_and_agrees_with_float64(family: str, n: 
     assert float((grad - wanted).norm() / wanted.norm()) < 5e-3
 
 
-def test_a_batch_too_large_for_the_kernels_goes_by_torch() -> None:
+def test_batch_too_large_for_the_kernels_uses_torch() -> None:
     from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
     y = rand(triton_sort.LARGEST + 1, 8, seed=1)

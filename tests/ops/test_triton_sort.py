@@ -24,13 +24,13 @@ def run_cases(which: str, **environment: str) -> None:
 
 
 @needs_triton
-def test_all_cases_hold_under_the_interpreter() -> None:
+def test_all_cases_pass_under_the_interpreter() -> None:
     run_cases("not slow", TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.slow
-def test_the_whole_table_holds_under_the_interpreter() -> None:
+def test_slow_cases_pass_under_the_interpreter() -> None:
     run_cases("slow", TRITON_INTERPRET="1")
 
 
@@ -38,7 +38,7 @@ def test_the_whole_table_holds_under_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("which", ["not slow", "slow"])
-def test_all_cases_hold_on_the_device(which: str) -> None:
+def test_all_cases_pass_on_the_device(which: str) -> None:
     run_cases(which)
 
 
@@ -75,7 +75,7 @@ def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_kernels_compile_for_a_gpu_without_one_and_stay_in_registers(kernel_cache: None) -> None:
+def test_kernels_compile_without_a_gpu_and_fit_the_registers(kernel_cache: None) -> None:
     match, project = triton_sort._kernels()
     sizes = {"VIEWS": 2, "WRITE": True, "P": 256, "LOG_P": 8}
     registers, stack, sass = compiled(match.fn, 90, triton_sort._fitting(match.configs, {}, P=256)[0], **sizes)
@@ -108,7 +108,7 @@ def test_every_batch_has_a_configuration(log: int) -> None:
 # --- who may call them ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_supported_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_are_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert not triton_sort.supported(torch.zeros(2, 3, 4))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

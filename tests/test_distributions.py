@@ -1,4 +1,4 @@
-"""The generalized Gaussian and its rectification against scipy, quadrature and the tables of METHOD A."""
+"""The generalized Gaussian and its rectification against scipy, quadrature and reference tables."""
 
 import math
 from typing import Any
@@ -36,12 +36,12 @@ def source(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def relative(wanted: float, tolerance: float = 1e-9) -> Any:
-    return pytest.approx(wanted, rel=tolerance, abs=0)
+def relative(expected: float, tolerance: float = 1e-9) -> Any:
+    return pytest.approx(expected, rel=tolerance, abs=0)
 
 
-def close(got: Tensor | float, wanted: float, tolerance: float = 1e-9) -> None:
-    assert float(got) == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+def close(got: Tensor | float, expected: float, tolerance: float = 1e-9) -> None:
+    assert float(got) == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 # --- closed forms ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_log_prob_is_differentiable_in_value_loc_and_scale(p: float) -> None:
         assert torch.autograd.gradcheck(lambda y, mu, sigma, law=law: law(mu, sigma, p).log_prob(y), inputs)
 
 
-# --- tables of METHOD A ---------------------------------------------------------------------------------------------------------------
+# --- reference tables ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,10 +234,10 @@ def test_far_negative_mu_of_the_normal_keeps_relative_precision(a: float) -> Non
 @pytest.mark.parametrize("p", [0.5, 0.75, 1.5, 3.0])
 def test_far_negative_mu_agrees_with_relative_quadrature(p: float) -> None:
     mu = mu_for_density(1e-12, p)
-    law, wanted = rgg(p, mu), oracles.rectified(p, mu, sigma_gn(p))
-    assert float(law.l0) == relative(wanted["l0"])
-    assert float(law.mean) == relative(wanted["mean"])
-    assert float(law.variance) == relative(wanted["variance"])
+    law, expected = rgg(p, mu), oracles.rectified(p, mu, sigma_gn(p))
+    assert float(law.l0) == relative(expected["l0"])
+    assert float(law.mean) == relative(expected["mean"])
+    assert float(law.variance) == relative(expected["variance"])
 
 
 def test_float32_parameters_do_not_lose_the_tail() -> None:
@@ -250,19 +250,19 @@ def test_float32_parameters_do_not_lose_the_tail() -> None:
 
 @pytest.mark.parametrize(("p", "mu"), SAMPLED)
 def test_sample_moments_fit_four_standard_errors(p: float, mu: float) -> None:
-    wanted = oracles.rectified(p, mu, oracles.sigma_gn(p))
+    expected = oracles.rectified(p, mu, oracles.sigma_gn(p))
     y = RectifiedGeneralizedGaussian(mu, sigma_gn(p), p).sample((DRAWS,), source()).double()
     assert bool((y >= 0).all())
-    spread = (y - wanted["mean"]).square()
+    spread = (y - expected["mean"]).square()
     for values, key in ((y, "mean"), (spread, "variance"), (y.square(), "second"), ((y > 0).double(), "l0")):
-        assert abs(float(values.mean()) - wanted[key]) < 4 * float(values.std()) / DRAWS**0.5
+        assert abs(float(values.mean()) - expected[key]) < 4 * float(values.std()) / DRAWS**0.5
 
 
 @pytest.mark.parametrize(("p", "mu"), SAMPLED)
 def test_unrectified_sample_moments_fit_four_standard_errors(p: float, mu: float) -> None:
     x = GeneralizedGaussian(mu, sigma_gn(p), p).sample((DRAWS,), source(1)).double()
-    for values, wanted in ((x, mu), ((x - mu).square(), 1.0), ((x - mu).sign(), 0.0)):
-        assert abs(float(values.mean()) - wanted) < 4 * float(values.std()) / DRAWS**0.5
+    for values, expected in ((x, mu), ((x - mu).square(), 1.0), ((x - mu).sign(), 0.0)):
+        assert abs(float(values.mean()) - expected) < 4 * float(values.std()) / DRAWS**0.5
 
 
 @pytest.mark.parametrize(("p", "mu"), SAMPLED)
@@ -374,9 +374,9 @@ def test_batched_sample_follows_each_law() -> None:
     sigma = torch.tensor([sigma_gn(float(x)) for x in p])
     y = RectifiedGeneralizedGaussian(mu, sigma, p).sample((DRAWS,), source()).double()
     for column, m, shape in zip(y.T, mu, p, strict=True):
-        wanted = oracles.rectified(float(shape), float(m), oracles.sigma_gn(float(shape)))
-        assert abs(float(column.mean()) - wanted["mean"]) < 4 * float(column.std()) / DRAWS**0.5
-        assert abs(float((column > 0).double().mean()) - wanted["l0"]) < 2 / DRAWS**0.5
+        expected = oracles.rectified(float(shape), float(m), oracles.sigma_gn(float(shape)))
+        assert abs(float(column.mean()) - expected["mean"]) < 4 * float(column.std()) / DRAWS**0.5
+        assert abs(float((column > 0).double().mean()) - expected["l0"]) < 2 / DRAWS**0.5
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -127,9 +127,9 @@ def test_terms_are_the_weighted_sum_of_their_parts() -> None:
     terms = RectifiedLpJEPALoss(target(), 3.0, 7.0, n=64)(z, 0)
     assert terms.parts["invariance"].item() == pytest.approx(oracles.invariance(z.detach().numpy()), rel=1e-12)
     assert terms.total.item() == pytest.approx(3 * terms.parts["invariance"].item() + 7 * terms.parts["matching"].item(), rel=1e-12)
-    whole = torch.autograd.grad(terms.total, z, retain_graph=True)[0]
+    gradient = torch.autograd.grad(terms.total, z, retain_graph=True)[0]
     parts = [torch.autograd.grad(part, z, retain_graph=True)[0] for part in (terms.parts["invariance"], terms.parts["matching"])]
-    torch.testing.assert_close(whole, 3 * parts[0] + 7 * parts[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(gradient, 3 * parts[0] + 7 * parts[1], rtol=1e-12, atol=1e-15)
 
 
 def test_default_weights_are_those_of_the_paper() -> None:
@@ -153,11 +153,11 @@ def test_matching_of_zeros_is_the_second_moment() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_under_autocast_has_the_float32_value(dtype: torch.dtype) -> None:
     z = uniform(2, 16, 8, seed=1).to(dtype)
-    wanted = objective("eigen+random")(z.float(), 0)
+    expected = objective("eigen+random")(z.float(), 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = objective("eigen+random")(z, 0)
     assert got.total.dtype == torch.float32
-    assert [float(x) for x in tensors(got)] == [float(x) for x in tensors(wanted)]
+    assert [float(x) for x in tensors(got)] == [float(x) for x in tensors(expected)]
 
 
 def test_nan_embedding_gives_a_nan_loss() -> None:
@@ -181,8 +181,8 @@ def test_gradient_descent_on_free_embeddings_reaches_the_floor() -> None:
     assert end < 1.3 * loss.floor(64, 8, repeats=10)
 
 
-@pytest.mark.parametrize(("batch", "wanted"), [(64, 0.0321), (128, 0.0166), (256, 0.0087)])
-def test_floor_method_equals_the_reference_values(batch: int, wanted: float) -> None:
+@pytest.mark.parametrize(("batch", "expected"), [(64, 0.0321), (128, 0.0166), (256, 0.0087)])
+def test_floor_method_equals_the_reference_values(batch: int, expected: float) -> None:
     loss = RectifiedLpJEPALoss(target())
-    assert loss.floor(batch, 512, repeats=6) == pytest.approx(wanted, rel=0.05)
+    assert loss.floor(batch, 512, repeats=6) == pytest.approx(expected, rel=0.05)
     assert loss.floor(16, 8, n=32) == loss.floor(16, 8, n=32)

@@ -63,7 +63,7 @@ def test_list_objectives_names_every_registered_one() -> None:
 
 
 def test_recipe_without_a_name_equals_one_with_the_default() -> None:
-    """So a run of before is resumed without --allow-change."""
+    """So a run whose checkpoint has no name resumes without --allow-change."""
     recipe = Recipe.load("digits")
     old = yaml.safe_load(recipe.dump())
     assert old["objective"].pop("name") == "rectified_lpjepa"

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.core import distributed as collectives
-from rlpjepa_zoo.core import rng
+from rlpjepa_zoo.core import distributed, rng
 from rlpjepa_zoo.objectives.lejepa import LeJEPALoss
 from rlpjepa_zoo.objectives.sigreg import KINDS, SIGReg, sketch, strong_sigreg, weak_sigreg
 from rlpjepa_zoo.ops.directions import directions
@@ -92,9 +91,9 @@ def with_gradient(f: Callable[..., Tensor], x: Tensor, *args: Any) -> tuple[floa
     return value.item(), torch.autograd.grad(value, x)[0]
 
 
-def apart(got: tuple[float, Tensor], wanted: tuple[float, Tensor]) -> tuple[float, float]:
+def apart(got: tuple[float, Tensor], expected: tuple[float, Tensor]) -> tuple[float, float]:
     """Relative difference of the values, and of the gradients in Frobenius norm."""
-    return abs(got[0] - wanted[0]) / wanted[0], float((got[1].double() - wanted[1]).norm() / wanted[1].norm())
+    return abs(got[0] - expected[0]) / expected[0], float((got[1].double() - expected[1]).norm() / expected[1].norm())
 
 
 # --- strong: value and gradient --------------------------------------------------------------------------------------------------------
@@ -104,11 +103,11 @@ def apart(got: tuple[float, Tensor], wanted: tuple[float, Tensor]) -> tuple[floa
 @pytest.mark.parametrize(("batch", "dim"), SIZES)
 def test_strong_equals_the_oracles_in_both_precisions(batch: int, dim: int, rule: tuple[int, float]) -> None:
     x, c = 0.3 + 1.3 * normal(batch, dim, dtype=torch.float32), slices(24, dim).float()
-    wanted = with_gradient(strong_autograd, x.double(), c.double(), *rule)
-    assert wanted[0] == pytest.approx(strong(x.double().numpy(), c.double().numpy(), *rule), rel=1e-12)
-    value, gradient = apart(with_gradient(strong_sigreg, x.double(), c, *rule), wanted)
+    expected = with_gradient(strong_autograd, x.double(), c.double(), *rule)
+    assert expected[0] == pytest.approx(strong(x.double().numpy(), c.double().numpy(), *rule), rel=1e-12)
+    value, gradient = apart(with_gradient(strong_sigreg, x.double(), c, *rule), expected)
     assert value < 1e-12 and gradient < 1e-11
-    value, gradient = apart(with_gradient(strong_sigreg, x, c, *rule), wanted)
+    value, gradient = apart(with_gradient(strong_sigreg, x, c, *rule), expected)
     assert value < 1e-5 and gradient < 1e-4
 
 
@@ -153,10 +152,10 @@ def test_strong_of_half_normals_equals_the_reference_value() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunks_change_nothing_beyond_rounding(dtype: torch.dtype) -> None:
     x, c = normal(33, 9, dtype=dtype), slices(50, 9)
-    whole = with_gradient(strong_sigreg, x, c)
+    reference = with_gradient(strong_sigreg, x, c)
     eps = torch.finfo(dtype).eps
     for chunk in (1, 7, 50, 1000):
-        value, gradient = apart(with_gradient(lambda z, chunk=chunk: strong_sigreg(z, c, chunk=chunk), x), whole)
+        value, gradient = apart(with_gradient(lambda z, chunk=chunk: strong_sigreg(z, c, chunk=chunk), x), reference)
         assert value < 100 * eps and gradient < 100 * eps
 
 
@@ -207,11 +206,11 @@ def test_strong_is_periodic_in_projections_with_its_knots(rule: tuple[int, float
 @pytest.mark.parametrize(("batch", "dim"), SIZES)
 def test_weak_equals_the_oracle_in_both_precisions_and_forms(batch: int, dim: int) -> None:
     x = 0.3 + 1.3 * normal(batch, dim, dtype=torch.float32)
-    wanted = with_gradient(weak_autograd, x.double())
-    assert wanted[0] == pytest.approx(weak(x.double().numpy()), rel=1e-12)
-    value, gradient = apart(with_gradient(weak_sigreg, x.double()), wanted)
+    expected = with_gradient(weak_autograd, x.double())
+    assert expected[0] == pytest.approx(weak(x.double().numpy()), rel=1e-12)
+    value, gradient = apart(with_gradient(weak_sigreg, x.double()), expected)
     assert value < 1e-12 and gradient < 1e-11
-    value, gradient = apart(with_gradient(weak_sigreg, x), wanted)
+    value, gradient = apart(with_gradient(weak_sigreg, x), expected)
     assert value < 1e-5 and gradient < 1e-4
 
 
@@ -243,10 +242,10 @@ def test_weak_of_identity_covariance_is_zero_with_finite_gradient() -> None:
     assert value < 1e-6 and bool(torch.isfinite(gradient).all()) and float(gradient.norm()) < 1
 
 
-@pytest.mark.parametrize(("dim", "wanted"), [(256, 7.0), (512, 6.4), (1024, 6.1)])
-def test_weak_of_sketched_gaussians_equals_the_reference_value(dim: int, wanted: float) -> None:
+@pytest.mark.parametrize(("dim", "expected"), [(256, 7.0), (512, 6.4), (1024, 6.1)])
+def test_weak_of_sketched_gaussians_equals_the_reference_value(dim: int, expected: float) -> None:
     values = [float(weak_sigreg(normal(128, dim, seed=i), sketch(64, dim, source(i)))) for i in range(40)]
-    assert np.mean(values) == pytest.approx(wanted, abs=0.1)
+    assert np.mean(values) == pytest.approx(expected, abs=0.1)
 
 
 def test_sketch_multiplies_before_the_covariance() -> None:
@@ -361,8 +360,8 @@ def test_hidden_states_are_averaged_and_narrow_ones_not_sketched() -> None:
     layers = [narrow, wide, normal(2, 16, 5, dtype=torch.float32)]
     got = float(SIGReg("strong", 6, family="orthogonal")(layers, 2))
     drawn = rng.generator(0, "sigreg-directions", 2)
-    wanted = [strong_sigreg(x, directions("orthogonal", 6, x.shape[-1], drawn)) for x in layers]
-    assert got == pytest.approx(float(sum(wanted) / 3), rel=1e-6)
+    expected = [strong_sigreg(x, directions("orthogonal", 6, x.shape[-1], drawn)) for x in layers]
+    assert got == pytest.approx(float(sum(expected) / 3), rel=1e-6)
     assert got != pytest.approx(float(strong_sigreg(narrow, c)))
 
 
@@ -388,12 +387,12 @@ def train_step(objective: LeJEPALoss, batch: int, dim: int) -> dict[str, Any]:
         for i, parameter in enumerate(net.parameters()):
             parameter.copy_(normal(*parameter.shape, seed=10 + i))
     model = DistributedDataParallel(net) if dist.is_initialized() else net
-    images = normal(2, batch, INPUTS, seed=1).chunk(collectives.world_size(), 1)[collectives.rank()]
+    images = normal(2, batch, INPUTS, seed=1).chunk(distributed.world_size(), 1)[distributed.rank()]
     terms = objective(model(images.flatten(0, 1)).unflatten(0, images.shape[:2]), step=3)
     terms.total.backward()
     return {
-        "terms": [collectives.mean_over_ranks(term).item() for term in (terms.total, *terms.parts.values())],
-        "same": [float(collectives.max_over_ranks(sign * terms.parts["matching"])) for sign in (1, -1)],
+        "terms": [distributed.mean_over_ranks(term).item() for term in (terms.total, *terms.parts.values())],
+        "same": [float(distributed.max_over_ranks(sign * terms.parts["matching"])) for sign in (1, -1)],
         "gradient": torch.cat([parameter.grad.flatten() for parameter in net.parameters()]),
     }
 
@@ -403,28 +402,28 @@ def every_step() -> dict[str, dict[str, Any]]:
     return steps | {"weak, fewer rows": train_step(LeJEPALoss(0.3, SIGReg("weak", 64)), BATCH, 2 * BATCH + 1)}
 
 
-def forgetful() -> dict[str, dict[str, Any]]:
-    """The planted mistake: each rank works from means of its own."""
-    right = collectives.mean_over_ranks
+def steps_with_own_means() -> dict[str, dict[str, Any]]:
+    """A planted mistake: each rank uses its own means."""
+    right = distributed.mean_over_ranks
     step = train_step
-    collectives.mean_over_ranks = lambda x: x.detach().clone()
+    distributed.mean_over_ranks = lambda x: x.detach().clone()
     try:
         return {name: step(objective, BATCH, WIDTH) for name, objective in OBJECTIVES.items()}
     finally:
-        collectives.mean_over_ranks = right
+        distributed.mean_over_ranks = right
 
 
 def on_a_rank() -> list[dict[str, dict[str, Any]]]:
-    return [every_step(), forgetful()]
+    return [every_step(), steps_with_own_means()]
 
 
 def test_two_processes_equal_one_and_a_planted_mistake_fails() -> None:
     alone, (first, second) = every_step(), run_ranks(on_a_rank, 2)
-    for name, wanted in alone.items():
-        for found in (first[0][name], second[0][name]):
-            assert found["terms"] == pytest.approx(wanted["terms"], rel=1e-10)
-            assert found["same"][0] == -found["same"][1]
-            assert float((found["gradient"] - wanted["gradient"]).norm() / wanted["gradient"].norm()) < 1e-10
+    for name, expected in alone.items():
+        for result in (first[0][name], second[0][name]):
+            assert result["terms"] == pytest.approx(expected["terms"], rel=1e-10)
+            assert result["same"][0] == -result["same"][1]
+            assert float((result["gradient"] - expected["gradient"]).norm() / expected["gradient"].norm()) < 1e-10
     for name in OBJECTIVES:
-        mistaken, wanted = first[1][name]["gradient"], alone[name]["gradient"]
-        assert float((mistaken - wanted).norm() / wanted.norm()) > 1e-3
+        mistaken, expected = first[1][name]["gradient"], alone[name]["gradient"]
+        assert float((mistaken - expected).norm() / expected.norm()) > 1e-3

@@ -1,6 +1,6 @@
-"""What the Triton kernels must compute, on a CUDA device or under Triton's interpreter; `ops/test_triton_sort.py` runs this file in a process of its own.
+"""Cases for the Triton kernels, on a CUDA device or under Triton's interpreter; `ops/test_triton_sort.py` runs this file in a separate process.
 
-Of its own, because Triton reads TRITON_INTERPRET while it is imported, and torch imports it in most tests.
+Separate, because Triton reads TRITON_INTERPRET while it is imported, and other tests import it earlier.
 """
 
 import os
@@ -19,7 +19,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 BATCHES, DIMS, VIEWS = (2, 64, 256, 1000, 4096), (8, 100, 512, 2048), (1, 2, 3)
 
 
-if INTERPRETED:  # it folds xor in a Python loop over every element, which tl.sort does 78 times for 4096 of them; numpy gives the same
+if INTERPRETED:  # it applies xor in a Python loop over all elements, 78 times in tl.sort for 4096; numpy gives the same result
     from triton.language import standard
     from triton.runtime.interpreter import ReduceOps
 
@@ -42,7 +42,7 @@ def unit(n: int, dim: int, seed: int = 3) -> Tensor:
 
 
 def dyadic(*shape: int, seed: int, values: int = 4) -> Tensor:
-    """Few small multiples of 1/8: their products and sums are exact in float32, so ties are ties and results are equal to the bit."""
+    """Few small multiples of 1/8: their products and sums are exact in float32, so ties are exact and results are bit-equal."""
     return torch.randint(-values, values, shape, generator=torch.Generator().manual_seed(seed)).div(8).to(DEVICE)
 
 
@@ -57,7 +57,7 @@ def ranked(projected: np.ndarray) -> np.ndarray:
 
 
 def check(batch: int, dim: int, views: int) -> None:
-    """Against float64, which ranks projections less than a float32 step apart otherwise than any float32 code (seen: 1.0e-7 apart at 1.1).
+    """Against float64, which may rank projections less than a float32 step apart differently from float32 (seen: 1.0e-7 apart at 1.1).
 
     One such swap is 7e-3 of the gradient of 5 directions and 256 rows: 64 directions show what the bound is about. In larger
     batches neighbours of the target lie closer, and a swap weighs less (torch's own float32: below 1e-3 with 5 directions).
@@ -68,9 +68,9 @@ def check(batch: int, dim: int, views: int) -> None:
     a, b, k = (t.double().cpu() for t in (z, y, c))
     exact = a.clone().requires_grad_()
     oracles.sliced_autograd(exact, b, k).backward()
-    wanted = np.mean([oracles.sliced(v.numpy(), b.numpy(), k.numpy()) for v in a])
+    expected = np.mean([oracles.sliced(v.numpy(), b.numpy(), k.numpy()) for v in a])
     assert value.dtype == gradient.dtype == torch.float32 and value.device == z.device and gradient.shape == z.shape
-    assert float(value) == pytest.approx(wanted, rel=1e-5)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
     assert float((gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()) < 5e-3
 
 
@@ -101,10 +101,10 @@ def test_ties_are_ranked_in_batch_order_bit_for_bit(batch: int, state: str) -> N
     elif state == "axes":
         z, c = z.relu(), torch.eye(11, device=DEVICE)
     samples = torch.cat([y[None], z]).double().cpu().numpy()
-    wanted = ranked(np.einsum("vbd,nd->nvb", samples, c.double().cpu().numpy()))
+    expected = ranked(np.einsum("vbd,nd->nvb", samples, c.double().cpu().numpy()))
     g, sums = triton_sort.project_and_match(z, y, c)
-    assert np.array_equal(g.cpu().numpy(), wanted)
-    assert np.allclose(sums.cpu().numpy(), np.square(wanted).sum((1, 2)), rtol=1e-6, atol=0)
+    assert np.array_equal(g.cpu().numpy(), expected)
+    assert np.allclose(sums.cpu().numpy(), np.square(expected).sum((1, 2)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 17, 255, 512, 2049])
@@ -113,9 +113,9 @@ def test_match_sorts_any_batch_and_treats_signed_zeros_as_equal(batch: int) -> N
     projected[:, 1, ::2] = 0.0
     projected[:, 1, ::4] = -0.0
     g, sums = triton_sort.match(projected.clone())
-    wanted = ranked(projected.cpu().numpy())
-    assert np.array_equal(g.cpu().numpy(), wanted)
-    assert np.allclose(sums.cpu().numpy(), np.square(wanted.astype(float)).sum((1, 2)), rtol=1e-6, atol=0)
+    expected = ranked(projected.cpu().numpy())
+    assert np.array_equal(g.cpu().numpy(), expected)
+    assert np.allclose(sums.cpu().numpy(), np.square(expected.astype(float)).sum((1, 2)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, -0x400000, 0x7F800000, -0x800000])  # NaN of either sign, infinities
@@ -192,7 +192,7 @@ def test_kernels_are_supported_here() -> None:
     assert triton_sort.supported(rand(2, 4096, 3, seed=1)) and not triton_sort.supported(rand(2, 4097, 3, seed=1))
 
 
-# --- the operator they serve ---------------------------------------------------------------------------------------------------------
+# --- the sliced distance ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ def test_distance_uses_the_kernels_and_agrees_with_float64(family: str, n: int, 
     (grad,) = torch.autograd.grad(value, z)
     x = z.detach().double().requires_grad_()
     exact = oracles.sliced_autograd(x, y.double(), torch.cat([block.matrix() for block in blocks]).double())
-    (wanted,) = torch.autograd.grad(exact, x)
+    (expected,) = torch.autograd.grad(exact, x)
     assert len(launched) >= len(blocks), "torch did the work"
     assert value.item() == pytest.approx(exact.item(), rel=1e-5)
-    assert float((grad - wanted).norm() / wanted.norm()) < 5e-3
+    assert float((grad - expected).norm() / expected.norm()) < 5e-3
 
 
 def test_batch_too_large_for_the_kernels_uses_torch() -> None:

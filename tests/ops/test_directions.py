@@ -43,9 +43,9 @@ def test_directions_are_unit_vectors_from_their_generator(kind: str, n: int, dim
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_does_not_change_directions(kind: str) -> None:
     x = spectrum(200, 10)
-    wanted = directions(kind, 40, 10, source(1), features=x)
+    expected = directions(kind, 40, 10, source(1), features=x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(directions(kind, 40, 10, source(1), features=x), wanted)
+        assert torch.equal(directions(kind, 40, 10, source(1), features=x), expected)
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "axes", "eigen", "eigen-bottom"])
@@ -90,9 +90,9 @@ def test_eigen_directions_are_the_eigenvectors_of_the_covariance(views: int) -> 
     values, vectors = np.linalg.eigh(np.cov(x.detach().double().numpy().T))
     assert np.all(values[1:] / values[:-1] > 1.1)
     falling = torch.from_numpy(vectors[:, ::-1].T.copy())
-    for kind, wanted in (("eigen", falling), ("eigen-bottom", falling.flip(0))):
+    for kind, expected in (("eigen", falling), ("eigen-bottom", falling.flip(0))):
         c = directions(kind, 10, 10, source(), features=features).double()
-        torch.testing.assert_close((c * wanted).sum(1).abs(), torch.ones(10, dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close((c * expected).sum(1).abs(), torch.ones(10, dtype=torch.float64), rtol=0, atol=1e-5)
         for n in (4, 23):
             assert torch.equal(directions(kind, n, 10, source(), features=features).double(), c.repeat(3, 1)[:n])
 
@@ -134,7 +134,7 @@ def test_mix_consists_of_its_families() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "n", "wanted"),
+    ("kind", "n", "expected"),
     [
         ("random", 7, [("random", 7)]),
         ("random:7", 7, [("random", 7)]),
@@ -149,8 +149,8 @@ def test_mix_consists_of_its_families() -> None:
         ("axes:0+random", 25, [("random", 25)]),
     ],
 )
-def test_kind_is_parsed_into_counts(kind: str, n: int, wanted: list[tuple[str, int]]) -> None:
-    assert parse_directions(kind, n, 10) == wanted
+def test_kind_is_parsed_into_counts(kind: str, n: int, expected: list[tuple[str, int]]) -> None:
+    assert parse_directions(kind, n, 10) == expected
 
 
 @pytest.mark.parametrize(

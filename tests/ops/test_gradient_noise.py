@@ -1,4 +1,4 @@
-"""Noise of the gradient by directions, against a brute force, and the number of directions that an asked error takes."""
+"""Noise of the gradient by directions, against a brute force, and the number of directions for a given error."""
 
 import oracles
 import pytest

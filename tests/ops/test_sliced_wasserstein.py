@@ -1,4 +1,4 @@
-"""The sliced distance at every size and for every family of directions against float64, and what it leaves in memory and to the compiler."""
+"""The sliced distance at every size and for every family of directions against float64; its sorts, memory, compilation and precision."""
 
 import re
 import threading
@@ -23,7 +23,7 @@ TABLE = [
     pytest.param(batch, dim, family, marks=[pytest.mark.slow] if family.startswith("eigen") and dim == 2048 and batch != 64 else [])
     for batch, dim, family in product([2, 64, 256, 1000, 4096], [8, 100, 512, 2048], [*FAMILIES, MIX])
 ]
-"""Decompositions of the largest width but one are slow."""
+"""Decompositions of the largest width are slow, so all but one batch size are marked."""
 
 
 def source(seed: int = 0) -> torch.Generator:
@@ -59,12 +59,12 @@ def exact(z: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
 
 
 def merged(grad: Tensor, z: Tensor) -> Tensor:
-    """The mean gradient of rows that are equal: which of them gets which rank is open, what they get together is not."""
+    """The mean gradient of rows that are equal: ranks among them are arbitrary, their sum is not."""
     _, group, count = torch.unique(z, dim=0, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(count), z.shape[1], dtype=torch.float64).index_add_(0, group, grad.double())
     return sums / count[:, None]
@@ -108,8 +108,10 @@ def test_shares_of_the_directions_add_up(cuts: tuple[int, ...], chunk: int | Non
     shares = [(high - low, *gradient(z, y, select_directions(blocks, low, high), chunk)) for low, high in zip(cuts, cuts[1:], strict=False)]
     assert float(sum(n * v for n, v, _ in shares)) / 300 == pytest.approx(float(value), rel=1e-5)
     assert error(sum(n * g for n, _, g in shares) / 300, grad.double()) < 1e-5
-    whole = torch.cat([block.matrix() for low, high in zip(cuts, cuts[1:], strict=False) for block in select_directions(blocks, low, high)])
-    assert torch.equal(whole, directions("axes:40+hadamard+random:20", 300, 128, source()))
+    joined = torch.cat(
+        [block.matrix() for low, high in zip(cuts, cuts[1:], strict=False) for block in select_directions(blocks, low, high)]
+    )
+    assert torch.equal(joined, directions("axes:40+hadamard+random:20", 300, 128, source()))
 
 
 def test_numpy_sort_equals_torch_for_every_kind_of_number() -> None:
@@ -137,13 +139,13 @@ def test_nan_row_makes_the_value_nan() -> None:
 def test_rows_are_sorted_on_several_threads(threads: int) -> None:
     before = torch.get_num_threads()
     x = torch.rand(700, 1000, generator=source()).numpy()
-    wanted = np.sort(x, axis=1)
+    expected = np.sort(x, axis=1)
     try:
         torch.set_num_threads(threads)
         module._sort_rows(x)
     finally:
         torch.set_num_threads(before)
-    assert np.array_equal(x, wanted)
+    assert np.array_equal(x, expected)
     assert (threads == 1) or any(thread.name.startswith("sort") for thread in threading.enumerate())
 
 
@@ -167,9 +169,9 @@ def test_distance_compiles_without_a_graph_break() -> None:
         return 3 * sliced_wasserstein((x * 1.5).relu(), y, blocks)
 
     x = law(16, 64, 1).requires_grad_()
-    (wanted,) = torch.autograd.grad(loss(x), x)
+    (expected,) = torch.autograd.grad(loss(x), x)
     (got,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
-    assert torch.allclose(got, wanted, atol=1e-7)
+    assert torch.allclose(got, expected, atol=1e-7)
 
 
 def test_operator_passes_torch_s_checks() -> None:
@@ -196,15 +198,15 @@ def test_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("z", "y", "said"),
+    ("z", "y", "message"),
     [
         (torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 3), "expected floating-point z and y on one device, got torch.int64"),
         (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 3), "got torch.complex64"),
         (torch.ones(4, 3), torch.ones(4, 3, device="meta"), "and y on meta"),
     ],
 )
-def test_other_dtypes_and_devices_are_refused(z: Tensor, y: Tensor, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_other_dtypes_and_devices_are_refused(z: Tensor, y: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         sliced_wasserstein(z, y, torch.eye(3))
 
 
@@ -236,9 +238,9 @@ def value_and_gradient(z: Tensor, y: Tensor, c: Tensor, chunk: int = 2048) -> tu
     return loss.item(), torch.autograd.grad(loss, z)[0]
 
 
-def difference(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference as a fraction of the largest wanted entry."""
-    return float((got - wanted).abs().max() / wanted.abs().max())
+def difference(got: Tensor, expected: Tensor) -> float:
+    """Largest difference as a fraction of the largest expected entry."""
+    return float((got - expected).abs().max() / expected.abs().max())
 
 
 # --- sliced distance: value -----------------------------------------------------------------------------------------------------------
@@ -267,8 +269,8 @@ def test_zero_embedding_gives_the_second_moment_for_random_directions() -> None:
 @pytest.mark.parametrize("s", [0.0, 0.5, 1.0, 3.0])
 def test_scaled_target_gives_the_squared_excess(s: float) -> None:
     y = target().sample((64, 16), source()).double()
-    wanted = (s - 1) ** 2 * float(y.square().mean())
-    assert float(sliced_wasserstein(s * y, y, drawn(32, 16, "orthogonal"))) == pytest.approx(wanted, rel=1e-6, abs=1e-25)
+    expected = (s - 1) ** 2 * float(y.square().mean())
+    assert float(sliced_wasserstein(s * y, y, drawn(32, 16, "orthogonal"))) == pytest.approx(expected, rel=1e-6, abs=1e-25)
 
 
 @pytest.mark.parametrize("delta", [-0.7, 0.3, 2.0])
@@ -299,8 +301,8 @@ def test_value_equals_the_brute_force(kind: str, batch: int) -> None:
 def test_each_projection_is_an_optimal_transport() -> None:
     z, y, c = uniform(21, 6, seed=1), 2 * uniform(21, 6, seed=2), drawn(8, 6)
     for row in c:
-        wanted = oracles.transport((z @ row).numpy(), (y @ row).numpy())
-        assert float(sliced_wasserstein(z, y, row[None])) == pytest.approx(wanted, rel=1e-12)
+        expected = oracles.transport((z @ row).numpy(), (y @ row).numpy())
+        assert float(sliced_wasserstein(z, y, row[None])) == pytest.approx(expected, rel=1e-12)
 
 
 def test_many_views_give_the_mean_over_views() -> None:
@@ -325,10 +327,10 @@ def test_gradient_equals_finite_differences(shape: tuple[int, ...], chunk: int) 
 @pytest.mark.parametrize("shape", [(30, 10), (1, 30, 10), (2, 30, 10), (3, 30, 10)])
 def test_gradient_equals_plain_autograd(kind: str, shape: tuple[int, ...]) -> None:
     z, y, c = uniform(*shape, seed=1).requires_grad_(), uniform(30, 10, seed=2), drawn(41, 10, kind)
-    wanted = oracles.sliced_autograd(z, y, c)
+    expected = oracles.sliced_autograd(z, y, c)
     value, gradient = value_and_gradient(z, y, c, chunk=16)
-    assert value == pytest.approx(wanted.item(), rel=1e-12)
-    assert difference(gradient, torch.autograd.grad(wanted, z)[0]) < 1e-10
+    assert value == pytest.approx(expected.item(), rel=1e-12)
+    assert difference(gradient, torch.autograd.grad(expected, z)[0]) < 1e-10
 
 
 def test_gradient_passes_through_operations_before_and_after() -> None:
@@ -344,10 +346,10 @@ def test_gradient_passes_through_operations_before_and_after() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 50, 99, 100, 4096])
 def test_chunk_changes_neither_value_nor_gradient(chunk: int) -> None:
     z, y, c = uniform(2, 20, 8, seed=1), uniform(20, 8, seed=2), drawn(100, 8)
-    wanted, wanted_gradient = value_and_gradient(z, y, c, 33)
+    expected, expected_gradient = value_and_gradient(z, y, c, 33)
     value, gradient = value_and_gradient(z, y, c, chunk)
-    assert value == pytest.approx(wanted, rel=1e-12)
-    assert difference(gradient, wanted_gradient) < 1e-12
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert difference(gradient, expected_gradient) < 1e-12
 
 
 def test_small_step_against_the_gradient_lowers_the_loss() -> None:
@@ -359,10 +361,10 @@ def test_small_step_against_the_gradient_lowers_the_loss() -> None:
 def test_input_without_gradient_gives_a_value_without_gradient() -> None:
     z, y, c = uniform(20, 8, seed=1), uniform(20, 8, seed=2), drawn(10, 8)
     assert not sliced_wasserstein(z, y, c).requires_grad
-    wanted = value_and_gradient(z, y, c)[0]
+    expected = value_and_gradient(z, y, c)[0]
     with torch.no_grad():
         inside = sliced_wasserstein(z.requires_grad_(), y, c)
-    assert not inside.requires_grad and inside.item() == wanted
+    assert not inside.requires_grad and inside.item() == expected
 
 
 # --- sliced distance: precision and odd inputs ----------------------------------------------------------------------------------------
@@ -372,22 +374,22 @@ def test_input_without_gradient_gives_a_value_without_gradient() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
     z, y, c = uniform(2, 32, 16, seed=1).to(dtype), target().sample((32, 16), source()), directions("random", 64, 16, source())
-    wanted, wanted_gradient = value_and_gradient(z.float(), y, c)
+    expected, expected_gradient = value_and_gradient(z.float(), y, c)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         leaf = z.clone().requires_grad_()
         loss = sliced_wasserstein(leaf, y, c)
-    assert loss.dtype == torch.float32 and loss.item() == wanted
+    assert loss.dtype == torch.float32 and loss.item() == expected
     loss.backward()
-    assert leaf.grad is not None and torch.equal(leaf.grad, wanted_gradient.to(dtype))
+    assert leaf.grad is not None and torch.equal(leaf.grad, expected_gradient.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     z, y, c = uniform(2, 32, 16, seed=1, dtype=dtype), uniform(32, 16, seed=2, dtype=dtype), drawn(64, 16).to(dtype)
-    wanted, wanted_gradient = value_and_gradient(z, y, c)
+    expected, expected_gradient = value_and_gradient(z, y, c)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value, gradient = value_and_gradient(z, y, c)
-    assert value == wanted and torch.equal(gradient, wanted_gradient)
+    assert value == expected and torch.equal(gradient, expected_gradient)
     assert sliced_wasserstein(z, y, c).dtype == dtype
 
 
@@ -401,11 +403,11 @@ def test_inputs_are_not_modified() -> None:
 @pytest.mark.parametrize("fill", [0.0, 0.7])
 def test_collapsed_embedding_gets_a_finite_gradient_with_the_right_sum(fill: float) -> None:
     z, y, c = torch.full((16, 6), fill, dtype=torch.float64).requires_grad_(), target().sample((16, 6), source()).double(), drawn(40, 6)
-    wanted = oracles.sliced_autograd(z, y, c)
+    expected = oracles.sliced_autograd(z, y, c)
     value, gradient = value_and_gradient(z, y, c)
-    assert value == pytest.approx(wanted.item(), rel=1e-12)
+    assert value == pytest.approx(expected.item(), rel=1e-12)
     assert bool(torch.isfinite(gradient).all())
-    assert difference(gradient.sum(0), torch.autograd.grad(wanted, z)[0].sum(0)) < 1e-10
+    assert difference(gradient.sum(0), torch.autograd.grad(expected, z)[0].sum(0)) < 1e-10
 
 
 def test_ties_between_rows_do_not_change_the_value() -> None:

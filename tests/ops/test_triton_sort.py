@@ -1,4 +1,4 @@
-"""The Triton kernels: their table of cases under the interpreter, and what they compile to for GPUs that are not here."""
+"""The Triton kernels: their table of cases under the interpreter, and the machine code for GPUs that are not installed."""
 
 import importlib.util
 import os
@@ -18,8 +18,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def run_cases(which: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", which, str(CASES)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
-    done = subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+    done = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
@@ -42,7 +42,7 @@ def test_all_cases_pass_on_the_device(which: str) -> None:
     run_cases(which)
 
 
-# --- what they compile to ------------------------------------------------------------------------------------------------------------
+# --- machine code ------------------------------------------------------------------------------------------------------------
 
 
 def compiled(fn, capability: int, config, **constants: int | bool) -> tuple[int, int, str]:  # type: ignore[no-untyped-def]
@@ -105,7 +105,7 @@ def test_every_batch_has_a_configuration(log: int) -> None:
     assert 1 << log > triton_sort.FUSED or triton_sort._fitting(project.configs, {}, P=1 << log)
 
 
-# --- who may call them ---------------------------------------------------------------------------------------------------------------
+# --- supported inputs ---------------------------------------------------------------------------------------------------------------
 
 
 def test_unsupported_inputs_are_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_importing_needs_no_triton() -> None:
 
 
 @pytest.mark.parametrize(
-    ("z", "y", "c", "said"),
+    ("z", "y", "c", "message"),
     [
         (torch.zeros(1, 4, 3, dtype=torch.float64), torch.zeros(4, 3), torch.zeros(2, 3), "contiguous and float32, got torch.float64"),
         (torch.zeros(1, 3, 4).mT, torch.zeros(4, 3), torch.zeros(2, 3), "strides (12, 1, 4)"),
@@ -142,9 +142,9 @@ def test_importing_needs_no_triton() -> None:
         (torch.zeros(1, 4, 3), torch.zeros(4, 3), torch.zeros(2, 3, device="meta"), "one device"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(z: torch.Tensor, y: torch.Tensor, c: torch.Tensor, said: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(z: torch.Tensor, y: torch.Tensor, c: torch.Tensor, message: str) -> None:
     for call in (lambda: triton_sort.project_and_match(z, y, c), lambda: triton_sort.loss_and_gradient(z, y, c, 8, gradient=True)):
-        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
             call()
         assert "\n" not in str(caught.value)
 

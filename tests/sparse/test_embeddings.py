@@ -1,4 +1,4 @@
-"""SparseEmbeddings against numpy and scipy, its three file formats, and what happens when they are damaged."""
+"""SparseEmbeddings against numpy and scipy, its three file formats, and damaged files."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ def dense(rng):
     return x
 
 
-# --- making and looking --------------------------------------------------------------------------------------------------------------
+# --- construction and access --------------------------------------------------------------------------------------------------------------
 
 
 def test_dense_round_trip_with_empty_rows_is_exact(dense):
@@ -213,7 +213,7 @@ def test_concat_refuses_mixed_models_widths_and_ids_and_no_parts(dense):
         SparseEmbeddings.concat([])
 
 
-# --- converters ----------------------------------------------------------------------------------------------------------------------
+# --- conversion ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_to_scipy_is_canonical_and_equal(dense):
@@ -439,9 +439,9 @@ def saved(request, tmp_path, dense):
 
 
 def test_truncated_file_is_refused_at_any_length(saved):
-    whole = saved.read_bytes()
-    for cut in sorted({0, 1, 4, 8, 9, 40, len(whole) // 4, len(whole) // 2, len(whole) - 9, len(whole) - 1}):
-        saved.write_bytes(whole[:cut])
+    content = saved.read_bytes()
+    for cut in sorted({0, 1, 4, 8, 9, 40, len(content) // 4, len(content) // 2, len(content) - 9, len(content) - 1}):
+        saved.write_bytes(content[:cut])
         with refused(DataError, ModelError, match=saved.name):
             SparseEmbeddings.load(saved)
 
@@ -509,12 +509,12 @@ def test_renamed_file_is_refused(tmp_path, suffix, dense):
 
 @pytest.mark.parametrize("name", ["e.csv", "e", "e.NPZ.bak"])
 def test_other_suffixes_are_refused_when_saving_and_loading(tmp_path, dense, name):
-    (tmp_path / name).write_text("kept")
+    (tmp_path / name).write_text("unchanged")
     with refused(UsageError, match="safetensors, .npz or .parquet"):
         SparseEmbeddings.from_dense(dense).save(tmp_path / name)
     with refused(UsageError, match="safetensors, .npz or .parquet"):
         SparseEmbeddings.load(tmp_path / name)
-    assert (tmp_path / name).read_text() == "kept"
+    assert (tmp_path / name).read_text() == "unchanged"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -48,7 +48,7 @@ def step_seconds(options: Any) -> dict[str, float]:
         ) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16"):
                 z = encoder(views)
-            objective(z.unflatten(0, (2, -1)), 0).loss.backward()
+            objective(z.unflatten(0, (2, -1)), 0).total.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

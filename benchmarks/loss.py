@@ -19,8 +19,8 @@ import result
 import torch
 from scipy.optimize import nnls
 
-from rlpjepa_zoo.ops.directions import _factors
 from rlpjepa_zoo.ops.gradient_noise import gradient_error
+from rlpjepa_zoo.ops.hadamard import factors
 from rlpjepa_zoo.report import bench_loss as bench
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +44,7 @@ def terms(row: dict[str, Any]) -> list[float]:
     if row["family"] == "random":
         return [1, n * d, n * b * d, n * b * math.log2(b)]
     bases = max(n, d) / d  # whole bases are transformed, whatever of them is sorted
-    return [1, 0, (bases + 2) * d * b * sum(_factors(d)), n * b * math.log2(b)]
+    return [1, 0, (bases + 2) * d * b * sum(factors(d)), n * b * math.log2(b)]
 
 
 def fitted(rows: list[dict[str, Any]]) -> tuple[list[float], float]:

@@ -90,9 +90,7 @@ def watching(recipe: Recipe, repeats: int) -> dict[str, Any]:
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16"):
                 output = watched([images], labels)
             terms = objective(output.z, 0)
-            loss = training.Loss(
-                terms.loss + output.probe_loss, {"loss": terms.loss, "invariance": terms.invariance, "matching": terms.matching}
-            )
+            loss = training.Loss(terms.total + output.probe_loss, {"loss": terms.total, **terms.parts})
             loss.total.backward()
             watched.zero_grad(set_to_none=True)
             if logged:

@@ -57,9 +57,9 @@ def ours(family: str, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float
             z = encoder(views.flatten(0, 1).contiguous(memory_format=torch.channels_last)).unflatten(0, views.shape[:2])
         terms = objective(z, next(steps))
         optimizer.zero_grad(set_to_none=True)
-        terms.loss.backward()
+        terms.total.backward()
         optimizer.step()
-        return terms.loss.item()
+        return terms.total.item()
 
     return step
 

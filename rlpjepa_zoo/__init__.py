@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .models.factory import create_encoder as create_encoder
     from .models.pretrained import load_classifier as load_classifier
     from .models.pretrained import load_encoder as load_encoder
+    from .objectives import list_objectives as list_objectives
+    from .objectives.lejepa import LeJEPALoss as LeJEPALoss
     from .objectives.rectified_lpjepa import RectifiedLpJEPALoss as RectifiedLpJEPALoss
-    from .objectives.sigreg import LeJEPALoss as LeJEPALoss
     from .objectives.sigreg import SIGReg as SIGReg
     from .objectives.sigreg import strong_sigreg as strong_sigreg
     from .objectives.sigreg import weak_sigreg as weak_sigreg
@@ -50,7 +51,7 @@ _HOME = {
     "directions": "ops.directions",
     "sliced_wasserstein": "ops.sliced_wasserstein",
     "Recipe": "config.pretrain",
-    "LeJEPALoss": "objectives.sigreg",
+    "LeJEPALoss": "objectives.lejepa",
     "SIGReg": "objectives.sigreg",
     "strong_sigreg": "objectives.sigreg",
     "weak_sigreg": "objectives.sigreg",
@@ -59,6 +60,7 @@ _HOME = {
     "finetune": "training.finetune",
     "TuningRecipe": "config.finetune",
     "list_encoders": "hub.zoo",
+    "list_objectives": "objectives",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -1,11 +1,11 @@
-"""Generalized Gaussian and its rectification: the law that embeddings are matched to.
+"""Generalized Gaussian and its rectification: the target law of the embeddings.
 
 Density of GN_p(mu, sigma):  f(x) = p^(1-1/p) / (2 sigma Gamma(1/p)) * exp(-|x - mu|^p / (p sigma^p)),  p > 0, sigma > 0.
 p = 1 is Laplace(mu, scale=sigma), p = 2 is Normal(mu, std=sigma); `scipy.stats.gennorm(p, loc=mu, scale=p**(1/p) * sigma)` is the same law.
-The rectified law is that of Y = max(X, 0): an atom of mass P(X <= 0) at zero and the density f on (0, inf).
+The rectified law is the law of Y = max(X, 0): an atom of mass P(X <= 0) at zero and the density f on (0, inf).
 
-Closed forms are worked out in float64 whatever the dtype of the parameters, through the regularised incomplete gamma functions
-P and Q of the tail that is small, so that they keep their relative precision at large negative mu.
+Closed forms are computed in float64 whatever the dtype of the parameters, from the regularised incomplete gamma function
+(P or Q) of the small tail, so that they keep their relative precision at large negative mu.
 Source: arXiv 2602.01456, section 3 and appendices; the d(xi)-entropy and the moments were checked against quadrature.
 """
 
@@ -34,8 +34,9 @@ class GeneralizedGaussian(Distribution):
         loc: mean mu, any real; scalar or tensor.
         scale: sigma > 0, same unit as `loc`; scalar or tensor. The variance is p^(2/p) sigma^2 Gamma(3/p) / Gamma(1/p).
         p: shape > 0 (1 Laplace, 2 normal, < 1 heavier tails); scalar or tensor. The three broadcast together. Three Python numbers are
-            kept in float64, so that the closed forms lose nothing; samples are then of torch's default dtype.
-        validate_args: check parameters and values (torch's default is on).
+            stored in float64, so that the closed forms lose nothing; samples then have torch's default dtype.
+        validate_args: check parameters and values unless False. None checks too, whatever torch's global default is: importing torch._dynamo
+            (torch.compile) turns that default off.
 
     Raises:
         ValueError: a parameter out of its range.
@@ -53,17 +54,17 @@ class GeneralizedGaussian(Distribution):
     has_rsample = False
 
     def __init__(self, loc: Number, scale: Number, p: Number, validate_args: bool | None = None) -> None:
-        self._shape_is = float(p) if not isinstance(p, Tensor) or p.numel() == 1 else None  # one p for all: fast sampling paths
+        self._shape_is = float(p) if not isinstance(p, Tensor) or p.numel() == 1 else None  # one p for all elements has fast sampling paths
         self._sample_dtype: torch.dtype | None = None
         if any(isinstance(x, Tensor) for x in (loc, scale, p)):
             self.loc, self.scale, self.p = broadcast_all(loc, scale, p)
         else:
             self.loc, self.scale, self.p = (torch.tensor(float(x), dtype=torch.float64) for x in (loc, scale, p))
             self._sample_dtype = torch.get_default_dtype()
-        super().__init__(self.loc.shape, validate_args=validate_args)
+        super().__init__(self.loc.shape, validate_args=validate_args is not False)
         if self._validate_args:
             for name, value in (("loc", self.loc), ("scale", self.scale), ("p", self.p)):
-                if not torch.isfinite(value).all():  # torch's own constraints let infinity pass
+                if not torch.isfinite(value).all():  # torch's constraints allow infinity
                     raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> GeneralizedGaussian:
@@ -82,7 +83,7 @@ class GeneralizedGaussian(Distribution):
         return loc, scale, p, a, a.abs() ** p / p
 
     def _like(self, result: Tensor, value: Tensor | None = None) -> Tensor:
-        """A float64 result in the dtype that parameters (and value) promote to."""
+        """A float64 result in the dtype to which parameters (and value) promote."""
         return result.to(self.loc.dtype if value is None else torch.result_type(value, self.loc))
 
     @property
@@ -103,8 +104,8 @@ class GeneralizedGaussian(Distribution):
             generator: source of randomness on the same device; torch's global generator when None.
 
         Returns:
-            Tensor of `sample_shape + batch_shape`, in the dtype of the parameters (never below float32: half-precision uniforms
-            cut the tails, so half parameters are drawn in float32 and then cast).
+            Tensor of `sample_shape + batch_shape`, in the dtype of the parameters (half parameters are
+            drawn in float32 and then cast, as half-precision uniforms cut the tails).
         """
         shape = self._extended_shape(torch.Size(sample_shape))
         asked = self._sample_dtype or self.loc.dtype
@@ -154,7 +155,7 @@ class GeneralizedGaussian(Distribution):
 
 
 class RectifiedGeneralizedGaussian(GeneralizedGaussian):
-    """RGN_p(loc, scale): the law of max(X, 0) for X ~ GN_p(loc, scale), a mixed measure with an atom at zero.
+    """RGN_p(loc, scale): the law of max(X, 0) for X ~ GN_p(loc, scale), a mixture of an atom at zero and a density above it.
 
     Args: those of `GeneralizedGaussian`; `loc` and `scale` are those of X, before rectification.
 
@@ -196,7 +197,7 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
 
     @property
     def second_moment(self) -> Tensor:
-        """E[Y^2], what RDMReg gives for an embedding that is zero everywhere."""
+        """E[Y^2], the value of RDMReg for an embedding that is zero everywhere."""
         return self._like(self._moments()[1])
 
     def sample(self, sample_shape: Any = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
@@ -217,7 +218,7 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
         return torch.where(value < 0, torch.zeros_like(below), below)
 
     def icdf(self, value: Tensor) -> Tensor:
-        """Quantile: 0 up to probability 1 - l0, that of X above."""
+        """Quantile: 0 up to probability 1 - l0, above it the quantile of X."""
         return super().icdf(value).clamp(min=0)
 
     def entropy(self) -> Tensor:
@@ -225,7 +226,7 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
         _, scale, p, a, t = self._float64()
         active, zero = _standard_cdf(a, p), _standard_cdf(-a, p)
         edge = a / p * torch.exp((1 - 1 / p) * p.log() - math.log(2) - torch.lgamma(1 / p) - t)
-        # (1 - l0) ln(1 - l0), of which 1 - l0 alone would round to 1 at negative mu
+        # (1 - l0) ln(1 - l0); at negative mu 1 - l0 itself would round to 1
         atom = torch.where(a < 0, torch.special.xlog1py(zero, -active), torch.special.xlogy(zero, zero))
         return self._like(active * (_log_z(scale, p) + 1 / p) - edge - atom)
 

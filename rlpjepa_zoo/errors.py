@@ -1,6 +1,6 @@
-"""What a user can cause, and the exit code each cause has on the command line.
+"""Errors that a user can cause, and their exit codes on the command line.
 
-Every message is one line: what was given, what was expected, the mend.
+Every message is one line: what was given, what was expected, how to fix it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 
 class ZooError(Exception):
-    """Base of all errors a user can cause. `exit_code` is what the command line returns."""
+    """Base of all errors a user can cause. `exit_code` is the exit code of the command line."""
 
     exit_code = 70
 
     def __str__(self) -> str:
-        return "\\n".join(super().__str__().splitlines())  # file names may hold line breaks
+        return "\\n".join(super().__str__().splitlines())  # file names may contain line breaks
 
 
 class UsageError(ZooError, ValueError):
@@ -35,13 +35,13 @@ class DataError(ZooError, ValueError):
 
 
 class ModelError(ZooError, ValueError):
-    """An unknown backbone, or a checkpoint that is damaged, foreign or does not fit."""
+    """An unknown backbone, or a checkpoint that is damaged, from elsewhere, or does not fit."""
 
     exit_code = 4
 
 
 class HubError(ZooError, OSError):
-    """The Hub or the network said no."""
+    """A refusal of the Hub or a failure of the network."""
 
     exit_code = 5
 
@@ -53,13 +53,13 @@ class OutputError(ZooError, OSError):
 
 
 class NonFiniteError(ZooError, ArithmeticError):
-    """NaN or infinity where a number was needed."""
+    """NaN or infinity where a finite number is needed."""
 
     exit_code = 7
 
 
 class StoppedBySignal(ZooError):
-    """Training was asked to stop and saved a checkpoint first."""
+    """A signal stopped training after a checkpoint was saved."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ class StoppedBySignal(ZooError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, in one line; its type where it says nothing.
+    """First line of an exception's message, or its type if it has no message.
 
     Example:
         >>> first_line(ValueError("no such file\\nwith a long story")), first_line(KeyError())

@@ -1,4 +1,4 @@
-"""The generalized Gaussian and its rectification against scipy, quadrature and the tables of METHOD A."""
+"""The generalized Gaussian and its rectification against scipy, quadrature and reference tables."""
 
 import math
 from typing import Any
@@ -36,12 +36,12 @@ def source(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def relative(wanted: float, tolerance: float = 1e-9) -> Any:
-    return pytest.approx(wanted, rel=tolerance, abs=0)
+def relative(expected: float, tolerance: float = 1e-9) -> Any:
+    return pytest.approx(expected, rel=tolerance, abs=0)
 
 
-def close(got: Tensor | float, wanted: float, tolerance: float = 1e-9) -> None:
-    assert float(got) == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+def close(got: Tensor | float, expected: float, tolerance: float = 1e-9) -> None:
+    assert float(got) == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
 # --- closed forms ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_rectified_law_puts_nothing_below_zero() -> None:
 
 @pytest.mark.parametrize("p", SHAPES)
 @pytest.mark.parametrize("sigma", [0.1, 1.0, 5.0])
-def test_half_of_a_centred_law_is_positive(p: float, sigma: float) -> None:
+def test_l0_of_a_centred_law_is_one_half(p: float, sigma: float) -> None:
     assert float(rgg(p, 0.0, sigma).l0) == 0.5
 
 
@@ -107,12 +107,12 @@ def test_quantile_inverts_the_distribution_function(p: float) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("q", [-0.01, 1.01, math.nan])
-def test_quantile_of_no_probability_is_refused(law: type, q: float) -> None:
+def test_quantile_outside_zero_and_one_is_refused(law: type, q: float) -> None:
     with pytest.raises(ValueError, match="probabilities"):
         law(0.0, 1.0, 1.0).icdf(torch.tensor(q))
 
 
-def test_quantiles_at_the_ends_are_the_ends_of_the_support() -> None:
+def test_quantiles_of_zero_and_one_bound_the_support() -> None:
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert gg(1.5, 0.3).icdf(ends).tolist() == [-math.inf, math.inf]
     assert rgg(1.5, 0.3).icdf(ends).tolist() == [0.0, math.inf]
@@ -125,7 +125,7 @@ def test_log_prob_is_differentiable_in_value_loc_and_scale(p: float) -> None:
         assert torch.autograd.gradcheck(lambda y, mu, sigma, law=law: law(mu, sigma, p).log_prob(y), inputs)
 
 
-# --- tables of METHOD A ---------------------------------------------------------------------------------------------------------------
+# --- reference tables ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_far_negative_mu_keeps_relative_precision(quantity: str, mu: float) -> N
 
 
 @pytest.mark.parametrize("a", [-5.0, -10.0, -30.0])
-def test_far_negative_mu_keeps_relative_precision_for_the_normal(a: float) -> None:
+def test_far_negative_mu_of_the_normal_keeps_relative_precision(a: float) -> None:
     assert float(rgg(2.0, a).l0) == relative(float(special.ndtr(a)))
     assert float(rgg(2.0, a).log_prob(f64(0.5))) == relative(float(stats.norm(a).logpdf(0.5)), 1e-12)
 
@@ -234,10 +234,10 @@ def test_far_negative_mu_keeps_relative_precision_for_the_normal(a: float) -> No
 @pytest.mark.parametrize("p", [0.5, 0.75, 1.5, 3.0])
 def test_far_negative_mu_agrees_with_relative_quadrature(p: float) -> None:
     mu = mu_for_density(1e-12, p)
-    law, wanted = rgg(p, mu), oracles.rectified(p, mu, sigma_gn(p))
-    assert float(law.l0) == relative(wanted["l0"])
-    assert float(law.mean) == relative(wanted["mean"])
-    assert float(law.variance) == relative(wanted["variance"])
+    law, expected = rgg(p, mu), oracles.rectified(p, mu, sigma_gn(p))
+    assert float(law.l0) == relative(expected["l0"])
+    assert float(law.mean) == relative(expected["mean"])
+    assert float(law.variance) == relative(expected["variance"])
 
 
 def test_float32_parameters_do_not_lose_the_tail() -> None:
@@ -249,20 +249,20 @@ def test_float32_parameters_do_not_lose_the_tail() -> None:
 
 
 @pytest.mark.parametrize(("p", "mu"), SAMPLED)
-def test_sample_moments_within_four_standard_errors(p: float, mu: float) -> None:
-    wanted = oracles.rectified(p, mu, oracles.sigma_gn(p))
+def test_sample_moments_fit_four_standard_errors(p: float, mu: float) -> None:
+    expected = oracles.rectified(p, mu, oracles.sigma_gn(p))
     y = RectifiedGeneralizedGaussian(mu, sigma_gn(p), p).sample((DRAWS,), source()).double()
     assert bool((y >= 0).all())
-    spread = (y - wanted["mean"]).square()
+    spread = (y - expected["mean"]).square()
     for values, key in ((y, "mean"), (spread, "variance"), (y.square(), "second"), ((y > 0).double(), "l0")):
-        assert abs(float(values.mean()) - wanted[key]) < 4 * float(values.std()) / DRAWS**0.5
+        assert abs(float(values.mean()) - expected[key]) < 4 * float(values.std()) / DRAWS**0.5
 
 
 @pytest.mark.parametrize(("p", "mu"), SAMPLED)
-def test_unrectified_sample_moments_within_four_standard_errors(p: float, mu: float) -> None:
+def test_unrectified_sample_moments_fit_four_standard_errors(p: float, mu: float) -> None:
     x = GeneralizedGaussian(mu, sigma_gn(p), p).sample((DRAWS,), source(1)).double()
-    for values, wanted in ((x, mu), ((x - mu).square(), 1.0), ((x - mu).sign(), 0.0)):
-        assert abs(float(values.mean()) - wanted) < 4 * float(values.std()) / DRAWS**0.5
+    for values, expected in ((x, mu), ((x - mu).square(), 1.0), ((x - mu).sign(), 0.0)):
+        assert abs(float(values.mean()) - expected) < 4 * float(values.std()) / DRAWS**0.5
 
 
 @pytest.mark.parametrize(("p", "mu"), SAMPLED)
@@ -281,7 +281,7 @@ def test_rectified_sample_is_the_clamped_unrectified_one(p: float, mu: float) ->
 
 
 @pytest.mark.parametrize("p", [0.7, 1.0, 2.0])
-def test_batched_shape_parameter_draws_the_same_law_as_the_fast_paths(p: float) -> None:
+def test_batched_p_draws_the_law_of_the_fast_paths(p: float) -> None:
     batched = GeneralizedGaussian(0.0, sigma_gn(p), torch.tensor([p, p])).sample((40_000,), source(4))
     assert stats.kstest(batched.double().flatten().numpy(), oracles.law(p, 0.0, oracles.sigma_gn(p)).cdf).pvalue > 1e-3
 
@@ -319,14 +319,14 @@ def test_sample_without_generator_follows_the_global_one(p: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.5, 0.7, 1.0, 2.0, 8.0])
-def test_sample_never_leaves_the_device_of_its_parameters(p: float) -> None:
+def test_sample_stays_on_the_device_of_its_parameters(p: float) -> None:
     law = RectifiedGeneralizedGaussian(torch.zeros(3, device="meta"), 1.0, p, validate_args=False)
     drawn = law.sample((5,))
     assert drawn.device.type == "meta" and drawn.shape == (5, 3)
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
-def test_sample_carries_no_gradient(p: float) -> None:
+def test_sample_has_no_gradient(p: float) -> None:
     law = RectifiedGeneralizedGaussian(torch.zeros(3, requires_grad=True), 1.0, p)
     assert not law.sample((2,)).requires_grad
     with pytest.raises(NotImplementedError):
@@ -374,9 +374,9 @@ def test_batched_sample_follows_each_law() -> None:
     sigma = torch.tensor([sigma_gn(float(x)) for x in p])
     y = RectifiedGeneralizedGaussian(mu, sigma, p).sample((DRAWS,), source()).double()
     for column, m, shape in zip(y.T, mu, p, strict=True):
-        wanted = oracles.rectified(float(shape), float(m), oracles.sigma_gn(float(shape)))
-        assert abs(float(column.mean()) - wanted["mean"]) < 4 * float(column.std()) / DRAWS**0.5
-        assert abs(float((column > 0).double().mean()) - wanted["l0"]) < 2 / DRAWS**0.5
+        expected = oracles.rectified(float(shape), float(m), oracles.sigma_gn(float(shape)))
+        assert abs(float(column.mean()) - expected["mean"]) < 4 * float(column.std()) / DRAWS**0.5
+        assert abs(float((column > 0).double().mean()) - expected["l0"]) < 2 / DRAWS**0.5
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -433,3 +433,20 @@ def test_mu_for_density_refuses_a_bad_shape_or_scale(bad: float) -> None:
         mu_for_density(0.1, bad)
     with pytest.raises(ValueError, match="scale"):
         mu_for_density(0.1, 1.0, bad)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_arguments_are_validated_when_torch_s_default_is_off(law: type) -> None:
+    """torch.compile turns the default off for the whole process."""
+    default = torch.distributions.Distribution._validate_args
+    try:
+        torch.distributions.Distribution.set_default_validate_args(False)
+        with pytest.raises(ValueError, match="scale"):
+            law(0.0, -1.0, 1.0)
+        with pytest.raises(ValueError, match="p: expected finite"):
+            law(0.0, 1.0, math.inf)
+        with pytest.raises(ValueError, match="support"):
+            law(0.0, 1.0, 1.0).expand((2,)).log_prob(torch.tensor([math.nan, 1.0]))
+        law(0.0, -1.0, 1.0, validate_args=False)
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(default)

@@ -118,7 +118,7 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,
         "peak learning rate": recipe.lr,
-        "directions": f"{build_objective(recipe).n} {recipe.objective.directions}",
+        "objective": build_objective(recipe).describe(),
     }
 
 

@@ -6,7 +6,7 @@ The section classes are the only source of defaults and descriptions. Derived va
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -36,8 +36,11 @@ class Recipe(Plan):
     data: Data
     views: Views = Views()
     encoder: Encoder
-    target: Target
-    objective: Objective = Objective()
+    if TYPE_CHECKING:
+        target: Target
+    else:
+        target: Target | None = None  # an objective says whether it needs one; those registered today do
+    objective: Objective = Field(default_factory=dict, validate_default=True)
     optim: Optim
     probe: Probe = Probe()
     train: Train
@@ -54,15 +57,24 @@ class Recipe(Plan):
             if self.views.blur and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self._check_frozen_backbone()
-        self.target.law()
-        from ..ops.directions import parse_directions
+        self._check_objective()
+        return self
 
+    def _check_objective(self) -> None:
+        """Check that the target is given if and only if the objective needs it, and the objective's options for the embedding width."""
+        from ..objectives import OBJECTIVES
+
+        name, needs_target = self.objective.name, OBJECTIVES[self.objective.name].needs_target
+        if needs_target and not self.target:
+            raise ValueError(f"target: missing; objective {name} needs one")
+        if self.target and not needs_target:
+            raise ValueError(f"target: has no meaning for objective {name}; remove it")
+        if needs_target:
+            self.target.law()
         try:
-            asked = self.objective.num_directions
-            parse_directions(self.objective.directions, 1 if asked == "auto" else asked, self.encoder.dim)
+            self.objective.check_dim(self.encoder.dim)
         except ValueError as error:
             raise ValueError(f"objective.{error}") from error
-        return self
 
     def _check_frozen_backbone(self) -> None:
         """Refuse keys that have a meaning only with, or only without, a frozen backbone."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError, UsageError, did_you_mean
 from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
+from .errors import explain
 
 __all__ = ["Data", "Encoder", "Local", "Objective", "Target", "Views"]
 
@@ -245,43 +246,27 @@ class Target(Section):
         return float(RectifiedGeneralizedGaussian(torch.tensor(mu, dtype=torch.float64), sigma, self.p).l0)
 
 
-class Objective(Section):
-    """Loss: weights of its two terms, and directions of the sliced distance."""
+DEFAULT_OBJECTIVE = "rectified_lpjepa"
 
-    invariance: NonNegative = 25.0
-    """Weight of the invariance term: mean squared difference between views."""
-    matching: NonNegative = 125.0
-    """Weight of the matching term: sliced distance between z and the target, mean over views."""
-    directions: str = "hadamard"
-    """Family of directions: random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random. paper: the 8192 random
-    directions of the paper."""
-    num_directions: Count | Literal["auto"] = "auto"
-    """Number of directions. auto: the fewest that keep the relative error of the gradient within gradient_error; only for random, orthogonal
-    and hadamard."""
-    gradient_error: Positive | None = None
-    """num_directions: auto only: relative error of the gradient that the directions cause, for embeddings that are a sample of the target.
-    Null means 0.45, the error of 8192 random directions at a batch of 256 and a dimension of 512."""
-    chunk: Count | None = None
-    """Directions processed at once: limits memory and changes no result. Null: 128 per thread on a CPU, 4096 on other devices."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _paper(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("directions") != "paper":
-            return values
-        if str(given := values.get("num_directions", 8192)) != "8192":
-            raise ValueError(f"objective.directions: paper is 8192 random ones, but num_directions is {given}; remove it, or say random")
-        return values | {"directions": "random", "num_directions": 8192}
+def _objective_options(values: Any) -> Any:
+    """Validate the section by the `Options` of the objective that `name` selects."""
+    from ..objectives import OBJECTIVES
+    from ..objectives.base import Options
 
-    @model_validator(mode="after")
-    def _counted(self) -> Self:
-        from ..ops.directions import FAMILIES, INDEPENDENT
+    if isinstance(values, Options):
+        return values
+    if not isinstance(values, dict):
+        raise ValueError(f"objective: got {values!r}, expected a valid dictionary")
+    try:
+        options = OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+    except UsageError as error:
+        raise ValueError(f"objective.name: {error}") from error
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"objective.{explain(error, options)}") from error
 
-        known = {part.partition(":")[0].strip() for part in self.directions.split("+")} <= set(FAMILIES)  # else it is refused for that
-        if self.num_directions == "auto" and known and self.directions not in INDEPENDENT:
-            raise ValueError(
-                f"objective.num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number"
-            )
-        if self.num_directions != "auto" and self.gradient_error is not None:
-            raise ValueError(f"objective.gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
-        return self
+
+Objective = Annotated[SerializeAsAny[Any], BeforeValidator(_objective_options)]
+"""Section of the training objective: `name`, and the keys of that objective's `Options`."""

@@ -1,4 +1,4 @@
-"""The only module that touches torch.distributed. On one process every function is the identity."""
+"""Collective operations; the only module that imports torch.distributed. On one process every function is the identity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 DistError: type[Exception] = getattr(dist, "DistError", RuntimeError)
-"""What torch raises when processes do not find each other."""
+"""The exception that torch raises when processes cannot connect."""
 
 
 def _active() -> bool:
@@ -26,12 +26,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Index of this process, from 0."""
     return dist.get_rank() if _active() else 0
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over ranks; the gradient is the sum over ranks of what flows back, cut to this rank's rows."""
+    """Concatenate over ranks; the gradient is the sum of all ranks' gradients, cut to this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
@@ -42,7 +42,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may hand the same tensor to other branches
+        grad = grads[0].clone(memory_format=torch.contiguous_format)  # autograd may pass the same tensor to other branches
         dist.all_reduce(grad)
         return grad.narrow(ctx.dim, dist.get_rank() * ctx.rows, ctx.rows), None
 
@@ -51,12 +51,12 @@ def gather_with_grad(x: Tensor, dim: int = 0) -> Tensor:
     """Concatenate `x` of all ranks along `dim`, in rank order, keeping the gradient.
 
     With a loss computed from the gathered batch on every rank and gradients *averaged* over ranks (what DistributedDataParallel
-    does), parameters receive exactly the gradient of one process that sees the joined batch. `Accelerator.gather` carries no
-    gradient, and a backward that only cuts its own slice is wrong by the world size.
+    does), parameters receive exactly the gradient of one process that sees the joined batch. `Accelerator.gather` has no
+    gradient, and a backward that only cuts out its own rows is wrong.
 
     Args:
         x: tensor of equal shape on all ranks.
-        dim: the dimension that grows by the world size.
+        dim: the dimension to concatenate.
     """
     return _Gather.apply(x, dim) if _active() else x
 
@@ -73,7 +73,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def max_over_ranks(x: Tensor) -> Tensor:
-    """Element-wise maximum over ranks: how all ranks agree on a flag."""
+    """Element-wise maximum over ranks; with it all ranks agree on a flag."""
     x = x.detach().clone()
     if _active():
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
@@ -95,14 +95,14 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """All of a tensor that is sharded over ranks (every rank must ask for it); any other tensor as it is."""
+    """The complete tensor if `x` is sharded over ranks (all ranks must call this), else `x`."""
     gather = getattr(x, "full_tensor", None)
-    found: Tensor = x if gather is None else gather()
-    return found
+    full: Tensor = x if gather is None else gather()
+    return full
 
 
 def copy_with_layout(x: Tensor, like: Tensor) -> Tensor:
-    """A copy of `x` on the device, in the memory format and with the sharding of `like`, which has its shape; its own dtype."""
+    """A copy of `x` with its own dtype and the device, memory format and sharding of `like`, which has the same shape."""
     if hasattr(like, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -112,7 +112,7 @@ def copy_with_layout(x: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in rank order; for small host-side records such as the list of unreadable images."""
+    """The values of all ranks, in rank order; for small host-side objects such as the list of unreadable images."""
     if not _active():
         return [value]
     out: list[Any] = [None] * dist.get_world_size()
@@ -121,32 +121,32 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def raise_on_all_ranks(trouble: BaseException | None) -> None:
-    """Raise on every rank what went wrong on one, so that none waits for another that has left. All ranks call it; it is also a barrier.
+    """Raise the error of one rank on all ranks, so that no rank waits for one that has ended. All ranks call this; it is also a barrier.
 
     Args:
         trouble: this rank's error, or None.
 
     Raises:
-        BaseException: this rank's own, else one of the same type and text as that of the lowest rank that has one.
+        BaseException: this rank's error, else one with the type and text of the lowest rank's error.
     """
     if trouble is None and not _active():
         return
-    seen = gather_objects(None if trouble is None else (type(trouble), str(trouble)))
+    failures = gather_objects(None if trouble is None else (type(trouble), str(trouble)))
     if trouble is not None:
         raise trouble
-    for number, found in enumerate(seen):
-        if found is not None:
-            kind, text = found
+    for number, failure in enumerate(failures):
+        if failure is not None:
+            kind, text = failure
             try:
                 error = kind(f"process {number}: {text}")
-            except TypeError:  # a type that wants more than a text
+            except TypeError:  # the type needs further arguments
                 error = RuntimeError(f"process {number}: {kind.__name__}: {text}")
             raise error
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Run a block that one rank may fail in and that holds no collective: then all fail, see `raise_on_all_ranks`."""
+    """Run a block in which a rank may fail; then all ranks fail, see `raise_on_all_ranks`. The block must not contain a collective operation."""
     trouble = None
     try:
         yield
@@ -157,13 +157,13 @@ def fail_together() -> Iterator[None]:
 
 @torch.no_grad()
 def from_main(x: Tensor) -> None:
-    """Make a tensor what it is on rank 0, in place."""
+    """Overwrite a tensor with its value on rank 0."""
     if _active():
         dist.broadcast(x, 0)
 
 
 def gather_before(module: torch.nn.Module, method: str) -> None:
-    """Let a sharded module (FSDP 2) gather its weights before this method too, not only before `forward`; any other stays as it is."""
+    """Make a sharded module (FSDP 2) gather its weights before this method too, not only before `forward`; no effect on other modules."""
     if any(hasattr(p, "full_tensor") for p in module.parameters()):
         from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -171,22 +171,22 @@ def gather_before(module: torch.nn.Module, method: str) -> None:
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait for all ranks."""
     if _active():
         dist.barrier()
 
 
 def start(patience: timedelta = timedelta(days=30)) -> None:
-    """Join the other processes of the launch (torchrun, accelerate), if there are any, to talk about small things on the CPU.
+    """Connect the processes of a launch (torchrun, accelerate), if there are several, for small exchanges on the CPU.
 
     Args:
-        patience: how long to wait for one that is still at work; a launcher ends all when one dies.
+        patience: how long a rank waits for another that still works; the launcher ends all ranks when one dies.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_available() and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=patience)
 
 
 def shut_down() -> None:
-    """Leave the process group, if there is one; torch warns about programs that end without."""
+    """Leave the process group, if there is one; torch warns about programs that end without leaving."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

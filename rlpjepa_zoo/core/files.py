@@ -1,13 +1,10 @@
-"""Files: atomic writes, digests, strict JSON, headers of safetensors files, locks."""
+"""Files: atomic writes, digests, strict JSON, headers of safetensors files, folder locks."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,19 +12,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..errors import ModelError, OutputError, UsageError, first_line
 
 MAX_JSON = 1 << 20
-
-
+"""Largest JSON file that is read, in bytes."""
 MAX_HEADER = 1 << 22
+"""Largest header of a safetensors file that is read, in bytes."""
 
 
 def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
-    """Strict JSON: UTF-8, at most 1 MiB, no duplicate keys, no NaN or Infinity.
+    """Parse strict JSON: UTF-8, at most `limit` bytes, no duplicate keys, no NaN or Infinity.
 
     Raises:
-        ModelError: with the line where parsing stopped.
+        ModelError: names the file and the place where parsing stopped.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def sha256(content: bytes | Path) -> str:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and wait until it is on disk (fsync)."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -64,7 +63,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until renames inside a folder are on the disk."""
+    """Wait until renames inside a folder are on disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -74,27 +73,27 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the name by one rename when all went well, and nothing is left of it otherwise.
+    """Write a file atomically: yields a temporary path in the same folder, which is renamed to `path` on success and removed on error.
 
     Raises:
         OutputError: disk full, no permission, no such folder.
     """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield aside
-        with open(aside, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes in a safetensors file, from its header alone.
+    """Dtypes and shapes in a safetensors file by tensor name, from its header only.
 
     Raises:
         ModelError: not a safetensors file, or a header of more than 4 MiB.
@@ -104,39 +103,45 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 2 <= length <= MAX_HEADER:
-                raise ModelError(f"{path}: not a safetensors file (header of {length} bytes, at most {MAX_HEADER} are read)")
+                raise ModelError(f"{path}: not a safetensors file (its header has {length} bytes, the limit is {MAX_HEADER})")
             header = parse_json(file.read(length), str(path), MAX_HEADER)
         return {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
     except (OSError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Hold a run folder; a second run into it is refused, and a killed one frees it at once.
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that a second run into it is refused. The lock of a killed process is free at once.
 
     Raises:
-        UsageError: somebody holds it; the message says who.
-        OutputError: the folder cannot be made or written.
+        UsageError: another process holds it; the message names the process.
+        OutputError: the folder cannot be created, written or locked.
     """
+    path = folder / ".lock"
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
     except OSError as error:
-        raise OutputError(f"{run}: cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    held = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            raise UsageError(f"{run}: in use by {owner}; choose another --out, or wait for it to end") from error
-        except OSError as error:
-            raise OutputError(f"{run}: cannot be locked: {error.strerror or error}; choose an --out on a file system with locks") from error
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        home = run / "checkpoints"
-        for left in [*home.glob(".tmp-*"), *home.glob(".del-*")] if home.is_dir() else []:
-            shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+        held.acquire()
+    except Timeout as error:
+        raise UsageError(f"{folder}: in use by {_holder(path)}; choose another --out, or wait for it to end") from error
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be locked: {error.strerror or error}; choose an --out on a file system with locks") from error
+    try:
+        with suppress(OSError):  # Windows refuses a second handle on a locked file; the text is only for the message above
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        os.close(handle)
+        held.release()
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock file, as its holder wrote it."""
+    try:
+        return path.read_text(errors="replace")[:200].strip() or "another process"
+    except OSError:
+        return "another process"

@@ -1,4 +1,4 @@
-"""Measures of an evaluation: keys, labels and order."""
+"""Measures of an evaluation: their keys in reports, labels and order."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from typing import Any
 
 SPACES = {"z": "z (sparse)", "features": "features (dense)", "pixels": "raw pixels"}
-"""Representations of a report."""
+"""Representations in a report, by the suffix of their keys, with labels."""
 
 
 def measure_label(measure: str) -> str | None:
-    """How a measure is called in tables; None when it is not one.
+    """Label of a measure in tables; None if the name is no measure.
 
     Example:
         >>> [measure_label(name) for name in ("knn", "one_shot", "shot_5", "l0")]
         ['kNN', '1-shot', '5-shot', None]
     """
-    named = {
+    labels = {
         "knn": "kNN",
         "linear": "linear probe",
         "one_shot": "1-shot",
@@ -26,13 +26,13 @@ def measure_label(measure: str) -> str | None:
     }
     if shots := re.fullmatch(r"shot_(\d{1,6})", measure):
         return f"{shots[1]}-shot"
-    if at := re.fullmatch(r"precision_at_(\d{1,6})", measure):
-        return f"precision at {at[1]}"
-    return named.get(measure)
+    if rank := re.fullmatch(r"precision_at_(\d{1,6})", measure):
+        return f"precision at {rank[1]}"
+    return labels.get(measure)
 
 
 def measures_of(report: dict[str, Any]) -> list[str]:
-    """The measures of a report or of one entry of its "against", in the order of tables.
+    """Measures in a report, or in one entry of its "against", in table order.
 
     Example:
         >>> measures_of({"n_test": 5, "shot_5_z": 0.5, "linear_z": 0.4, "linear_std_z": 0.1, "knn_pixels": 0.3})
@@ -41,8 +41,8 @@ def measures_of(report: dict[str, Any]) -> list[str]:
     stems = {key.removesuffix(f"_{space}") for key in report for space in SPACES if key.endswith(f"_{space}")}
     order = ["knn", "linear", "one_shot", "shot", "mlp", "map", "precision", "nmi"]
 
-    def place(measure: str) -> tuple[int, int]:
-        last = measure.rpartition("_")[2]
-        return order.index(measure if measure in order else measure.partition("_")[0]), int(last) if last.isdigit() else 0
+    def position(measure: str) -> tuple[int, int]:
+        number = measure.rpartition("_")[2]
+        return order.index(measure if measure in order else measure.partition("_")[0]), int(number) if number.isdigit() else 0
 
-    return sorted((stem for stem in stems if measure_label(stem)), key=place)
+    return sorted((stem for stem in stems if measure_label(stem)), key=position)

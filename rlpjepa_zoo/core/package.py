@@ -1,4 +1,4 @@
-"""What is installed: versions, and data that ships with the package."""
+"""Versions of installed packages, and data that ships with this package."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def resource(name: str) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
+    """Versions of the packages that affect results; packages that are not installed are left out."""
     names = ("rlpjepa-zoo", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "numpy")
-    found = {}
+    installed = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

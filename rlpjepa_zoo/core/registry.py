@@ -1,4 +1,4 @@
-"""Registries: what a recipe or a command can name, and the file that defines it."""
+"""Registries: entries that a recipe or a command can name, each defined in a file of its own."""
 
 from __future__ import annotations
 

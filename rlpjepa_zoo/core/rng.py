@@ -1,6 +1,6 @@
-"""Counter-based randomness: every draw is a function of (seed, purpose, counters), never of what was drawn before.
+"""Counter-based randomness: every draw is a function of (seed, purpose, counters), never of earlier draws.
 
-Because of that the result does not depend on rank, worker count or the point of a resume, and no generator state is ever saved.
+So results do not depend on rank, worker count or the point of a resume, and no generator state is saved.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def key(seed: int, purpose: str, *counters: int) -> int:
 
     Args:
         seed: seed of the run, any integer.
-        purpose: what the stream is for, such as ``"directions"``; streams of different purposes are independent.
-        counters: step, epoch, sample id, view, ... any integers.
+        purpose: the use of the stream, such as ``"directions"``; streams of different purposes are independent.
+        counters: step, epoch, sample id, view and so on; any integers.
 
     Example:
         >>> key(0, "order", 3) == key(0, "order", 3), key(0, "order", 3) == key(0, "order", 4)
@@ -41,7 +41,7 @@ def generator(seed: int, purpose: str, *counters: int, device: torch.device | st
 
 @contextmanager
 def seeded(seed: int, purpose: str, *counters: int) -> Iterator[None]:
-    """Run code that can only draw from torch's global CPU generator (torchvision's transforms) on its own stream; the global state is put back."""
+    """Run code that draws from torch's global CPU generator (such as torchvision's transforms) on its own stream; then restore the global state."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(key(seed, purpose, *counters))
     try:
@@ -51,20 +51,20 @@ def seeded(seed: int, purpose: str, *counters: int) -> Iterator[None]:
 
 
 def mix(key: int | torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
-    """64 well mixed bits for every combination of counters: many streams at once, the same on every device.
+    """64 random bits for each combination of counters: many streams at once, the same on every device.
 
     Args:
-        key: of the streams, from `key`, or a tensor of such numbers.
+        key: number of the stream, from `key`, or a tensor of such numbers.
         counters: int64 tensors that broadcast with each other (and with `key`).
 
     Returns:
-        int64, all values equally likely; see `uniform`.
+        int64, uniformly distributed; see `uniform`.
 
     Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied once for each counter.
     """
     state = key if isinstance(key, torch.Tensor) else torch.tensor(key, device=counters[0].device)
     for counter in counters:
-        state = state + (counter + 1) * -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number; products wrap
+        state = state + (counter + 1) * -0x61C8864680B583EB  # 2^64 / golden ratio as a signed number; products wrap around
         state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
         state = (state ^ _shifted(state, 27)) * -0x6B2FB644ECCEEE15
         state = state ^ _shifted(state, 31)
@@ -72,7 +72,7 @@ def mix(key: int | torch.Tensor, *counters: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts the sign in
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # `>>` copies the sign bit, the mask removes the copies
 
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:

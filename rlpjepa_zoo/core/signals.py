@@ -1,4 +1,4 @@
-"""Being asked to stop or to save: by a scheduler, a person, or a launcher that is gone."""
+"""Requests to stop or to save: signals from a scheduler or a person, and the end of the launcher."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from typing import Any
 
 __all__ = ["Interrupts"]
 
-_ECHO = 3.0
-"""Seconds within which a second signal is an echo: launchers and schedulers repeat one at once."""
+_REPEAT_SECONDS = 3.0
+"""A second signal within this time is ignored: launchers and schedulers repeat signals at once."""
 
 
 class Interrupts:
-    """While entered: SIGTERM and Ctrl-C set `stop` to an exit code, SIGUSR1 sets `save`; one more Ctrl-C, seconds later, interrupts at once.
+    """Context in which SIGTERM and Ctrl-C set `stop` to an exit code and SIGUSR1 sets `save`; a second Ctrl-C, seconds later, interrupts.
 
-    The end of the launcher (torchrun, accelerate), if there is one, counts as SIGTERM: one that is killed tells nobody, and `accelerate
-    launch` of one process passes no signal on.
+    The end of the launcher (torchrun, accelerate), if there is one, counts as SIGTERM: a killed launcher sends no signal, and `accelerate
+    launch` of one process forwards none.
+
+    Attributes:
+        stop: exit code to stop with (128 + signal number); None if nobody asked.
+        save: whether a checkpoint was asked for; the caller resets it.
     """
 
     def __init__(self) -> None:
@@ -33,9 +37,9 @@ class Interrupts:
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}
         try:
             self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        except ValueError:  # not the main thread: the caller handles signals
+        except ValueError:  # not the main thread, so the caller handles signals
             self._before = {}
-        if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # a run without launcher may outlive its shell
+        if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys():  # without a launcher a run may outlive its shell
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -47,7 +51,7 @@ class Interrupts:
     def _stop(self, number: int, frame: Any) -> None:
         if self.stop is None:
             self.stop, self._asked_at = 128 + number, time.monotonic()
-        elif time.monotonic() - self._asked_at > _ECHO:
+        elif time.monotonic() - self._asked_at > _REPEAT_SECONDS:
             raise KeyboardInterrupt
 
     def _save(self, number: int, frame: Any) -> None:

@@ -1,8 +1,105 @@
-"""Names of models and data: zoo names, repositories on the Hub, folders."""
+"""The parser of source names (zoo names, repositories on the Hub, folders, timm models), and what of them may be published."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["ModelSource", "is_repository", "shareable_path"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, parsed from text by `ModelSource.parse`.
+
+    Attributes:
+        text: the source as given.
+        kind: ``"folder"`` (a local path), ``"hub"`` (a repository), or ``"name"`` (a zoo name or a timm architecture; also anything invalid,
+            which the caller refuses).
+        value: the path, ``owner/repo``, or the name, without prefix and revision.
+        revision: branch, tag or commit after ``@``; None without one.
+        timm: whether it is a plain timm model rather than an encoder or classifier of this package.
+
+    Example:
+        >>> ModelSource.parse("hf-hub:owner/repo@v1").value, ModelSource.parse("timm:resnet18").kind
+        ('owner/repo', 'name')
+    """
+
+    text: str
+    kind: Literal["folder", "hub", "name"]
+    value: str
+    revision: str | None = None
+    timm: bool = False
+
+    @classmethod
+    def parse(cls, source: str | Path, *, timm: bool = False, look_for_folders: bool = True) -> ModelSource:
+        """Parse ``timm:NAME``, ``hf-hub:owner/repo@revision``, ``local-dir:PATH``, ``owner/repo@revision``, an existing folder, or a name.
+
+        Args:
+            source: the text; a `Path` is always a folder. After ``timm:`` the grammar is timm's: ``hf-hub:``, ``local-dir:`` or a name.
+            timm: read the text as a timm name even without ``timm:``, as in `create_encoder` and ``encoder.backbone`` of a recipe.
+            look_for_folders: whether text without prefix is a folder if one of that name exists; never for timm names. False reads names
+                that were written earlier, such as those on cards.
+        """
+        text = str(source)
+        name = text.removeprefix("timm:")
+        timm = timm or name != text
+        if isinstance(source, Path):
+            return cls(text, "folder", text)
+        if name.startswith("local-dir:"):
+            return cls(text, "folder", name.removeprefix("local-dir:"), timm=timm)
+        if look_for_folders and not timm and _exists(_expand(name), folder=True):
+            return cls(text, "folder", name)
+        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+        if name.startswith("hf-hub:") or (is_repository(repo) and not timm):
+            return cls(text, "hub", repo, revision or None, timm)
+        return cls(text, "name", name, timm=timm)
+
+    @property
+    def path(self) -> Path:
+        """The folder, with ``~`` expanded.
+
+        Raises:
+            ValueError: not a folder.
+        """
+        if self.kind != "folder":
+            raise ValueError(f"'{self.text}' is not a folder")
+        return _expand(self.value)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the text names a place on this machine: a folder, an existing file, or a path written as one."""
+        if self.kind == "folder":
+            return True
+        if self.timm or self.kind == "hub" and self.text.startswith("hf-hub:"):
+            return False
+        return self.text.startswith(("/", "~", "./", "../")) or _exists(_expand(self.text))
+
+    @property
+    def label(self) -> str:
+        """Name for tables and cards: of a local path only the last part; ``timm:`` is kept.
+
+        Example:
+            >>> ModelSource.parse("timm:local-dir:/home/me/vit").label, ModelSource.parse("local-dir:/home/me/run").label
+            ('timm:vit', 'run')
+        """
+        if not self.is_local:
+            return self.text
+        return ("timm:" if self.text.startswith("timm:") else "") + _last_part(self.value)
+
+    def shareable(self) -> str:
+        """Source text for published recipes: of a local path only the last part. A timm folder keeps ``local-dir:``, as its bare name
+        would be an architecture.
+
+        Example:
+            >>> ModelSource.parse("timm:local-dir:/home/me/vit").shareable(), ModelSource.parse("local-dir:/home/me/run").shareable()
+            ('timm:local-dir:vit', 'run')
+        """
+        if not (self.timm and self.is_local):
+            return self.label
+        return ("timm:" if self.text.startswith("timm:") else "") + "local-dir:" + _last_part(self.value)
 
 
 def is_repository(name: str) -> bool:
@@ -13,5 +110,40 @@ def is_repository(name: str) -> bool:
         (True, False, False)
     """
     parts = name.split("/")
-    good = len(parts) == 2 and len(name) <= 96 and all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts)
-    return good and "--" not in name and ".." not in name and not name.endswith(".git")
+    valid = len(parts) == 2 and len(name) <= 96 and all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts)
+    return valid and "--" not in name and ".." not in name and not name.endswith(".git")
+
+
+def shareable_path(path: str | None, name: str | None) -> str | None:
+    """What may be published of the local path of a data set: nothing if the data set has a name, else the last part.
+
+    Args:
+        path: the path in a recipe, if any.
+        name: the public name of the data set, if any.
+
+    Example:
+        >>> shareable_path("/home/me/flowers", None), shareable_path("/home/me/cifar", "uoft-cs/cifar10")
+        ('flowers', None)
+    """
+    return None if path is None or name is not None else _last_part(path)
+
+
+def _last_part(path: str) -> str:
+    """Name of a folder without its parents; of ``.`` or ``..`` that of the folder it stands for."""
+    name = Path(path).name
+    return _expand(path).resolve().name if name in ("", "..") or name.startswith("~") else name
+
+
+def _expand(text: str) -> Path:
+    """Path with ``~`` expanded; unchanged if there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def _exists(path: Path, folder: bool = False) -> bool:
+    try:
+        return path.is_dir() if folder else path.exists()
+    except (OSError, ValueError):  # name too long, NUL
+        return False

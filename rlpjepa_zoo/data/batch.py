@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config.sections import Plan
+from ..config.plan import Plan
 from ..core import rng
 from ..errors import DataError
 from .images import Images

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..config.sections import Plan
+from ..config.plan import Plan
 from ..core import rng
 from ..errors import DataError, first_line
 from .batch import Assemble, Batch

@@ -30,7 +30,8 @@ from ..data.images import ImageRows, Row, reason_with_id, spans
 from ..data.preprocess import batched, ready
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import OutputOptions, SparseEncoder
-from ..sparse.embeddings import SparseEmbeddings, Values
+from ..sparse.embeddings import SparseEmbeddings
+from ..sparse.io import Values
 from .card import card
 from .manifest import FORMAT, check_equal, finished_parts, prepare, provenance, read_manifest
 from .parts import arrow_text, part_paths, write_json, write_part

@@ -8,55 +8,83 @@ of the squared differences of sorted projections.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from ..core import distributed, rng
 from ..distributions import RectifiedGeneralizedGaussian
-from ..ops.directions import cut, directions, slices
+from ..errors import RecipeError
+from ..ops.directions import FAMILIES, INDEPENDENT, direction_blocks, directions, parse_directions, select_directions
+from ..ops.gradient_noise import directions_needed, matched
 from ..ops.sliced_wasserstein import sliced_wasserstein
+from . import OBJECTIVES
+from .base import Count, NonNegative, Objective, Options, Positive, Terms, invariance
 
-__all__ = ["RectifiedLpJEPALoss", "Terms", "invariance"]
+__all__ = ["PAPER_ERROR", "RectifiedLpJEPALoss", "RectifiedLpJEPAOptions"]
 
-
-def invariance(z: Tensor) -> Tensor:
-    """Mean over pairs of views, batch and dimensions of the squared difference.
-
-    Args:
-        z: (V, B, D), V >= 1, rectified embeddings of V views of the same images; no normalisation, no stop-gradient.
-
-    Returns:
-        Scalar; zero for one view. For V = 2 it is mean((z1 - z2)^2).
-
-    Example:
-        >>> float(invariance(torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])))
-        0.5
-    """
-    views = z.shape[0]
-    with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
-        if views < 2:
-            return z.sum() * 0.0
-        if views == 2:
-            return (z[0] - z[1]).square().mean()
-        return (z - z.mean(0)).square().mean() * (2 * views / (views - 1))  # = mean over pairs, in O(V)
+PAPER_ERROR = 0.45
+"""Gradient error of the paper's 8192 random directions at a batch of 256 and a width of 512, where embeddings are a sample of the target."""
 
 
-class Terms(NamedTuple):
-    """What the objective returns: `loss` = weighted sum (with gradient), and its two unweighted parts."""
+class RectifiedLpJEPAOptions(Options):
+    """Weights and directions of the loss."""
 
-    loss: Tensor
-    invariance: Tensor
-    matching: Tensor
+    name: Literal["rectified_lpjepa"] = "rectified_lpjepa"
+    invariance: NonNegative = 25.0
+    """Weight of the squared difference between views."""
+    matching: NonNegative = 125.0
+    """Weight of the mean over views of the sliced distance."""
+    directions: str = "hadamard"
+    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random; paper for the paper's 8192 random ones."""
+    num_directions: Count | Literal["auto"] = "auto"
+    """auto: the fewest that keep the gradient within `gradient_error`; for random, orthogonal and hadamard."""
+    gradient_error: Positive | None = None
+    """Relative error of the gradient from finitely many directions, where embeddings are a sample of the target. For auto; null takes 0.45,
+    the error of 8192 random directions at a batch of 256 and a width of 512."""
+    chunk: Count | None = None
+    """Directions per chunk: bounds memory, changes nothing else; null takes 128 for each thread of a CPU, 4096 elsewhere."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paper(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("directions") != "paper":
+            return values
+        if str(given := values.get("num_directions", 8192)) != "8192":
+            raise ValueError(f"directions: paper is 8192 random ones, but num_directions is {given}; remove it, or say random")
+        return values | {"directions": "random", "num_directions": 8192}
+
+    @field_validator("num_directions", mode="wrap")
+    @classmethod
+    def _count_or_auto(cls, value: Any, parse: Any) -> Any:
+        try:
+            return parse(value)
+        except ValidationError as error:
+            raise ValueError(f"num_directions: got {value!r}, expected a whole number above 0, or auto") from error
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        families = {text.partition(":")[0].strip() for text in self.directions.split("+")}
+        if self.num_directions == "auto" and families <= set(FAMILIES) and self.directions not in INDEPENDENT:
+            raise ValueError(f"num_directions: auto needs one of {', '.join(INDEPENDENT)}, not '{self.directions}'; give a number")
+        if self.num_directions != "auto" and self.gradient_error is not None:
+            raise ValueError(f"gradient_error: is for num_directions: auto, not for {self.num_directions}; remove one of them")
+        return self
+
+    def check_dim(self, dim: int) -> None:
+        parse_directions(self.directions, 1 if self.num_directions == "auto" else self.num_directions, dim)
 
 
-class RectifiedLpJEPALoss:
+@OBJECTIVES.register("rectified_lpjepa")
+class RectifiedLpJEPALoss(Objective):
     """weight_invariance * invariance + weight_matching * mean over views of the sliced distance to the target.
 
     Targets and directions are drawn from (seed, step), the same on every rank, for the batch gathered from all ranks; each rank
-    works on its share of the directions. After gradient averaging the parameters get exactly the gradient of one process that sees
+    computes its share of the directions. After gradient averaging the parameters get exactly the gradient of one process that sees
     the whole batch, whatever the number of ranks.
 
     Args:
@@ -64,15 +92,18 @@ class RectifiedLpJEPALoss:
         invariance_weight, matching_weight: lambda_inv and lambda_reg, >= 0.
         kind, n: family and number of directions, see `directions`.
         seed: of the run.
-        chunk: directions at once, see `sliced_wasserstein`.
+        chunk: directions per chunk, see `sliced_wasserstein`.
 
     Example:
         >>> from rlpjepa_zoo.distributions import sigma_gn
         >>> loss = RectifiedLpJEPALoss(RectifiedGeneralizedGaussian(0.0, sigma_gn(1.0), 1.0), n=64)
         >>> terms = loss(torch.rand(2, 16, 8, requires_grad=True), step=0)
-        >>> terms.loss.requires_grad, bool(terms.matching >= 0)
+        >>> terms.total.requires_grad, bool(terms.parts["matching"] >= 0)
         (True, True)
     """
+
+    Options = RectifiedLpJEPAOptions
+    needs_target = True
 
     def __init__(
         self,
@@ -86,6 +117,32 @@ class RectifiedLpJEPALoss:
     ) -> None:
         self.target, self.kind, self.n, self.seed, self.chunk = target, kind, n, seed, chunk
         self.invariance_weight, self.matching_weight = invariance_weight, matching_weight
+        self.shape: tuple[int, int] | None = None
+        """Global batch and embedding width of the run; None if not built for a run."""
+
+    @classmethod
+    def build(
+        cls, options: RectifiedLpJEPAOptions, *, target: RectifiedGeneralizedGaussian | None, dim: int, batch_size: int, seed: int
+    ) -> Self:
+        """The loss for a run; `num_directions: auto` becomes a number, that of rank 0 on every rank. All ranks call this together.
+
+        Raises:
+            RecipeError: no target, or a gradient error that needs too many directions.
+        """
+        if target is None:
+            raise RecipeError("target: missing; objective rectified_lpjepa needs one")
+        count = options.num_directions
+        if count == "auto":
+            sample = matched(target, batch_size, dim)
+            with distributed.fail_together():
+                try:
+                    count = directions_needed(options.directions, options.gradient_error or PAPER_ERROR, *sample)
+                except ValueError as error:
+                    raise RecipeError(f"objective.gradient_error: {error}") from error
+            count = distributed.gather_objects(count)[0]
+        loss = cls(target, options.invariance, options.matching, options.directions, count, seed, options.chunk)
+        loss.shape = (batch_size, dim)
+        return loss
 
     def _draw(self, purpose: str, step: int, rows: int, dim: int, device: torch.device) -> Tensor:
         source = rng.generator(self.seed, purpose, step, device=device)
@@ -93,29 +150,35 @@ class RectifiedLpJEPALoss:
         law = RectifiedGeneralizedGaussian(loc, scale, float(self.target.p), validate_args=False)
         return law.sample((rows, dim), generator=source)
 
-    def __call__(self, z: Tensor, step: int) -> Terms:
-        """Terms for this rank's embeddings z (V, b, D) at a step; `matching` covers the batch of all ranks."""
-        inv = invariance(z)
-        everyone = distributed.gather_with_grad(z, dim=1)
-        batch, dim = everyone.shape[1:]
-        y = self._draw("target", step, batch, dim, z.device)
-        source = rng.generator(self.seed, "directions", step, device=z.device)
+    def __call__(self, views: Tensor, step: int) -> Terms:
+        """Terms for this rank's embeddings (V, b, D) at a step; `matching` covers the batch of all ranks.
+
+        Raises:
+            RecipeError: fewer directions than ranks; raised on every rank.
+        """
+        difference = invariance(views)
+        gathered = distributed.gather_with_grad(views, dim=1)
+        batch, dim = gathered.shape[1:]
+        y = self._draw("target", step, batch, dim, views.device)
+        source = rng.generator(self.seed, "directions", step, device=views.device)
         rank, ranks = distributed.rank(), distributed.world_size()
-        if self.n < ranks:  # on every rank
-            raise ValueError(f"directions: {self.n} are fewer than {ranks} ranks; raise objective.num_directions")
+        if self.n < ranks:
+            raise RecipeError(f"objective.num_directions: {self.n} directions are fewer than {ranks} ranks; give at least {ranks}")
         low, high = self.n * rank // ranks, self.n * (rank + 1) // ranks
-        mine = cut(slices(self.kind, self.n, dim, source, features=everyone), low, high)
+        own = select_directions(direction_blocks(self.kind, self.n, dim, source, features=gathered), low, high)
         share = (high - low) * ranks / self.n  # 1 when the ranks divide n evenly
-        matching = sliced_wasserstein(everyone, y, mine, self.chunk) * share
-        return Terms(self.invariance_weight * inv + self.matching_weight * matching, inv, matching)
+        matching = sliced_wasserstein(gathered, y, own, self.chunk) * share
+        total = self.invariance_weight * difference + self.matching_weight * matching
+        return Terms(total, {"invariance": difference, "matching": matching})
 
     @torch.no_grad()
     def floor(self, batch: int, dim: int, repeats: int = 4, n: int = 512, device: torch.device | str = "cpu") -> float:
-        """Value of the matching term for embeddings that *are* a sample of the target: what perfect training ends at, about kappa / B.
+        """Value of the matching term for embeddings that *are* a sample of the target, where perfect training ends: about kappa / B.
 
         Args:
             batch, dim: global B and D.
             repeats, n: independent pairs of samples, and random directions for each.
+            device: where the samples are drawn.
         """
         where = torch.device(device)
         values = []
@@ -124,3 +187,23 @@ class RectifiedLpJEPALoss:
             a, b = (self._draw(f"floor-{half}", i, batch, dim, where) for half in "ab")
             values.append(float(sliced_wasserstein(a, b, c, self.chunk)))
         return sum(values) / len(values)
+
+    @cached_property
+    def run_floor(self) -> float | None:
+        """`floor` at the batch size and width of the run; None if not built for a run."""
+        return None if self.shape is None else self.floor(*self.shape)
+
+    def monitor(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """`floor`, and the excess of the matching term above it."""
+        return {} if self.run_floor is None else {"floor": self.run_floor, "excess": parts["matching"] - self.run_floor}
+
+    def describe(self) -> str:
+        floor = "" if self.run_floor is None else f", floor {self.run_floor:.4g}"
+        return f"target l0 {float(self.target.l0):.3f}{floor}, {self.n} {self.kind} directions"
+
+    def state(self) -> dict[str, Any]:
+        return {"directions": self.n}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the number of directions: `auto` may give another one on another processor."""
+        self.n = state.get("directions", self.n)

@@ -1,9 +1,9 @@
-"""SIGReg: embeddings or hidden states drawn towards a standard Gaussian, and LeJEPA's objective made of it.
+"""SIGReg: a regulariser that draws embeddings or hidden states towards a standard Gaussian.
 
 Shapes: B batch, C width, K directions, V views. *Strong* compares characteristic functions along directions (the statistic of Epps and
-Pulley), *weak* the covariance with the identity. Everything runs in float32 (float64 in, float64 inside) with autocast off, in real
-arithmetic. Over many processes all of it is of the joined batch: only means of small things are exchanged, no embeddings (but for the
-weak form of a batch smaller than the width), and after gradient averaging the parameters get exactly the gradient of one process.
+Pulley), *weak* compares the covariance with the identity. Everything runs in float32 (float64 in, float64 inside) with autocast off, in real
+arithmetic. Over many processes the values are those of the joined batch. Processes exchange only means of small tensors, and embeddings only
+for the weak form of a batch smaller than the width. After gradient averaging the parameters get exactly the gradient of one process.
 Sources: arXiv 2511.08544 (LeJEPA), arXiv 2603.05924 (strong and weak SIGReg for supervised training).
 """
 
@@ -20,14 +20,13 @@ from torch.autograd.function import once_differentiable
 from ..core import distributed, rng
 from ..ops.directions import directions
 from ..ops.precision import full_float32
-from .rectified_lpjepa import Terms
 
-__all__ = ["KINDS", "LeJEPALoss", "SIGReg", "sketch", "strong_sigreg", "weak_sigreg"]
+__all__ = ["KINDS", "SIGReg", "sketch", "strong_sigreg", "weak_sigreg"]
 
 KINDS: dict[str, tuple[int, float] | None] = {"strong": (17, 5.0), "lejepa": (33, 3.0), "weak": None}
-"""Kinds of `SIGReg`: the strong form with the knots and the limit of either paper, and the weak form, which has none.
+"""Kinds of `SIGReg`: knots and limit of the strong form as in each paper, and None for the weak form.
 
-LeJEPA's 17 knots on [0, 3] with doubled weights are 33 knots on [-3, 3], since the integrand is even.
+LeJEPA's 17 knots on [0, 3] with doubled weights equal 33 knots on [-3, 3], because the integrand is even.
 """
 
 
@@ -59,7 +58,7 @@ class _Strong(torch.autograd.Function):
     """Value and gradient in one pass over blocks of directions; one sin and one cos for each projection, whatever the number of knots.
 
     With C_k and S_k the means of cos(t_k p) and sin(t_k p), the gradient of a projection p is a trigonometric series in t_1 p with
-    coefficients (S_k, phi_k - C_k) 2 w_k k. So nothing is kept but the gradient of x. The knot t = 0 adds nothing: both are 1 there.
+    coefficients (S_k, phi_k - C_k) 2 w_k k. So only the gradient of x is saved. The knot t = 0 adds nothing: both functions are 1 there.
     """
 
     @staticmethod
@@ -70,7 +69,7 @@ class _Strong(torch.autograd.Function):
         k = torch.arange(1, count + 1, device=x.device, dtype=x.dtype).view(-1, 1, 1)
         phi = torch.exp(-(k * (limit / count)).square() / 2)
         weight = phi * (2 * limit / count)
-        weight[-1] /= 2  # of the trapezoidal rule, both signs of t in one
+        weight[-1] /= 2  # trapezoidal rule, with both signs of t in one knot
         grad = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
         total = x.new_zeros(())
         for block in c.split(chunk):
@@ -83,10 +82,10 @@ class _Strong(torch.autograd.Function):
             if grad is not None:
                 coefficients = torch.stack([error[:, 1], -error[:, 0]], 1) * (2 * weight * k).unsqueeze(1)
                 grad.addmm_(_series(wave, coefficients).view(len(block), -1).T, block)
-        slices = len(c) * views
+        projections = len(c) * views
         if grad is not None:
-            ctx.save_for_backward(grad.mul_(world / slices).view_as(x))
-        return total * (batch * world / slices)
+            ctx.save_for_backward(grad.mul_(world / projections).view_as(x))
+        return total * (batch * world / projections)
 
     @staticmethod
     @once_differentiable
@@ -99,15 +98,15 @@ def strong_sigreg(x: Tensor, directions: Tensor, knots: int = 17, limit: float =
     """Distance of the characteristic functions of projections from that of a standard Gaussian (Epps-Pulley), averaged over directions.
 
     Mean over directions c and views of B * integral over [-limit, limit] of |mean_b exp(i t x_b c) - phi(t)|^2 phi(t) dt by the
-    trapezoidal rule, phi(t) = exp(-t^2 / 2). Rows far out hardly count: beyond a few units the gradient of a projection fades, and the rule
+    trapezoidal rule, phi(t) = exp(-t^2 / 2). Outliers hardly count: beyond a few units the gradient of a projection fades, and the rule
     sees it modulo pi (knots - 1) / limit, which is 10 for (17, 5) and 33.5 for (33, 3).
 
     Args:
         x: (B, C) or (V, B, C) embeddings; receives the gradient. float16 / bfloat16 are computed in float32.
         directions: (K, C), rows of unit length, without gradient, the same on all processes.
-        knots: of the rule, on all of [-limit, limit]; odd, >= 3. (17, 5) is that of SIGReg, (33, 3) that of LeJEPA.
-        limit: > 0.
-        chunk: directions worked on at once, by default 256 on a CPU (to stay in cache) and 4096 elsewhere; peak extra memory is about
+        knots: number of knots on [-limit, limit]; odd, >= 3. SIGReg has (knots, limit) = (17, 5), LeJEPA (33, 3).
+        limit: end of the integral, > 0.
+        chunk: directions per chunk, by default 256 on a CPU (to stay in cache) and 4096 elsewhere; peak extra memory is about
             8 * chunk * V * B numbers, whatever K and `knots`. Processes exchange chunk * knots * V numbers for each chunk.
 
     Returns:
@@ -125,7 +124,7 @@ def strong_sigreg(x: Tensor, directions: Tensor, knots: int = 17, limit: float =
     if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
         raise ValueError(f"strong_sigreg: expected directions (K, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(directions.shape)}")
     if knots < 3 or knots % 2 == 0:
-        raise ValueError(f"strong_sigreg: knots must be odd and >= 3, so that 0 is one and both signs are there, got {knots}")
+        raise ValueError(f"strong_sigreg: knots must be odd and >= 3, so that 0 is a knot and both signs have the same knots, got {knots}")
     if not (limit > 0 and math.isfinite(limit)):
         raise ValueError(f"strong_sigreg: limit must be > 0 and finite, got {limit}")
     chunk = chunk if chunk is not None else 256 if x.device.type == "cpu" else 4096
@@ -141,8 +140,8 @@ def strong_sigreg(x: Tensor, directions: Tensor, knots: int = 17, limit: float =
 class _Weak(torch.autograd.Function):
     """|Cov - I| of one view, and its gradient 2 (x Cov - x) / (d |Cov - I|), x sketched and centred, d = B - 1 + 1e-6.
 
-    For B < C the products x x^T are fewer than x^T x. Their eigenvalues are those of Cov but for C - B zeros, so
-    |Cov - I|^2 = |x x^T / d - I|^2 + C - B: a sum without cancellation. At Cov = I, where the norm has no gradient, it is 0.
+    For B < C the matrix x x^T is smaller than x^T x. Its eigenvalues are those of Cov without C - B zeros, so
+    |Cov - I|^2 = |x x^T / d - I|^2 + C - B: a sum without cancellation. At Cov = I, where the norm has no gradient, the gradient is 0.
     """
 
     @staticmethod
@@ -155,8 +154,8 @@ class _Weak(torch.autograd.Function):
         scale = batch - 1 + 1e-6
         x = x - distributed.mean_over_ranks(x.mean(0))
         if batch < dim:
-            everyone = distributed.gather_rows(x)
-            excess = x @ everyone.T / scale  # this rank's rows
+            gathered = distributed.gather_rows(x)
+            excess = x @ gathered.T / scale  # this rank's rows
             excess.diagonal(rank * rows).sub_(1)
             square = world * distributed.mean_over_ranks(excess.square().sum()) + (dim - batch)
         else:
@@ -165,7 +164,7 @@ class _Weak(torch.autograd.Function):
             square = excess.square().sum()
         value = square.sqrt()
         if ctx.needs_input_grad[0]:
-            pull = excess @ everyone if batch < dim else x @ excess
+            pull = excess @ gathered if batch < dim else x @ excess
             pull *= (2 * world / scale) / value.clamp(min=torch.finfo(x.dtype).tiny)
             ctx.save_for_backward(pull if narrow is None else pull @ narrow)
         return value
@@ -185,8 +184,8 @@ def weak_sigreg(x: Tensor, sketch: Tensor | None = None) -> Tensor:
         sketch: (K, C), from `sketch`, without gradient, the same on all processes; x is replaced by x sketch^T first.
 
     Returns:
-        Scalar >= 0, float32 (float64 for float64 `x`). sqrt(K) (without a sketch sqrt(C)) for x = 0. Of Gaussian samples it is not 0,
-        and its least value is taken at a variance below 1: the noise of Cov counts too.
+        Scalar >= 0, float32 (float64 for float64 `x`). sqrt(K) (without a sketch sqrt(C)) for x = 0. For Gaussian samples it is not 0, and
+        its minimum is at a variance below 1, because the noise of Cov counts too.
 
     Raises:
         ValueError: shapes that do not fit, or fewer than two rows.
@@ -206,7 +205,7 @@ def weak_sigreg(x: Tensor, sketch: Tensor | None = None) -> Tensor:
 
 
 def sketch(n: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """(n, dim) float32 matrix of independent N(0, 1 / dim), on the device of `generator`: narrows x of `dim` columns for `weak_sigreg`.
+    """(n, dim) float32 matrix of independent N(0, 1 / dim), on the device of `generator`; reduces x of `dim` columns to n for `weak_sigreg`.
 
     Example:
         >>> sketch(64, 512, torch.Generator().manual_seed(0)).shape
@@ -219,7 +218,7 @@ def sketch(n: int, dim: int, generator: torch.Generator | None = None) -> Tensor
 
 
 def _views(name: str, x: Tensor) -> Tensor:
-    """x as (V, B, C), in float32 unless it is float64."""
+    """x as (V, B, C), in float32, or float64 if x is float64."""
     if x.dim() not in (2, 3):
         raise ValueError(f"{name}: expected x (B, C) or (V, B, C), got {tuple(x.shape)}")
     if x.numel() == 0:
@@ -228,20 +227,20 @@ def _views(name: str, x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 2 else x
 
 
-# --- as regulariser and as objective -------------------------------------------------------------------------------------------------
+# --- as a regulariser ---------------------------------------------------------------------------------------------------------------
 
 
 class SIGReg:
-    """SIGReg of embeddings, or averaged over hidden states, with directions or a sketch drawn from (seed, step), the same on all processes.
+    """SIGReg of embeddings, or its mean over hidden states; directions or sketch are drawn from (seed, step), the same on all processes.
 
     Args:
         kind: ``strong``, ``lejepa`` or ``weak``, see `KINDS`.
-        n: number of directions; for the weak form, rows of the sketch, which only states wider than that get.
-        seed: of the run.
-        family: of the directions, see `slices.directions`; not for the weak form, and none that needs features.
+        n: number of directions; for the weak form, rows of the sketch, which is used for states wider than n.
+        seed: seed of the run.
+        family: family of the directions, see `directions`; not for the weak form, and not one that needs features.
 
     Raises:
-        ValueError: unknown kind, n < 1, or a family that does not fit; when called, as `strong_sigreg` and `weak_sigreg`.
+        ValueError: unknown kind, n < 1, or a family that does not fit. Calls raise as `strong_sigreg` and `weak_sigreg`.
 
     Example:
         >>> hidden = [torch.randn(32, 16), torch.randn(32, 128)]
@@ -256,7 +255,7 @@ class SIGReg:
             raise ValueError(f"SIGReg: n must be >= 1, got {n}")
         if "eigen" in family or (kind == "weak" and family != "random"):
             raise ValueError(
-                f"SIGReg: family '{family}' is not for kind '{kind}'; expected 'random', or for directions 'orthogonal', 'axes'"
+                f"SIGReg: family '{family}' is not for kind '{kind}'; expected 'random', or for the strong form 'orthogonal', 'hadamard' or 'axes'"
             )
         self.kind, self.n, self.seed, self.family = kind, n, seed, family
 
@@ -266,42 +265,11 @@ class SIGReg:
         if not layers:
             raise ValueError("SIGReg: no hidden states; expected one tensor or a list of at least one")
         source = rng.generator(self.seed, "sigreg-directions", step, device=layers[0].device)
-        return torch.stack([self._of(layer, source) for layer in layers]).mean()
+        return torch.stack([self._layer(layer, source) for layer in layers]).mean()
 
-    def _of(self, x: Tensor, source: torch.Generator) -> Tensor:
+    def _layer(self, x: Tensor, source: torch.Generator) -> Tensor:
         x, rule = _views("SIGReg", x), KINDS[self.kind]
         width = x.shape[-1]
         if rule is None:
             return weak_sigreg(x, sketch(self.n, width, source) if width > self.n else None)
         return strong_sigreg(x, directions(self.family, self.n, width, source), *rule)
-
-
-class LeJEPALoss:
-    """weight * SIGReg + (1 - weight) * mean over views, batch and dimensions of (z_v - mean of the views)^2.
-
-    Called as `RectifiedLpJEPALoss` is, and as exact over any number of processes.
-
-    Args:
-        weight: lambda in [0, 1]; LeJEPA uses 0.02 to 0.05.
-        sigreg: by default LeJEPA's with 1024 directions and seed 0.
-
-    Example:
-        >>> terms = LeJEPALoss()(torch.randn(2, 16, 8, requires_grad=True), step=0)
-        >>> terms.loss.requires_grad, bool(terms.matching > 0)
-        (True, True)
-    """
-
-    def __init__(self, weight: float = 0.05, sigreg: SIGReg | None = None) -> None:
-        if not 0 <= weight <= 1:
-            raise ValueError(f"LeJEPALoss: weight must lie in [0, 1], got {weight}")
-        self.weight, self.sigreg = weight, sigreg if sigreg is not None else SIGReg("lejepa", n=1024)
-
-    def __call__(self, z: Tensor, step: int) -> Terms:
-        """Terms for this rank's embeddings z (V, b, D) at a step; `matching` covers the batch of all ranks."""
-        if z.dim() != 3:
-            raise ValueError(f"LeJEPALoss: expected z (V, B, D), got {tuple(z.shape)}")
-        with torch.autocast(z.device.type, enabled=False):
-            wide = z if z.dtype == torch.float64 else z.float()
-            inv = (wide - wide.mean(0)).square().mean()
-        matching = self.sigreg(z, step)
-        return Terms(self.weight * matching + (1 - self.weight) * inv, inv, matching)

@@ -1,8 +1,8 @@
-"""How noisy a finite number of directions makes the gradient, and how many of them an asked error takes.
+"""Noise of the gradient from a finite number of directions, and the number of directions for a given error.
 
-The sliced distance is an average over directions; N of them give its gradient up to noise. With independent draws of n directions,
-gradients G_1 ... G_m have a mean and a scatter S^2 = sum |G_i - mean|^2 / (m - 1) around it, and the error of one draw relative to the
-gradient of all directions is sqrt(S^2 / (|mean|^2 - S^2 / m)). It falls like 1 / sqrt(N) for independent draws or whole bases.
+The sliced distance is an average over directions; N of them give its gradient up to noise. m independent draws of n directions give
+gradients G_1 ... G_m with a mean and a scatter S^2 = sum |G_i - mean|^2 / (m - 1). The error of one draw relative to the gradient of all
+directions is sqrt(S^2 / (|mean|^2 - S^2 / m)). It falls like 1 / sqrt(N) for independent draws or complete bases.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from ..core import rng
 from ..distributions import RectifiedGeneralizedGaussian
-from .directions import INDEPENDENT, slices
+from .directions import INDEPENDENT, direction_blocks
 from .sliced_wasserstein import sliced_wasserstein
 
 __all__ = ["MOST", "directions_needed", "gradient_error", "matched"]
 
 MOST = 1 << 20
-"""Directions that are still thought to be meant."""
+"""Largest number of directions that `directions_needed` returns."""
 
 
 def matched(law: RectifiedGeneralizedGaussian, batch: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeddings that are a sample of the target, and the target's own sample: (B, D) each.
+    """Embeddings that are a sample of the target, and a sample of the target: (B, D) each.
 
-    It is where perfect training ends, and where directions are noisiest compared with the gradient, which here is nothing but the
-    difference of two samples: an error of 0.5 says that directions add a quarter to the variance that the draw of the target has anyway.
+    Perfect training ends here, and here directions are noisiest relative to the gradient, which is only the difference of two samples: at an
+    error of 0.5 the directions add a quarter to the variance that the draw of the target has anyway.
     """
     z, y = (law.sample((batch, dim), generator=rng.generator(seed, f"matched-{name}")) for name in "zy")
     return z, y
@@ -58,17 +58,17 @@ def gradient_error(kind: str, n: int, z: Tensor, y: Tensor, seed: int = 0, draws
     total, squares = torch.zeros_like(z, dtype=torch.float64), 0.0
     for draw in range(draws):
         x = z.detach().clone().requires_grad_()
-        parts = slices(kind, n, z.shape[1], rng.generator(seed, "gradient-error", draw, device=z.device))
-        (grad,) = torch.autograd.grad(sliced_wasserstein(x, y, parts), x)
+        blocks = direction_blocks(kind, n, z.shape[1], rng.generator(seed, "gradient-error", draw, device=z.device))
+        (grad,) = torch.autograd.grad(sliced_wasserstein(x, y, blocks), x)
         total += grad
         squares += float(grad.double().square().sum())
     mean = float((total / draws).square().sum())
-    scatter = max(squares - draws * mean, 0.0) / (draws - 1)  # where all draws agree, rounding leaves it either side of 0
+    scatter = max(squares - draws * mean, 0.0) / (draws - 1)  # rounding makes it negative where all draws agree
     return math.sqrt(scatter / max(mean - scatter / draws, 1e-12 * mean, sys.float_info.min))
 
 
 def directions_needed(kind: str, error: float, z: Tensor, y: Tensor, seed: int = 0, draws: int = 8) -> int:
-    """Fewest directions whose gradient error is at most `error`: whole bases of the families that have them.
+    """Fewest directions whose gradient error is at most `error`; a multiple of D for families made of bases.
 
     Args:
         kind: a family of `INDEPENDENT`.
@@ -76,7 +76,7 @@ def directions_needed(kind: str, error: float, z: Tensor, y: Tensor, seed: int =
         z, y, seed, draws: see `gradient_error`.
 
     Raises:
-        ValueError: a mix, a family whose error does not fall with its number, or an error that takes more than `MOST` directions.
+        ValueError: a mix, a family whose error does not fall with its number, or an error that needs more than `MOST` directions.
     """
     if kind not in INDEPENDENT:
         raise ValueError(f"directions_needed: expected one of {', '.join(INDEPENDENT)}, got '{kind}'")

@@ -1,4 +1,4 @@
-"""Matrix products of float32 in full float32, whatever is allowed elsewhere."""
+"""Float32 matrix products in full float32, whatever precision the process allows."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ __all__ = ["full_float32"]
 
 _lock = threading.Lock()
 _inside = 0
+"""Number of threads inside the context."""
 _before: list[tuple[Any, str]] = []
+"""Backends whose precision was changed, and the precision to restore."""
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Inside, TF32 and bfloat16 do not stand in for float32 products: they would move projections past each other.
+    """Context in which float32 products use neither TF32 nor bfloat16: those would change the order of close projections.
 
-    torch keeps the choice for the whole process. So it is changed only where something else is allowed, by the first thread that comes in,
-    and given back by the last that leaves.
+    torch keeps the setting for the whole process. So the first thread that enters changes it, only where another precision is allowed, and
+    the last thread that leaves restores it.
     """
     global _inside
     with _lock:
         _inside += 1
         if _inside == 1:
-            for place in (torch.backends.cuda.matmul, vars(torch.backends)["mkldnn"].matmul):
-                if place.fp32_precision not in ("ieee", "none"):
-                    _before.append((place, place.fp32_precision))
-                    place.fp32_precision = "ieee"
+            for backend in (torch.backends.cuda.matmul, vars(torch.backends)["mkldnn"].matmul):
+                if backend.fp32_precision not in ("ieee", "none"):
+                    _before.append((backend, backend.fp32_precision))
+                    backend.fp32_precision = "ieee"
     try:
         yield
     finally:
         with _lock:
             _inside -= 1
             while not _inside and _before:
-                place, value = _before.pop()
-                place.fp32_precision = "none"
-                if place.fp32_precision != value:  # it was not inherited from a more general setting
-                    place.fp32_precision = value
+                backend, value = _before.pop()
+                backend.fp32_precision = "none"
+                if backend.fp32_precision != value:  # the value was not inherited from a more general setting
+                    backend.fp32_precision = value

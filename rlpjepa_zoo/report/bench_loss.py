@@ -90,7 +90,7 @@ def optimal_transport(n: int) -> Loss | None:
 def ours(kind: str, n: int) -> Loss:
     """The matching term of `RectifiedLpJEPALoss`."""
     objective, steps = RectifiedLpJEPALoss(law(), kind=kind, n=n), count()
-    return lambda z: objective(z, next(steps)).matching
+    return lambda z: objective(z, next(steps)).parts["matching"]
 
 
 def others() -> dict[str, Loss]:

@@ -1,37 +1,31 @@
-"""`SparseEmbeddings`: n non-negative sparse rows with their ids, as three CSR arrays. numpy only; converters import what they need."""
+"""`SparseEmbeddings`: n non-negative sparse rows with their ids, as three CSR arrays. Needs numpy only; converters import their libraries."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ..core.files import whole_file
-from ..errors import DataError, ModelError, UsageError
+from ..errors import DataError, UsageError
+from . import io
+from .io import Values, number_array
 
 __all__ = ["SparseEmbeddings"]
 
-_FORMAT = "rlpjepa_zoo.sparse/1"
-_QUANTISED = "rlpjepa_zoo.sparse/2"
-"""Of files with uint8 values, which readers of the first format would take for the values themselves."""
-
-Values = Literal["float32", "float16", "uint8"]
-
 
 class SparseEmbeddings:
-    """Rows of non-negative numbers of which few are non-zero (compressed sparse rows).
+    """Rows of non-negative numbers, few of them non-zero (compressed sparse rows).
 
     Args:
         indptr: (n + 1,) integers; row i owns entries indptr[i] : indptr[i + 1].
         indices: (nnz,) column of each entry, strictly increasing within a row.
         values: (nnz,) floats > 0, finite.
         dim: number of columns D.
-        ids: n ids, all strings or all integers (paths, keys); 0 .. n - 1 when None.
-        meta: str -> str provenance that travels with the rows; the key ``"model"`` names the encoder, and rows of two encoders
-            do not mix.
+        ids: n ids (paths, keys), all strings or all integers; 0 .. n - 1 when None.
+        meta: str -> str provenance, saved with the rows; the key ``"model"`` names the encoder. Rows of different encoders cannot be
+            concatenated.
 
     Attributes:
         shape: (n, D).
@@ -59,9 +53,9 @@ class SparseEmbeddings:
         meta: Mapping[str, str] | None = None,
     ) -> None:
         self.indptr, wide, self.values = (
-            _vector("indptr", indptr, np.int64),
-            _vector("indices", indices),
-            _vector("values", values, np.float32),
+            number_array("indptr", indptr, np.int64),
+            number_array("indices", indices),
+            number_array("values", values, np.float32),
         )
         if isinstance(dim, bool) or not isinstance(dim, int | np.integer):
             raise DataError(f"dim: expected an integer, got {dim!r}")
@@ -93,21 +87,23 @@ class SparseEmbeddings:
             raise DataError(f"indices: expected integers, got {indices.dtype}")
         bad |= (indices < 0) | (indices >= self.dim)
         if len(indices) > 1:
-            rises = np.diff(indices.astype(np.int64, copy=False)) > 0
-            rises[p[1:-1][(p[1:-1] > 0) & (p[1:-1] < len(indices))] - 1] = True  # a new row may start lower
-            bad[1:] |= ~rises
+            rising = np.diff(indices.astype(np.int64, copy=False)) > 0
+            rising[p[1:-1][(p[1:-1] > 0) & (p[1:-1] < len(indices))] - 1] = (
+                True  # the first column of a row may be lower than the last of the row before
+            )
+            bad[1:] |= ~rising
         if bad.any():
-            at = int(np.flatnonzero(bad)[0])
-            row = int(np.searchsorted(p, at, side="right")) - 1
+            entry = int(np.flatnonzero(bad)[0])
+            row = int(np.searchsorted(p, entry, side="right")) - 1
             raise DataError(
-                f"row {row}: column {indices[at]} with value {v[at]}; expected rising columns below {self.dim} and finite values > 0"
+                f"row {row}: column {indices[entry]} with value {v[entry]}; expected rising columns below {self.dim} and finite values > 0"
             )
 
-    # --- making ----------------------------------------------------------------------------------------------------------------------
+    # --- construction ----------------------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dense(cls, dense: Any, ids: Any = None, meta: Mapping[str, str] | None = None) -> SparseEmbeddings:
-        """From an (n, D) array or tensor; exact zeros (and -0.0) are dropped, everything else is kept.
+        """From an (n, D) array or tensor; only exact zeros (and -0.0) are dropped.
 
         Raises:
             DataError: a negative or non-finite number, with its row.
@@ -162,7 +158,7 @@ class SparseEmbeddings:
             meta,
         )
 
-    # --- looking ---------------------------------------------------------------------------------------------------------------------
+    # --- access ---------------------------------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -179,8 +175,8 @@ class SparseEmbeddings:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays as they are saved: values float32, columns int16 where they fit, row starts int64 (ids not counted)."""
-        return self.indptr.nbytes + self.values.nbytes + self.indices.astype(_index_dtype(self.dim)).nbytes
+        """Bytes of the arrays as saved: values float32, columns int16 where they fit, row starts int64 (ids not counted)."""
+        return self.indptr.nbytes + self.values.nbytes + self.indices.astype(io.index_dtype(self.dim)).nbytes
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -200,7 +196,7 @@ class SparseEmbeddings:
     __hash__ = None  # type: ignore[assignment]
 
     def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray[Any, Any]) -> SparseEmbeddings:
-        """Rows as a new object: an integer gives one row of shape (1, D); slices, index arrays and boolean masks give several."""
+        """Rows as a new object: an integer gives one row of shape (1, D); slices, index arrays and boolean masks give several rows."""
         n = len(self)
         if isinstance(index, int | np.integer):
             if not -n <= index < n:
@@ -218,7 +214,7 @@ class SparseEmbeddings:
         return SparseEmbeddings(indptr, self.indices[entries], self.values[entries], self.dim, ids, self.meta)
 
     def top_k(self, k: int) -> SparseEmbeddings:
-        """Keep the k largest values of each row (of equal ones, those of lower column); rows with fewer keep what they have.
+        """Keep the k largest values of each row (of equal ones, those of lower column); rows with fewer values do not change.
 
         Raises:
             UsageError: k < 1.
@@ -233,12 +229,12 @@ class SparseEmbeddings:
         return self._with(indptr, entries, self.ids)
 
     def at_least(self, value: float) -> SparseEmbeddings:
-        """Keep the values that are not below `value`."""
-        kept = self.values >= value
-        indptr = np.concatenate([[0], np.cumsum(kept)])[self.indptr]
-        return self._with(indptr, np.flatnonzero(kept), self.ids)
+        """Keep the values >= `value`."""
+        keep = self.values >= value
+        indptr = np.concatenate([[0], np.cumsum(keep)])[self.indptr]
+        return self._with(indptr, np.flatnonzero(keep), self.ids)
 
-    # --- converting ------------------------------------------------------------------------------------------------------------------
+    # --- conversion ------------------------------------------------------------------------------------------------------------------
 
     def to_dense(self) -> np.ndarray[Any, Any]:
         """(n, D) float32 array."""
@@ -247,14 +243,14 @@ class SparseEmbeddings:
         return dense
 
     def to_scipy(self) -> Any:
-        """`scipy.sparse.csr_array`, float32, which scikit-learn takes as it is."""
+        """`scipy.sparse.csr_array`, float32, which scikit-learn accepts."""
         from scipy.sparse import csr_array
 
-        rows = self.indptr.astype(np.int32) if self.nnz < 2**31 else self.indptr  # much of scikit-learn takes 32-bit indices only
+        rows = self.indptr.astype(np.int32) if self.nnz < 2**31 else self.indptr  # many scikit-learn functions take 32-bit indices only
         return csr_array((self.values, self.indices, rows), shape=self.shape)
 
     def to_torch(self, layout: Literal["csr", "coo"] = "csr") -> Any:
-        """A torch sparse tensor, float32. Prefer this class for slicing and joining: torch CSR can do neither.
+        """A torch sparse tensor, float32. torch CSR can neither be sliced nor concatenated; this class can.
 
         Raises:
             UsageError: another layout.
@@ -275,206 +271,43 @@ class SparseEmbeddings:
 
     def to_arrow(self, values: Values = "float32") -> Any:
         """A `pyarrow.Table` with columns id, indices (lists of int16 or int32) and values (lists of numbers), as `save` writes it."""
-        import pyarrow as pa
-
-        try:
-            names = pa.array(self.ids.tolist(), pa.string() if self.ids.dtype.kind == "U" else pa.int64())
-        except UnicodeEncodeError as error:
-            raise DataError("an id is not valid UTF-8 text, which Arrow and Parquet need; save as .npz or .safetensors") from error
-        except OverflowError as error:
-            raise DataError("an id is above 2^63 - 1, which Arrow and Parquet do not hold; use text") from error
-        lists, offsets = (
-            (pa.ListArray, pa.array(self.indptr.astype(np.int32))) if self.nnz < 2**31 else (pa.LargeListArray, pa.array(self.indptr))
-        )
-        columns = {name: pa.array(array) for name, array in self._stored(values).items()}
-        for name in ("indices", "values"):
-            columns[name] = lists.from_arrays(offsets, columns[name])
-        return pa.table({"id": names, **columns}).replace_schema_metadata({"rlpjepa_zoo": json.dumps(self._header(values))})
-
-    def _stored(self, values: str) -> dict[str, np.ndarray[Any, Any]]:
-        """Columns and values as they are written; with uint8, value = stored * scale of the row, and the smallest stored value is 1."""
-        columns = {"indices": self.indices.astype(_index_dtype(self.dim))}
-        if values == "uint8":
-            counts = np.diff(self.indptr)
-            largest = np.zeros(len(self), np.float32)
-            largest[counts > 0] = np.maximum.reduceat(self.values, self.indptr[:-1][counts > 0]) if self.nnz else 0
-            scale = np.maximum(largest / np.float32(255), np.float32(1e-38))
-            return {**columns, "values": np.clip(np.rint(self.values / np.repeat(scale, counts)), 1, 255).astype(np.uint8), "scale": scale}
-        if values not in ("float32", "float16"):
-            raise UsageError(f"values: expected 'float32', 'float16' or 'uint8', got {values!r}")
-        with np.errstate(over="ignore"):
-            out = self.values.astype(values)
-        if not np.isfinite(out).all() or (out == 0).any():
-            raise DataError("values do not fit into float16 (range 6e-8 .. 65504); save as float32")
-        return {**columns, "values": out}
+        return io.arrow_table(self._arrays(), values)
 
     # --- files -----------------------------------------------------------------------------------------------------------------------
 
-    def _header(self, values: str) -> dict[str, Any]:
-        return {"format": _QUANTISED if values == "uint8" else _FORMAT, "dim": self.dim, "meta": self.meta}
+    def _arrays(self) -> io.Arrays:
+        return io.Arrays(self.indptr, self.indices, self.values, self.dim, self.ids, self.meta)
 
     def save(self, path: str | Path, values: Values = "float32") -> Path:
-        """Write one file, atomically; the ending chooses the format: ``.safetensors``, ``.npz`` (scipy.sparse.load_npz opens it too) or ``.parquet``.
+        """Write one file, atomically; the suffix sets the format: ``.safetensors``, ``.npz`` (scipy.sparse.load_npz opens it too) or ``.parquet``.
 
         Args:
-            values: ``float32`` keeps every bit; ``float16`` halves the values and refuses what it cannot hold; ``uint8`` stores 1 .. 255 times
+            path: the file.
+            values: ``float32`` is exact; ``float16`` halves the values and refuses what it cannot hold; ``uint8`` stores 1 .. 255 times
                 a scale of each row (not in .npz): an error of at most 1/510 of the row's largest value, 1/255 for the smallest, which stay above 0.
 
         Raises:
-            UsageError: another ending.
+            UsageError: another suffix.
             OutputError: the folder is missing, full or read-only.
         """
         path = Path(path)
-        _check_ending(path)
-        if values == "uint8" and path.suffix == ".npz":
-            raise UsageError(f"{path}: scipy would read uint8 values as they are; use float16, or .parquet or .safetensors")
-        stored = self._stored(values)
-        with whole_file(path) as aside:
-            getattr(self, f"_write_{path.suffix[1:]}")(aside, stored, values)
+        io.write(self._arrays(), path, values)
         return path
-
-    def _write_safetensors(self, path: Path, stored: dict[str, np.ndarray[Any, Any]], values: str) -> None:
-        from safetensors.numpy import save
-
-        strings = self.ids.dtype.kind == "U"
-        arrays = {"indptr": self.indptr, **stored} | ({} if strings else {"ids": self.ids.astype(np.int64)})
-        header = self._header(values) | ({"ids": self.ids.tolist()} if strings else {})
-        path.write_bytes(save(arrays, metadata={"rlpjepa_zoo": json.dumps(header)}))
-
-    def _write_npz(self, path: Path, stored: dict[str, np.ndarray[Any, Any]], values: str) -> None:
-        arrays = {
-            "data": stored["values"],
-            "indices": self.indices,
-            "indptr": self.indptr,
-        }  # scipy's names, so scipy.sparse.load_npz reads it
-        extra = {"ids": self.ids, "header": np.array(json.dumps(self._header(values)))}
-        with open(path, "wb") as file:
-            parts: dict[str, Any] = {"format": b"csr", "shape": np.array(self.shape), **arrays, **extra}
-            np.savez_compressed(file, **parts)
-
-    def _write_parquet(self, path: Path, stored: dict[str, np.ndarray[Any, Any]], values: Values) -> None:
-        import pyarrow.parquet as pq
-
-        pq.write_table(self.to_arrow(values), path, compression="zstd")
 
     @classmethod
     def load(cls, path: str | Path) -> SparseEmbeddings:
-        """Read what `save` wrote, or all parts of a folder that `rlpjepa embed --out DIR` wrote; every file is checked as the constructor checks.
+        """Read what `save` wrote, or all parts of a folder that `rlpjepa embed --out DIR` wrote; every file is checked like the arguments.
 
         Raises:
-            DataError: no such file, one that is damaged, or a folder that is not finished.
+            DataError: no such file, a damaged one, or a folder that is not finished.
             ModelError: a file of another kind or a newer format.
             UsageError: parts of different encoders.
         """
         path = Path(path)
         if path.is_dir():
-            return cls.concat([cls.load(part) for part in _parts(path)])
-        _check_ending(path)
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
+            return cls.concat([cls.load(part) for part in io.part_files(path)])
+        arrays = io.read(path)
         try:
-            header, arrays = getattr(cls, f"_read_{path.suffix[1:]}")(path)
-        except (DataError, ModelError):
-            raise
-        except Exception as error:  # each reader has its own zoo of exceptions for damaged files
-            raise DataError(
-                f"{path}: damaged or not a file of sparse embeddings ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            ) from error
-        if not isinstance(header, dict) or not isinstance(header.get("meta"), dict) or not {"indptr", "indices", "values"} <= set(arrays):
-            raise DataError(f"{path}: damaged or not a file of sparse embeddings (its header or its arrays are not theirs)")
-        if header.get("format") not in (_FORMAT, _QUANTISED):
-            raise ModelError(
-                f"{path}: format {header.get('format')!r}, this version reads {_FORMAT!r} and {_QUANTISED!r}; update rlpjepa_zoo"
-            )
-        if (header["format"] == _QUANTISED) != ("scale" in arrays):
-            raise DataError(
-                f"{path}: damaged (format {header['format']!r} {'without' if header['format'] == _QUANTISED else 'with'} scales)"
-            )
-        try:
-            values = arrays["values"]
-            if "scale" in arrays:
-                values = _scaled(values, arrays["scale"], arrays["indptr"])
-            return cls(arrays["indptr"], arrays["indices"], values, header.get("dim", 0), arrays["ids"], header["meta"])
+            return cls(*arrays)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-
-    @staticmethod
-    def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {})["rlpjepa_zoo"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-        arrays.setdefault("ids", np.array(header.get("ids", []), dtype=str))
-        return header, arrays
-
-    @staticmethod
-    def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("indptr", "indices", "ids")} | {"values": file["data"]}
-            return json.loads(str(file["header"])), arrays
-
-    @staticmethod
-    def _read_parquet(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(path, memory_map=False)
-        header = json.loads((table.schema.metadata or {})[b"rlpjepa_zoo"])
-        rows, cells = table["indices"].combine_chunks(), table["values"].combine_chunks()
-        if not rows.offsets.equals(cells.offsets):
-            raise DataError(f"{path}: indices and values have rows of different lengths")
-        ids = table["id"].to_pylist()
-        scale = {"scale": table["scale"].to_numpy()} if "scale" in table.column_names else {}
-        return header, scale | {
-            "indptr": rows.offsets.to_numpy() - rows.offsets[0].as_py(),
-            "indices": rows.flatten().to_numpy(zero_copy_only=False),
-            "values": cells.flatten().to_numpy(zero_copy_only=False),
-            "ids": np.array(ids, dtype=str if ids and isinstance(ids[0], str) else np.int64),
-        }
-
-
-def _vector(name: str, values: Any, dtype: Any = None) -> np.ndarray[Any, Any]:
-    """One-dimensional array of integers or numbers, refused when it is not that or does not fit the type."""
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iuf":
-        raise DataError(f"{name}: expected a one-dimensional array of numbers, got {array.dtype} of shape {array.shape}")
-    if dtype is None:
-        return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype, copy=False)
-    if dtype == np.int64 and not np.array_equal(cast, array):
-        raise DataError(f"{name}: expected integers, got {array.dtype}")
-    return cast
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The parquet files of a folder of embeddings, all of them."""
-    found = sorted(folder.glob("data/*.parquet"))
-    if not found:
-        raise DataError(f"{folder}: no data/*.parquet, so not a folder of embeddings; expected one that `rlpjepa embed --out DIR` wrote")
-    record = folder / "embeddings.json"
-    try:
-        said = json.loads(record.read_text())["result"]["parts"] if record.is_file() else len(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not finished; run the same `rlpjepa embed` again, or load the parts you want one by one") from error
-    if said != len(found):
-        raise DataError(f"{folder}: {len(found)} parts, {said} were written; run the same `rlpjepa embed` again")
-    return found
-
-
-def _check_ending(path: Path) -> None:
-    if path.suffix not in (".safetensors", ".npz", ".parquet"):
-        raise UsageError(f"{path}: expected a file ending in .safetensors, .npz or .parquet")
-
-
-def _scaled(stored: Any, scale: Any, indptr: Any) -> np.ndarray[Any, Any]:
-    """Values of uint8 files."""
-    stored, scale = _vector("values", stored), _vector("scale", scale, np.float32)
-    counts = np.diff(_vector("indptr", indptr, np.int64))
-    if len(scale) != len(counts) or (counts < 0).any() or counts.sum() != len(stored):
-        raise DataError(f"scale: expected one for each of {len(counts)} rows, got {len(scale)}")
-    return stored.astype(np.float32) * np.repeat(scale, counts)
-
-
-def _index_dtype(dim: int) -> type[np.signedinteger[Any]]:
-    return np.int16 if dim <= 2**15 else np.int32

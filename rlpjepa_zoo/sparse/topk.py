@@ -1,4 +1,4 @@
-"""The dial: a trained encoder made sparser without training, by each image's largest values or by one threshold for all."""
+"""The dial: makes the embeddings of a trained encoder sparser, by the largest values of each image or by one threshold for all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Dial", "keep_largest"]
 
 
 def keep_largest(z: Tensor, k: int) -> Tensor:
-    """Zero all but the k largest values of each row; of equal ones those of lower column stay. Rows with fewer keep what they have.
+    """Zero all but the k largest values of each row; of equal ones those of lower column stay. Rows with fewer values do not change.
 
     Args:
         z: (B, D) >= 0.
-        k: 1 .. D; larger ones change nothing.
+        k: 1 .. D; a larger k changes nothing.
 
     Returns:
-        (B, D), with the gradient of what stays.
+        (B, D); gradients flow to the values that stay.
 
     Example:
         >>> keep_largest(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), 2).tolist()
@@ -27,21 +27,21 @@ def keep_largest(z: Tensor, k: int) -> Tensor:
     """
     if k >= z.shape[1]:
         return z
-    least = z.topk(k, dim=1).values[:, -1:]
-    above, equal = z > least, z == least
-    fits = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    return torch.where(fits, z, torch.zeros_like(z))
+    smallest = z.topk(k, dim=1).values[:, -1:]
+    above, equal = z > smallest, z == smallest
+    keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return torch.where(keep, z, torch.zeros_like(z))
 
 
 @dataclass(frozen=True)
 class Dial:
-    """How an encoder's embeddings are made sparser; part of the encoder and saved with it.
+    """How an encoder's embeddings are made sparser; saved with the encoder.
 
     Attributes:
-        mode: ``top_k`` keeps each image's largest values, so that every image has the same number; ``threshold`` keeps values of at least
-            one number, so that the density adapts to the image.
+        mode: ``top_k`` keeps the k largest values of each image, so that every image has equally many; ``threshold`` keeps values >= the
+            threshold, so that the density differs between images.
         value: k, an integer >= 1, or the threshold > 0.
-        density: what was asked for, as a fraction of the dimensions; None when k was.
+        density: requested fraction of active dimensions, in (0, 1); None if k was requested.
         images: number of images that a threshold was calibrated on.
     """
 
@@ -62,18 +62,18 @@ class Dial:
             raise ValueError(f"dial: expected a number of images >= 1, got {self.images!r}")
 
     def __call__(self, z: Tensor) -> Tensor:
-        """(B, D) >= 0 to (B, D) >= 0 with fewer values."""
+        """(B, D) >= 0 to (B, D) >= 0 with fewer non-zeros."""
         if self.mode == "top_k":
             return keep_largest(z, int(self.value))
         return torch.where(z >= self.value, z, torch.zeros_like(z))
 
     def describe(self, dim: int) -> str:
-        """In one line, for cards."""
+        """One line for cards."""
         asked = "" if self.density is None else f", asked for {self.density:.3g} active"
         if self.mode == "top_k":
             return f"each image keeps its {self.value:g} largest values of {dim} ({self.value / dim:.1%}{asked})"
         return f"values below {self.value:.4g} are zero (calibrated on {self.images or 'no'} images{asked})"
 
     def saved(self) -> dict[str, Any]:
-        """JSON-able; `Dial(**saved)` is the dial again."""
+        """JSON-able arguments: `Dial(**dial.saved())` equals `dial`."""
         return {k: v for k, v in asdict(self).items() if v is not None}

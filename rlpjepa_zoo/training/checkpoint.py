@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..core import distributed
-from ..core.files import lock, parse_json, sha256, sync_folder, write_durably
+from ..core.files import parse_json, sha256, sync_folder, write_durably
 from ..errors import ModelError, OutputError
 
-__all__ = ["Checkpoint", "check_space", "latest", "lock", "optimizer_state", "restore_optimizer", "save"]
+__all__ = ["Checkpoint", "check_space", "latest", "optimizer_state", "remove_leftovers", "restore_optimizer", "save"]
 
 _STEP = re.compile(r"step-(\d{8})")
 FORMAT = 1
@@ -90,6 +90,13 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
             reason = f"disk full ({reason}; it needs {needed / 1e6:.1f} MB, {shutil.disk_usage(_there(run)).free / 1e6:.1f} MB are free)"
         raise OutputError(f"{final}: checkpoint not written: {reason}; earlier ones are untouched") from error
     return final
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove unfinished and half-deleted checkpoints of a killed run. The caller holds the lock of the run folder."""
+    home = run / "checkpoints"
+    for path in [*home.glob(".tmp-*"), *home.glob(".del-*")] if home.is_dir() else []:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_space(run: Path, size: int) -> None:
@@ -201,6 +208,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 entries[name] = distributed.copy_with_layout(value, parameter)
-
-
-# --- one run, one folder --------------------------------------------------------------------------------------------------------------

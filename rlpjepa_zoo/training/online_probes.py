@@ -11,21 +11,18 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..config.pretrain import Recipe
-from ..core import distributed, rng
+from ..core import rng
 from ..data.preprocess import Preprocess
 from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import RecipeError, first_line
 from ..models.encoder import Output, SparseEncoder
 from ..models.factory import create_encoder, refused_arguments
-from ..objectives.rectified_lpjepa import RectifiedLpJEPALoss
-from ..ops.gradient_noise import directions_needed, matched
+from ..objectives import OBJECTIVES
+from ..objectives.base import Objective
 
 __all__ = ["Result", "EncoderWithProbes", "build_encoder", "build_objective", "check_arguments", "unlike_pretraining"]
 
 log = logging.getLogger("rlpjepa_zoo")
-
-PAPER_ERROR = 0.45
-"""Gradient error of the paper's 8192 random directions at a batch of 256 and a width of 512, where embeddings are a sample of the target."""
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
@@ -65,23 +62,18 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     return encoder
 
 
-def build_objective(recipe: Recipe) -> RectifiedLpJEPALoss:
-    """The loss a recipe describes; `num_directions: auto` becomes a number, that of rank 0 on every rank (all of them call this).
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective a recipe describes; all ranks call this together.
 
     Raises:
-        RecipeError: the error asked for takes too many directions.
+        RecipeError: options that cannot be used.
     """
-    mu, sigma = recipe.target.law()
-    law, options, count = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p), recipe.objective, recipe.objective.num_directions
-    if count == "auto":
-        sample = matched(law, recipe.train.batch_size, recipe.encoder.dim)
-        with distributed.fail_together():
-            try:
-                count = directions_needed(options.directions, options.gradient_error or PAPER_ERROR, *sample)
-            except ValueError as error:
-                raise RecipeError(f"objective.gradient_error: {error}") from error
-        count = distributed.gather_objects(count)[0]
-    return RectifiedLpJEPALoss(law, options.invariance, options.matching, options.directions, count, recipe.seed, options.chunk)
+    target = None
+    if recipe.target:
+        mu, sigma = recipe.target.law()
+        target = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+    sizes = {"dim": recipe.encoder.dim, "batch_size": recipe.train.batch_size}
+    return OBJECTIVES[recipe.objective.name].build(recipe.objective, target=target, seed=recipe.seed, **sizes)
 
 
 def unlike_pretraining(recipe: Recipe, encoder: SparseEncoder) -> list[str]:

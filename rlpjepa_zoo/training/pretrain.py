@@ -80,7 +80,6 @@ class _Pretraining(Task):
 
     def wrap(self, core: SparseEncoder, source: Source) -> EncoderWithProbes:
         self.objective = build_objective(self.recipe)
-        self.floor = self.objective.floor(self.recipe.train.batch_size, self.recipe.encoder.dim)
         with rng.seeded(self.recipe.seed, "init-probes"):
             return EncoderWithProbes(core, source.classes if self.recipe.probe.online else 0)
 
@@ -104,13 +103,14 @@ class _Pretraining(Task):
 
     def loss(self, output: Result, step: int) -> Loss:
         terms = self.objective(output.z, step)
-        return Loss(terms.loss + output.probe_loss, {"loss": terms.loss, "invariance": terms.invariance, "matching": terms.matching})
+        return Loss(terms.total + output.probe_loss, {"loss": terms.total, **terms.parts})
 
     def numbers(self, loss: Loss, output: Result) -> dict[str, float]:
         parts = torch.stack([*(value.detach() for value in loss.terms.values()), output.probe_loss.detach()]).float()
         numbers = distributed.mean_over_ranks(torch.cat([parts, output.probe_right.detach().float()]))
-        total, invariance, matching, probe_loss, *right = numbers.tolist()
-        row = {"loss": total, "invariance": invariance, "matching": matching, "floor": self.floor, "excess": matching - self.floor}
+        terms = dict(zip(loss.terms, numbers.tolist(), strict=False))
+        probe_loss, *right = numbers.tolist()[len(terms) :]
+        row = terms | self.objective.monitor(terms)
         row |= batch_metrics(output.z.detach().flatten(0, 1))
         self.device = output.z.device
         return row | dict(zip(("probe_features", "probe_z"), right, strict=False)) | ({"probe_loss": probe_loss} if right else {})
@@ -138,8 +138,7 @@ class _Pretraining(Task):
         return "chosen by the excess of training batches" if metric == "excess" else super().chosen(metric)
 
     def aim(self, source: Source) -> str:
-        density = self.recipe.target.density_in_theory()
-        return f"{self.recipe.encoder.backbone} + projector, target l0 {density:.3f}, floor {self.floor:.4g}, {self.objective.n} {self.objective.kind} directions"
+        return f"{self.recipe.encoder.backbone} + projector, {self.objective.describe()}"
 
     def describe(
         self, core: SparseEncoder, source: Source, metrics: Mapping[str, float], training: Mapping[str, Any], log_file: Path
@@ -147,7 +146,8 @@ class _Pretraining(Task):
         return publisher.describe(self.recipe, source, core, metrics, training, log_file)
 
     def state(self) -> dict[str, Any]:
-        return {"zeros": self.zeros, "directions": self.objective.n}
+        return {"zeros": self.zeros, **self.objective.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.zeros, self.objective.n = state["zeros"], state.get("directions", self.objective.n)  # as before, on other processors too
+        self.zeros = state["zeros"]
+        self.objective.load_state(state)

@@ -113,6 +113,7 @@ def run(task: Task, out: Path, resume: bool = False, allow_change: Sequence[str]
             with distributed.fail_together():
                 if accelerator.is_main_process:
                     held.enter_context(files.lock(out))
+                    checkpoint.remove_leftovers(out)
             return Run(task, out, accelerator, resume, allow_change, progress and accelerator.is_main_process).go()
     except (MemoryError, RuntimeError) as error:
         explained = _explained(error, task)

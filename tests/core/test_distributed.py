@@ -11,7 +11,7 @@ from processes import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rlpjepa_zoo.core import distributed as collectives
+from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
@@ -34,8 +34,8 @@ def network(width: int) -> nn.Module:
 
 
 def share(x: Tensor, dim: int = 0) -> Tensor:
-    """This rank's part of what one process sees whole."""
-    return x.chunk(collectives.world_size(), dim)[collectives.rank()]
+    """This rank's share of the tensor that one process has."""
+    return x.chunk(distributed.world_size(), dim)[distributed.rank()]
 
 
 def train_step(kind: str, views: int = 2, n: int = COUNT, width: int = WIDTH) -> dict[str, Any]:
@@ -46,15 +46,15 @@ def train_step(kind: str, views: int = 2, n: int = COUNT, width: int = WIDTH) ->
     law = RectifiedGeneralizedGaussian(-0.2, sigma_gn(1.0), 1.0)
     z = model(images.flatten(0, 1)).unflatten(0, images.shape[:2])
     terms = RectifiedLpJEPALoss(law, kind=kind, n=n, chunk=7)(z, step=3)
-    terms.loss.backward()
+    terms.total.backward()
     return {
-        "terms": [collectives.mean_over_ranks(term).item() for term in terms],
+        "terms": [distributed.mean_over_ranks(term).item() for term in (terms.total, *terms.parts.values())],
         "gradients": [parameter.grad.clone() for parameter in net.parameters()],
     }
 
 
 class _OwnSlice(torch.autograd.Function):
-    """The well-known wrong gather: its backward forgets what the other ranks send."""
+    """A common wrong gather: its backward ignores the gradients of other ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
@@ -73,32 +73,32 @@ def detached_gather(x: Tensor, dim: int = 0) -> Tensor:
 
 
 def mutated_step(gather: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
-    right = collectives.gather_with_grad
-    collectives.gather_with_grad = gather
+    right = distributed.gather_with_grad
+    distributed.gather_with_grad = gather
     try:
         return train_step("random")
     finally:
-        collectives.gather_with_grad = right
+        distributed.gather_with_grad = right
 
 
 def gather_on_a_rank(dim: int, transposed: bool = False) -> dict[str, Any]:
     rank = dist.get_rank()
     leaf = draw(3, 2, 4, seed=20 + rank).requires_grad_()
     x = leaf.transpose(0, 1) if transposed else leaf
-    whole = collectives.gather_with_grad(x, dim)
-    weight = draw(*whole.shape, seed=30 + rank)
-    (whole * weight).sum().backward()
-    return {"input": leaf.detach(), "whole": whole.detach(), "weight": weight, "gradient": leaf.grad}
+    gathered = distributed.gather_with_grad(x, dim)
+    weight = draw(*gathered.shape, seed=30 + rank)
+    (gathered * weight).sum().backward()
+    return {"input": leaf.detach(), "gathered": gathered.detach(), "weight": weight, "gradient": leaf.grad}
 
 
 def gather_beside_another_branch() -> dict[str, Tensor]:
-    """A sum hands one and the same gradient tensor to both of its terms."""
+    """A sum passes one gradient tensor to both of its terms."""
     rank = dist.get_rank()
     x, other = draw(2, 3).requires_grad_(), draw(4, 3).requires_grad_()
     scaled = other * 1.0
     scaled.retain_grad()
     weight = draw(4, 3, seed=40 + rank)
-    ((collectives.gather_with_grad(x) + scaled) * weight).sum().backward()
+    ((distributed.gather_with_grad(x) + scaled) * weight).sum().backward()
     return {"gradient": other.grad, "inner": scaled.grad, "weight": weight}
 
 
@@ -112,7 +112,7 @@ def too_few_directions() -> str:
 
 def what_is_raised(trouble: Exception | None) -> str:
     try:
-        collectives.raise_on_all_ranks(trouble)
+        distributed.raise_on_all_ranks(trouble)
     except DataError as error:
         return str(error)
     return "went on"
@@ -126,15 +126,15 @@ def on_a_rank() -> dict[str, Any]:
     rank = dist.get_rank()
     own = torch.tensor([rank + 1.0, -rank])
     report: dict[str, Any] = {
-        "who": (collectives.rank(), collectives.world_size()),
+        "who": (distributed.rank(), distributed.world_size()),
         "gather": {(dim, flip): gather_on_a_rank(dim, flip) for dim in (0, 1, 2) for flip in (False, True)},
         "beside": gather_beside_another_branch(),
-        "mean": collectives.mean_over_ranks(own),
-        "max": collectives.max_over_ranks(own),
+        "mean": distributed.mean_over_ranks(own),
+        "max": distributed.max_over_ranks(own),
         "own": own,
-        "rows": {sizes: collectives.gather_rows(rows_of(rank, sizes)) for sizes in SIZES},
-        "flat": collectives.gather_rows(torch.full((rank + 1,), rank == 1)),
-        "objects": collectives.gather_objects({"rank": rank, "names": ["a"] * rank}),
+        "rows": {sizes: distributed.gather_rows(rows_of(rank, sizes)) for sizes in SIZES},
+        "flat": distributed.gather_rows(torch.full((rank + 1,), rank == 1)),
+        "objects": distributed.gather_objects({"rank": rank, "names": ["a"] * rank}),
         "steps": {kind: train_step(kind) for kind in KINDS},
         "even": train_step("random", n=32),
         "bases": train_step("axes:10+hadamard", n=175, width=64),
@@ -144,10 +144,10 @@ def on_a_rank() -> dict[str, Any]:
         "refusal": too_few_directions(),
         "together": [what_is_raised(trouble) for trouble in (None, DataError("no disk") if rank == 1 else None)],
     }
-    collectives.barrier()
-    collectives.shut_down()
+    distributed.barrier()
+    distributed.shut_down()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    report["alone"] = (collectives.rank(), collectives.world_size(), collectives.gather_objects(rank))
+    report["alone"] = (distributed.rank(), distributed.world_size(), distributed.gather_objects(rank))
     return report
 
 
@@ -161,28 +161,28 @@ def reports() -> list[dict[str, Any]]:
     return run_ranks(on_a_rank, WORLD)
 
 
-def apart(got: list[Tensor], wanted: list[Tensor]) -> float:
+def apart(got: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference of the gradients, relative to the largest entry of each."""
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
 
 
 # --- one process ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_one_process_is_rank_zero_of_one() -> None:
-    assert (collectives.rank(), collectives.world_size()) == (0, 1)
-    collectives.barrier()
-    collectives.shut_down()
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    distributed.barrier()
+    distributed.shut_down()
 
 
 def test_gathers_are_the_identity_on_one_process() -> None:
     x = draw(3, 2).requires_grad_()
-    assert collectives.gather_with_grad(x, 1) is x
-    assert torch.equal(collectives.gather_rows(x), x)
-    assert collectives.gather_objects("a") == ["a"]
+    assert distributed.gather_with_grad(x, 1) is x
+    assert torch.equal(distributed.gather_rows(x), x)
+    assert distributed.gather_objects("a") == ["a"]
 
 
-@pytest.mark.parametrize("reduce", [collectives.mean_over_ranks, collectives.max_over_ranks])
+@pytest.mark.parametrize("reduce", [distributed.mean_over_ranks, distributed.max_over_ranks])
 def test_reductions_give_a_detached_copy_on_one_process(reduce: Callable[[Tensor], Tensor]) -> None:
     x = draw(3).requires_grad_()
     reduced = reduce(x)
@@ -191,10 +191,10 @@ def test_reductions_give_a_detached_copy_on_one_process(reduce: Callable[[Tensor
     assert float(x.detach().min()) > 0
 
 
-# --- two processes: the collectives ---------------------------------------------------------------------------------------------------
+# --- two processes: the distributed ---------------------------------------------------------------------------------------------------
 
 
-def test_ranks_know_their_place(reports: list[dict[str, Any]]) -> None:
+def test_ranks_and_world_size_are_reported(reports: list[dict[str, Any]]) -> None:
     assert [r["who"] for r in reports] == [(0, 2), (1, 2)]
     assert [r["alone"] for r in reports] == [(0, 1, [0]), (0, 1, [1])]
 
@@ -202,23 +202,23 @@ def test_ranks_know_their_place(reports: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gather_with_grad_joins_in_rank_order(reports: list[dict[str, Any]], dim: int, transposed: bool) -> None:
-    found = [r["gather"][dim, transposed] for r in reports]
-    parts = [f["input"].transpose(0, 1) if transposed else f["input"] for f in found]
+    results = [r["gather"][dim, transposed] for r in reports]
+    parts = [result["input"].transpose(0, 1) if transposed else result["input"] for result in results]
     assert not torch.equal(parts[0], parts[1])
-    for f in found:
-        assert torch.equal(f["whole"], torch.cat(parts, dim))
+    for result in results:
+        assert torch.equal(result["gathered"], torch.cat(parts, dim))
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gather_with_grad_sums_the_gradients_of_all_ranks(reports: list[dict[str, Any]], dim: int, transposed: bool) -> None:
-    found = [r["gather"][dim, transposed] for r in reports]
-    wanted = sum(f["weight"] for f in found).chunk(2, dim)
-    for f, part in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f["gradient"], part.transpose(0, 1) if transposed else part, rtol=1e-14, atol=0)
+    results = [r["gather"][dim, transposed] for r in reports]
+    expected = sum(result["weight"] for result in results).chunk(2, dim)
+    for result, part in zip(results, expected, strict=True):
+        torch.testing.assert_close(result["gradient"], part.transpose(0, 1) if transposed else part, rtol=1e-14, atol=0)
 
 
-def test_gather_with_grad_leaves_the_gradient_of_other_branches_alone(reports: list[dict[str, Any]]) -> None:
+def test_gather_with_grad_keeps_the_gradient_of_other_branches(reports: list[dict[str, Any]]) -> None:
     for r in reports:
         torch.testing.assert_close(r["beside"]["gradient"], r["beside"]["weight"])
         torch.testing.assert_close(r["beside"]["inner"], r["beside"]["weight"])
@@ -233,9 +233,9 @@ def test_reductions_agree_on_both_ranks_and_keep_their_input(reports: list[dict[
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_gather_rows_joins_uneven_parts(reports: list[dict[str, Any]], sizes: tuple[int, int]) -> None:
-    wanted = torch.cat([rows_of(rank, sizes) for rank in range(WORLD)])
+    expected = torch.cat([rows_of(rank, sizes) for rank in range(WORLD)])
     for r in reports:
-        assert torch.equal(r["rows"][sizes], wanted)
+        assert torch.equal(r["rows"][sizes], expected)
 
 
 def test_gather_rows_keeps_booleans_and_one_dimension(reports: list[dict[str, Any]]) -> None:
@@ -251,10 +251,10 @@ def test_gather_objects_in_rank_order(reports: list[dict[str, Any]]) -> None:
 # --- two processes: the loss ----------------------------------------------------------------------------------------------------------
 
 
-def assert_equal_to_one_process(found: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
-    for f in found:
-        assert f["terms"] == pytest.approx(wanted["terms"], rel=1e-10, abs=0)
-        assert apart(f["gradients"], wanted["gradients"]) < 1e-10
+def assert_equal_to_one_process(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for result in results:
+        assert result["terms"] == pytest.approx(expected["terms"], rel=1e-10, abs=0)
+        assert apart(result["gradients"], expected["gradients"]) < 1e-10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,30 +262,30 @@ def test_two_ranks_get_loss_and_gradient_of_one_process(reports: list[dict[str, 
     assert_equal_to_one_process([r["steps"][kind] for r in reports], train_step(kind))
 
 
-def test_even_shares_of_the_directions_give_the_same_too(reports: list[dict[str, Any]]) -> None:
+def test_even_shares_of_directions_equal_one_process(reports: list[dict[str, Any]]) -> None:
     assert_equal_to_one_process([r["even"] for r in reports], train_step("random", n=32))
 
 
-def test_shares_that_cut_a_basis_in_two_give_the_same_too(reports: list[dict[str, Any]]) -> None:
+def test_shares_that_split_a_basis_equal_one_process(reports: list[dict[str, Any]]) -> None:
     assert_equal_to_one_process([r["bases"] for r in reports], train_step("axes:10+hadamard", n=175, width=64))
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_other_numbers_of_views_give_the_same_too(reports: list[dict[str, Any]], views: int) -> None:
+def test_other_numbers_of_views_equal_one_process(reports: list[dict[str, Any]], views: int) -> None:
     assert_equal_to_one_process([r["views"][views] for r in reports], train_step("random", views))
 
 
-def test_kinds_of_directions_differ_in_gradient() -> None:
+def test_families_of_directions_differ_in_gradient() -> None:
     gradients = [train_step(kind)["gradients"] for kind in KINDS]
     assert all(apart(a, b) > 1e-3 for i, a in enumerate(gradients) for b in gradients[:i])
 
 
 @pytest.mark.parametrize("mutation", ["detached", "own slice"])
-def test_wrong_gather_is_noticed(reports: list[dict[str, Any]], mutation: str) -> None:
-    wanted = train_step("random")
+def test_wrong_gather_changes_the_gradient(reports: list[dict[str, Any]], mutation: str) -> None:
+    expected = train_step("random")
     for r in reports:
-        assert r[mutation]["terms"] == pytest.approx(wanted["terms"], rel=1e-10)
-        assert apart(r[mutation]["gradients"], wanted["gradients"]) > 1e-2
+        assert r[mutation]["terms"] == pytest.approx(expected["terms"], rel=1e-10)
+        assert apart(r[mutation]["gradients"], expected["gradients"]) > 1e-2
 
 
 def test_fewer_directions_than_ranks_are_refused_on_every_rank(reports: list[dict[str, Any]]) -> None:
@@ -293,11 +293,11 @@ def test_fewer_directions_than_ranks_are_refused_on_every_rank(reports: list[dic
         assert "fewer than 2 ranks" in r["refusal"]
 
 
-def test_what_goes_wrong_on_one_rank_is_raised_on_all(reports: list[dict[str, Any]]) -> None:
+def test_error_of_one_rank_is_raised_on_all(reports: list[dict[str, Any]]) -> None:
     assert [r["together"] for r in reports] == [["went on", "process 1: no disk"], ["went on", "no disk"]]
     assert what_is_raised(None) == "went on" and what_is_raised(DataError("full")) == "full"
 
 
-def test_error_of_a_rank_is_raised_here() -> None:
+def test_error_of_a_rank_is_raised_in_the_parent() -> None:
     with pytest.raises(mp.ProcessRaisedException, match="told to fail"):
         run_ranks(fail_on_last_rank, WORLD)

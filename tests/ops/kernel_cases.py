@@ -1,6 +1,6 @@
-"""What the Triton kernels must compute, on a CUDA device or under Triton's interpreter; `ops/test_triton_sort.py` runs this file in a process of its own.
+"""Cases for the Triton kernels, on a CUDA device or under Triton's interpreter; `ops/test_triton_sort.py` runs this file in a separate process.
 
-Of its own, because Triton reads TRITON_INTERPRET while it is imported, and torch imports it in most tests.
+Separate, because Triton reads TRITON_INTERPRET while it is imported, and other tests import it earlier.
 """
 
 import os
@@ -12,15 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpjepa_zoo.ops import triton_kernels
-from rlpjepa_zoo.ops import triton_sort as kernels
+from rlpjepa_zoo.ops import triton_sort
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BATCHES, DIMS, VIEWS = (2, 64, 256, 1000, 4096), (8, 100, 512, 2048), (1, 2, 3)
 
 
-if INTERPRETED:  # it folds xor in a Python loop over every element, which tl.sort does 78 times for 4096 of them; numpy gives the same
+if INTERPRETED:  # it applies xor in a Python loop over all elements, 78 times in tl.sort for 4096; numpy gives the same result
     from triton.language import standard
     from triton.runtime.interpreter import ReduceOps
 
@@ -43,7 +42,7 @@ def unit(n: int, dim: int, seed: int = 3) -> Tensor:
 
 
 def dyadic(*shape: int, seed: int, values: int = 4) -> Tensor:
-    """Few small multiples of 1/8: their products and sums are exact in float32, so ties are ties and results are equal to the bit."""
+    """Few small multiples of 1/8: their products and sums are exact in float32, so ties are exact and results are bit-equal."""
     return torch.randint(-values, values, shape, generator=torch.Generator().manual_seed(seed)).div(8).to(DEVICE)
 
 
@@ -58,20 +57,20 @@ def ranked(projected: np.ndarray) -> np.ndarray:
 
 
 def check(batch: int, dim: int, views: int) -> None:
-    """Against float64, which ranks projections less than a float32 step apart otherwise than any float32 code (seen: 1.0e-7 apart at 1.1).
+    """Against float64, which may rank projections less than a float32 step apart differently from float32 (seen: 1.0e-7 apart at 1.1).
 
     One such swap is 7e-3 of the gradient of 5 directions and 256 rows: 64 directions show what the bound is about. In larger
     batches neighbours of the target lie closer, and a swap weighs less (torch's own float32: below 1e-3 with 5 directions).
     """
     n, chunk = (64, 24) if batch <= 512 else (5, 3)
     z, y, c = rand(views, batch, dim, seed=1), rand(batch, dim, seed=2), unit(n, dim)
-    value, gradient = kernels.loss_and_gradient(z, y, c, chunk, gradient=True)
+    value, gradient = triton_sort.loss_and_gradient(z, y, c, chunk, gradient=True)
     a, b, k = (t.double().cpu() for t in (z, y, c))
     exact = a.clone().requires_grad_()
     oracles.sliced_autograd(exact, b, k).backward()
-    wanted = np.mean([oracles.sliced(v.numpy(), b.numpy(), k.numpy()) for v in a])
+    expected = np.mean([oracles.sliced(v.numpy(), b.numpy(), k.numpy()) for v in a])
     assert value.dtype == gradient.dtype == torch.float32 and value.device == z.device and gradient.shape == z.shape
-    assert float(value) == pytest.approx(wanted, rel=1e-5)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
     assert float((gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()) < 5e-3
 
 
@@ -85,13 +84,13 @@ def test_value_and_gradient_match_the_oracle(batch: int, views: int) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("batch", [*BATCHES, 1, 3, 17, 511, 512, 513, 4095])
-def test_value_and_gradient_match_the_oracle_everywhere(batch: int, views: int, dim: int) -> None:
+def test_value_and_gradient_match_the_oracle_at_every_size(batch: int, views: int, dim: int) -> None:
     check(batch, dim, views)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 100, 1000])
 @pytest.mark.parametrize("state", ["few values", "rows twice", "rows of zeros", "constant", "axes"])
-def test_ties_are_ranked_in_batch_order_to_the_bit(batch: int, state: str) -> None:
+def test_ties_are_ranked_in_batch_order_bit_for_bit(batch: int, state: str) -> None:
     z, y, c = dyadic(2, batch, 11, seed=1), dyadic(batch, 11, seed=2), dyadic(5, 11, seed=3)
     if state == "rows twice":
         z = z[:, torch.arange(batch) % max(1, batch // 2)].contiguous()
@@ -102,33 +101,33 @@ def test_ties_are_ranked_in_batch_order_to_the_bit(batch: int, state: str) -> No
     elif state == "axes":
         z, c = z.relu(), torch.eye(11, device=DEVICE)
     samples = torch.cat([y[None], z]).double().cpu().numpy()
-    wanted = ranked(np.einsum("vbd,nd->nvb", samples, c.double().cpu().numpy()))
-    g, sums = kernels.project_and_match(z, y, c)
-    assert np.array_equal(g.cpu().numpy(), wanted)
-    assert np.allclose(sums.cpu().numpy(), np.square(wanted).sum((1, 2)), rtol=1e-6, atol=0)
+    expected = ranked(np.einsum("vbd,nd->nvb", samples, c.double().cpu().numpy()))
+    g, sums = triton_sort.project_and_match(z, y, c)
+    assert np.array_equal(g.cpu().numpy(), expected)
+    assert np.allclose(sums.cpu().numpy(), np.square(expected).sum((1, 2)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16, 17, 255, 512, 2049])
-def test_match_sorts_any_batch_and_signed_zeros_are_equal(batch: int) -> None:
+def test_match_sorts_any_batch_and_treats_signed_zeros_as_equal(batch: int) -> None:
     projected = rand(6, 3, batch, seed=1) - 0.5
     projected[:, 1, ::2] = 0.0
     projected[:, 1, ::4] = -0.0
-    g, sums = kernels.match(projected.clone())
-    wanted = ranked(projected.cpu().numpy())
-    assert np.array_equal(g.cpu().numpy(), wanted)
-    assert np.allclose(sums.cpu().numpy(), np.square(wanted.astype(float)).sum((1, 2)), rtol=1e-6, atol=0)
+    g, sums = triton_sort.match(projected.clone())
+    expected = ranked(projected.cpu().numpy())
+    assert np.array_equal(g.cpu().numpy(), expected)
+    assert np.allclose(sums.cpu().numpy(), np.square(expected.astype(float)).sum((1, 2)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1, -0x400000, 0x7F800000, -0x800000])  # NaN of either sign, infinities
 @pytest.mark.parametrize("batch", [5, 16, 100])
-def test_what_is_not_finite_stays_in_its_row(batch: int, bits: int) -> None:
+def test_non_finite_values_stay_in_their_row(batch: int, bits: int) -> None:
     bad = torch.tensor(bits, dtype=torch.int32).view(torch.float32).to(DEVICE)
     projected = rand(5, 3, batch, seed=1)
     projected[2, 1, batch // 2] = bad
     projected[3, 0, 0] = bad
     projected[4, 2] = bad
     guarded, sums = torch.full((9, 2, batch), 7.0, device=DEVICE), torch.full((9,), 7.0, device=DEVICE)
-    kernels._match(projected, guarded[2:7], sums[2:7])
+    triton_sort._match(projected, guarded[2:7], sums[2:7])
     assert bool((guarded[[0, 1, 7, 8]] == 7.0).all()) and bool((sums[[0, 1, 7, 8]] == 7.0).all())
     g, sums = guarded[2:7].cpu(), sums[2:7].cpu()
     assert np.array_equal(g[:2].numpy(), ranked(projected[:2].cpu().numpy()))
@@ -137,30 +136,30 @@ def test_what_is_not_finite_stays_in_its_row(batch: int, bits: int) -> None:
     assert (~torch.isfinite(g[3])).sum(1).tolist() == [1, 1] and torch.isfinite(g[4, 0]).all() and not torch.isfinite(g[4, 1]).any()
 
 
-def test_an_embedding_that_is_not_finite_is_not_hidden() -> None:
+def test_non_finite_embedding_reaches_value_and_gradient() -> None:
     z, y, c = rand(2, 20, 6, seed=1), rand(20, 6, seed=2), unit(5, 6)
     z[1, 3, 2] = torch.nan
-    value, gradient = kernels.loss_and_gradient(z, y, c, 8, gradient=True)
+    value, gradient = triton_sort.loss_and_gradient(z, y, c, 8, gradient=True)
     assert bool(value.isnan()) and bool(gradient[1, 3].isnan().all()) and bool(gradient[0].isfinite().all())
 
 
 @pytest.mark.parametrize("batch", [33, 513])
-def test_chunks_change_rounding_only_and_leaving_the_gradient_out_no_bit(batch: int) -> None:
+def test_chunks_change_rounding_only_and_no_gradient_no_bit(batch: int) -> None:
     z, y, c = rand(2, batch, 10, seed=1), rand(batch, 10, seed=2), unit(5, 10)
-    value, gradient = kernels.loss_and_gradient(z, y, c, 100, gradient=True)
-    again, other = kernels.loss_and_gradient(z, y, c, 3, gradient=True)
+    value, gradient = triton_sort.loss_and_gradient(z, y, c, 100, gradient=True)
+    again, other = triton_sort.loss_and_gradient(z, y, c, 3, gradient=True)
     assert torch.allclose(again, value, rtol=1e-6) and torch.allclose(other, gradient, rtol=1e-4, atol=1e-8)
-    alone, none = kernels.loss_and_gradient(z, y, c, 3, gradient=False)
+    alone, none = triton_sort.loss_and_gradient(z, y, c, 3, gradient=False)
     assert torch.equal(alone, again) and none is None
 
 
 @pytest.mark.parametrize("batch", [30, 100])
-def test_the_choice_of_the_tuner_changes_no_bit(batch: int) -> None:
+def test_tuner_choice_changes_no_bit(batch: int) -> None:
     projected, n, log = rand(9, 3, batch, seed=1), 9, max(4, (batch - 1).bit_length())
     results = []
     for block in (2, 16):
         g, sums = torch.empty(n, 2, batch, device=DEVICE), torch.empty(n, device=DEVICE)
-        triton_kernels.match_kernel[(-(-n // block),)](
+        triton_sort.match_kernel[(-(-n // block),)](
             projected, g, sums, n, batch, 16, VIEWS=2, WRITE=True, P=1 << log, LOG_P=log, BLOCK_N=block,
             enable_fp_fusion=False, num_warps=4,
         )  # fmt: skip
@@ -169,57 +168,57 @@ def test_the_choice_of_the_tuner_changes_no_bit(batch: int) -> None:
         assert torch.equal(g, results[0][0]) and torch.equal(sums, results[0][1])
 
 
-def test_they_run_as_an_opaque_operator_of_a_compiled_function() -> None:
+def test_kernels_run_as_an_opaque_operator_under_compile() -> None:
     @torch.library.custom_op("rlpjepa_tests::value", mutates_args=())
     def value(z: Tensor, y: Tensor, c: Tensor) -> Tensor:
-        return kernels.loss_and_gradient(z, y, c, 4, gradient=False)[0]
+        return triton_sort.loss_and_gradient(z, y, c, 4, gradient=False)[0]
 
     value.register_fake(lambda z, y, c: z.new_empty(()))
     z, y, c = rand(2, 20, 6, seed=1), rand(20, 6, seed=2), unit(5, 6)
     compiled = torch.compile(lambda z: 2 * value(z * 3, y, c), fullgraph=True, backend="eager" if INTERPRETED else "inductor")
-    assert torch.allclose(compiled(z), 2 * kernels.loss_and_gradient(z * 3, y, c, 4, gradient=False)[0])
+    assert torch.allclose(compiled(z), 2 * triton_sort.loss_and_gradient(z * 3, y, c, 4, gradient=False)[0])
 
 
 def test_autocast_changes_nothing() -> None:
     for batch in (20, 513):
         z, y, c = rand(2, batch, 6, seed=1), rand(batch, 6, seed=2), unit(5, 6)
-        plain = kernels.loss_and_gradient(z, y, c, 4, gradient=True)
+        plain = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
         with torch.autocast(DEVICE, torch.bfloat16):
-            cast = kernels.loss_and_gradient(z, y, c, 4, gradient=True)
+            cast = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
         assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-def test_they_are_supported_here() -> None:
-    assert kernels.supported(rand(2, 4096, 3, seed=1)) and not kernels.supported(rand(2, 4097, 3, seed=1))
+def test_kernels_are_supported_here() -> None:
+    assert triton_sort.supported(rand(2, 4096, 3, seed=1)) and not triton_sort.supported(rand(2, 4097, 3, seed=1))
 
 
-# --- the operator they serve ---------------------------------------------------------------------------------------------------------
+# --- the sliced distance ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("batch", "family", "n"), [(64, "random", 70), (64, "axes:20+hadamard", 120), (520, "hadamard", 70), (520, "random", 30)]
 )
-def test_the_distance_takes_the_kernels_and_agrees_with_float64(family: str, n: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlpjepa_zoo.ops.directions import slices
+def test_distance_uses_the_kernels_and_agrees_with_float64(family: str, n: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlpjepa_zoo.ops.directions import direction_blocks
     from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
     launched: list[int] = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda *args, **more: launched.append(1) or launch(*args, **more))
+    launch = triton_sort._launch
+    monkeypatch.setattr(triton_sort, "_launch", lambda *args, **more: launched.append(1) or launch(*args, **more))
     z, y = rand(2, batch, 64, seed=1).requires_grad_(), rand(batch, 64, seed=2)
-    parts = slices(family, n, 64, torch.Generator(DEVICE).manual_seed(3))
-    value = sliced_wasserstein(z, y, parts, chunk=100)
+    blocks = direction_blocks(family, n, 64, torch.Generator(DEVICE).manual_seed(3))
+    value = sliced_wasserstein(z, y, blocks, chunk=100)
     (grad,) = torch.autograd.grad(value, z)
     x = z.detach().double().requires_grad_()
-    exact = oracles.sliced_autograd(x, y.double(), torch.cat([part.dense() for part in parts]).double())
-    (wanted,) = torch.autograd.grad(exact, x)
-    assert len(launched) >= len(parts), "torch did the work"
+    exact = oracles.sliced_autograd(x, y.double(), torch.cat([block.matrix() for block in blocks]).double())
+    (expected,) = torch.autograd.grad(exact, x)
+    assert len(launched) >= len(blocks), "torch did the work"
     assert value.item() == pytest.approx(exact.item(), rel=1e-5)
-    assert float((grad - wanted).norm() / wanted.norm()) < 5e-3
+    assert float((grad - expected).norm() / expected.norm()) < 5e-3
 
 
-def test_a_batch_too_large_for_the_kernels_goes_by_torch() -> None:
+def test_batch_too_large_for_the_kernels_uses_torch() -> None:
     from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 
-    y = rand(kernels.LARGEST + 1, 8, seed=1)
+    y = rand(triton_sort.LARGEST + 1, 8, seed=1)
     assert float(sliced_wasserstein(y.flip(0) + 1, y, torch.eye(8, device=DEVICE))) == pytest.approx(1, rel=1e-4)

@@ -1,4 +1,4 @@
-"""SparseEmbeddings against numpy and scipy, its three file formats, and what happens when they are damaged."""
+"""SparseEmbeddings against numpy and scipy, its three file formats, and damaged files."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from refusals import refused
 from safetensors.numpy import save as pack
 
 from rlpjepa_zoo.errors import DataError, ModelError, OutputError, UsageError
-from rlpjepa_zoo.sparse import embeddings as sparse
+from rlpjepa_zoo.sparse import io
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
@@ -35,10 +35,10 @@ def dense(rng):
     return x
 
 
-# --- making and looking --------------------------------------------------------------------------------------------------------------
+# --- construction and access --------------------------------------------------------------------------------------------------------------
 
 
-def test_dense_round_trip_is_exact_with_empty_first_middle_and_last_rows(dense):
+def test_dense_round_trip_with_empty_rows_is_exact(dense):
     e = SparseEmbeddings.from_dense(dense)
     oracle = scipy.sparse.csr_array(dense)
     np.testing.assert_array_equal(e.indptr, oracle.indptr)
@@ -48,14 +48,14 @@ def test_dense_round_trip_is_exact_with_empty_first_middle_and_last_rows(dense):
     assert (e.indptr.dtype, e.indices.dtype, e.values.dtype) == (np.int64, np.int32, np.float32)
 
 
-def test_negative_zero_is_dropped_and_never_comes_back():
+def test_negative_zero_is_dropped():
     x = np.array([[-0.0, 1.0, 0.0], [-0.0, -0.0, -0.0]], dtype=np.float32)
     e = SparseEmbeddings.from_dense(x)
     assert e.nnz == 1
     assert not np.signbit(e.to_dense()).any()
 
 
-def test_no_rows_and_only_zero_rows():
+def test_no_rows_and_only_zero_rows_are_valid():
     for n in (0, 3):
         e = SparseEmbeddings.from_dense(np.zeros((n, 5)))
         assert (e.shape, e.nnz, e.l0, len(e)) == ((n, 5), 0, 0.0, n)
@@ -64,7 +64,7 @@ def test_no_rows_and_only_zero_rows():
         assert SparseEmbeddings.concat([e, e]).shape == (2 * n, 5)
 
 
-def test_no_rows_take_an_empty_list_of_ids():
+def test_no_rows_accept_an_empty_list_of_ids():
     assert len(SparseEmbeddings.from_dense(np.zeros((0, 4)), ids=[])) == 0
 
 
@@ -91,7 +91,7 @@ def test_from_scipy_sorts_columns_and_drops_explicit_zeros(dense):
     np.testing.assert_array_equal(SparseEmbeddings.from_scipy(scipy.sparse.csc_matrix(dense)).to_dense(), dense)
 
 
-def test_nnz_and_l0_are_the_counted_ones(dense):
+def test_nnz_and_l0_equal_counts(dense):
     e = SparseEmbeddings.from_dense(dense)
     assert e.nnz == np.count_nonzero(dense)
     assert e.l0 == pytest.approx((dense > 0).mean(), abs=1e-12)
@@ -102,7 +102,7 @@ def test_default_ids_are_row_numbers_and_given_ids_are_kept(dense):
     assert SparseEmbeddings.from_dense(dense[:6], ids=NAMES).ids.tolist() == NAMES
 
 
-def test_equality_sees_values_ids_and_width(dense):
+def test_equality_compares_values_ids_and_width(dense):
     e = SparseEmbeddings.from_dense(dense)
     changed = dense.copy()
     changed[dense > 0] *= np.float32(1.0001)
@@ -124,7 +124,7 @@ def test_equality_sees_values_ids_and_width(dense):
     ],
     ids=repr,
 )  # fmt: skip
-def test_indexing_gives_the_rows_that_numpy_gives(dense, index):
+def test_indexing_equals_numpy(dense, index):
     ids = np.array([f"r{i}" for i in range(12)])
     part = SparseEmbeddings.from_dense(dense, ids, {"model": "m"})[index]
     np.testing.assert_array_equal(part.to_dense(), dense[index])
@@ -140,12 +140,12 @@ def test_one_row_keeps_two_dimensions(dense, index):
 
 
 @pytest.mark.parametrize("index", [12, -13, [0, 12], np.ones(11, bool)], ids=repr)
-def test_rows_that_do_not_exist_are_an_index_error(dense, index):
+def test_missing_rows_raise_index_error(dense, index):
     with pytest.raises(IndexError):
         SparseEmbeddings.from_dense(dense)[index]
 
 
-def test_scikit_learn_takes_what_to_scipy_gives(dense):
+def test_scikit_learn_accepts_to_scipy(dense):
     from sklearn.cluster import KMeans
 
     matrix = SparseEmbeddings.from_dense(dense).to_scipy()
@@ -158,7 +158,7 @@ def test_iteration_gives_every_row_once(dense):
     assert SparseEmbeddings.concat(list(e)) == e
 
 
-def test_a_slice_does_not_share_memory_that_a_write_could_reach(dense):
+def test_slice_shares_no_memory(dense):
     e = SparseEmbeddings.from_dense(dense)
     part = e[2:5]
     part.values[:] = 99
@@ -177,7 +177,7 @@ def brute_top_k(dense, k):
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 17, 100])
-def test_top_k_is_brute_force_and_ties_go_to_the_lower_column(rng, dense, k):
+def test_top_k_equals_brute_force_and_ties_go_to_the_lower_column(rng, dense, k):
     tied = (np.round(dense * 3) / 3).astype(np.float32)
     tied[3] = 1
     for x in (dense, tied):
@@ -200,7 +200,7 @@ def test_concat_stacks_rows_ids_and_common_meta(dense):
     assert e.meta == {"model": "m"}
 
 
-def test_concat_refuses_other_models_widths_id_kinds_and_nothing(dense):
+def test_concat_refuses_mixed_models_widths_and_ids_and_no_parts(dense):
     e = SparseEmbeddings.from_dense(dense, meta={"model": "one"})
     for other in (
         SparseEmbeddings.from_dense(dense, meta={"model": "two"}),
@@ -213,7 +213,7 @@ def test_concat_refuses_other_models_widths_id_kinds_and_nothing(dense):
         SparseEmbeddings.concat([])
 
 
-# --- converters ----------------------------------------------------------------------------------------------------------------------
+# --- conversion ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_to_scipy_is_canonical_and_equal(dense):
@@ -283,7 +283,7 @@ def test_file_round_trip_without_entries(tmp_path, suffix, n):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dim", [2**15 - 1, 2**15, 2**15 + 1, 2**31 - 1])
-def test_the_last_column_survives_whatever_the_width(tmp_path, suffix, dim):
+def test_last_column_survives_at_any_width(tmp_path, suffix, dim):
     e = SparseEmbeddings([0, 2], [0, dim - 1], [1.0, 2.0], dim)
     assert SparseEmbeddings.load(e.save(tmp_path / f"e{suffix}")).indices.tolist() == [0, dim - 1]
 
@@ -298,14 +298,14 @@ def test_float16_rounds_like_numpy_and_is_smaller(tmp_path, rng, suffix):
 
 
 @pytest.mark.parametrize("value", [70000.0, 1e-9])
-def test_float16_refuses_what_it_cannot_hold_and_writes_nothing(tmp_path, value):
+def test_float16_overflow_is_refused_and_writes_nothing(tmp_path, value):
     with refused(DataError, match="float16"):
         SparseEmbeddings.from_dense([[value]]).save(tmp_path / "e.npz", values="float16")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_names_that_are_not_utf8_round_trip_or_are_refused_before_writing(tmp_path, suffix):
+def test_ids_that_are_not_utf8_round_trip_or_are_refused(tmp_path, suffix):
     name = os.fsdecode(b"caf\xe9.png")
     e = SparseEmbeddings.from_dense(np.eye(2), ids=[name, "b.png"])
     if suffix == ".parquet":
@@ -316,12 +316,12 @@ def test_names_that_are_not_utf8_round_trip_or_are_refused_before_writing(tmp_pa
         assert SparseEmbeddings.load(e.save(tmp_path / f"e{suffix}")).ids.tolist() == [name, "b.png"]
 
 
-def test_scipy_opens_our_npz(tmp_path, dense):
+def test_scipy_reads_npz(tmp_path, dense):
     path = SparseEmbeddings.from_dense(dense, ids=[f"é{i}" for i in range(12)]).save(tmp_path / "e.npz")
     np.testing.assert_array_equal(scipy.sparse.load_npz(path).toarray(), dense)
 
 
-def test_pandas_opens_our_parquet(tmp_path, dense):
+def test_pandas_reads_parquet(tmp_path, dense):
     import pandas as pd
 
     frame = pd.read_parquet(SparseEmbeddings.from_dense(dense, ids=[f"é{i}" for i in range(12)]).save(tmp_path / "e.parquet"))
@@ -332,7 +332,7 @@ def test_pandas_opens_our_parquet(tmp_path, dense):
 
 
 @pytest.mark.parametrize("values", ["float32", "float16"])
-def test_datasets_opens_our_parquet(tmp_path, dense, values):
+def test_datasets_reads_parquet(tmp_path, dense, values):
     import datasets
 
     path = SparseEmbeddings.from_dense(dense).save(tmp_path / "e.parquet", values)
@@ -342,7 +342,7 @@ def test_datasets_opens_our_parquet(tmp_path, dense, values):
     assert [row["values"] for row in rows] == [r[r > 0].astype(values).tolist() for r in dense]
 
 
-def test_parquet_in_many_row_groups_is_read_as_one(tmp_path, rng):
+def test_parquet_of_many_row_groups_is_read(tmp_path, rng):
     import pyarrow.parquet as pq
 
     e = SparseEmbeddings.from_dense(random_dense(rng, 50, 9))
@@ -375,7 +375,7 @@ GOOD = {"indptr": [0, 2, 2, 3], "indices": [0, 3, 1], "values": [1.0, 2.0, 3.0],
     ],
     ids=repr,
 )
-def test_a_bad_entry_is_refused_with_its_row(change, row):
+def test_bad_entry_is_refused_with_its_row(change, row):
     SparseEmbeddings(**GOOD)
     with refused(DataError, match=rf"^row {row}:"):
         SparseEmbeddings(**GOOD | change)
@@ -416,7 +416,7 @@ def test_arrays_that_do_not_fit_are_refused(change):
         SparseEmbeddings(**GOOD | change)
 
 
-def test_a_negative_or_nan_number_in_a_dense_matrix_is_refused_with_its_row(dense):
+def test_negative_or_non_finite_dense_number_is_refused_with_its_row(dense):
     for value in (-1e-30, np.nan, np.inf):
         bad = dense.copy()
         bad[7, 3] = value
@@ -425,7 +425,7 @@ def test_a_negative_or_nan_number_in_a_dense_matrix_is_refused_with_its_row(dens
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
-def test_a_dense_array_that_is_not_a_matrix_is_refused(shape):
+def test_dense_array_that_is_no_matrix_is_refused(shape):
     with refused(DataError, match="matrix"):
         SparseEmbeddings.from_dense(np.zeros(shape))
 
@@ -438,10 +438,10 @@ def saved(request, tmp_path, dense):
     return SparseEmbeddings.from_dense(dense, [f"é{i}" for i in range(12)], {"model": "m"}).save(tmp_path / f"e{request.param}")
 
 
-def test_a_truncated_file_is_refused_wherever_it_is_cut(saved):
-    whole = saved.read_bytes()
-    for cut in sorted({0, 1, 4, 8, 9, 40, len(whole) // 4, len(whole) // 2, len(whole) - 9, len(whole) - 1}):
-        saved.write_bytes(whole[:cut])
+def test_truncated_file_is_refused_at_any_length(saved):
+    content = saved.read_bytes()
+    for cut in sorted({0, 1, 4, 8, 9, 40, len(content) // 4, len(content) // 2, len(content) - 9, len(content) - 1}):
+        saved.write_bytes(content[:cut])
         with refused(DataError, ModelError, match=saved.name):
             SparseEmbeddings.load(saved)
 
@@ -454,7 +454,7 @@ def header_bytes(path, content):
     return range(len(content))
 
 
-def test_a_flipped_byte_is_never_another_exception(saved):
+def test_flipped_byte_raises_only_typed_errors(saved):
     content = saved.read_bytes()
     places = header_bytes(saved, content)
     escaped, caught = [], 0
@@ -473,10 +473,10 @@ def test_a_flipped_byte_is_never_another_exception(saved):
     assert escaped == []
 
 
-def test_a_file_of_a_newer_format_is_refused_with_the_mend(tmp_path, monkeypatch, dense):
+def test_newer_format_is_refused_with_the_mend(tmp_path, monkeypatch, dense):
     e = SparseEmbeddings.from_dense(dense)
     with monkeypatch.context() as patch:
-        patch.setattr(sparse, "_FORMAT", "rlpjepa_zoo.sparse/9")
+        patch.setattr(io, "FORMAT", "rlpjepa_zoo.sparse/9")
         paths = [e.save(tmp_path / f"e{suffix}") for suffix in SUFFIXES]
     for path in paths:
         with refused(ModelError, match="update rlpjepa_zoo"):
@@ -484,7 +484,7 @@ def test_a_file_of_a_newer_format_is_refused_with_the_mend(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_of_another_kind_is_refused(tmp_path, suffix, dense):
+def test_file_of_another_kind_is_refused(tmp_path, suffix, dense):
     import pandas as pd
 
     path = tmp_path / f"other{suffix}"
@@ -498,7 +498,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, suffix, dense):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_renamed_file_is_refused(tmp_path, suffix, dense):
+def test_renamed_file_is_refused(tmp_path, suffix, dense):
     path = SparseEmbeddings.from_dense(dense).save(tmp_path / f"e{suffix}")
     for other in set(SUFFIXES) - {suffix}:
         renamed = path.rename(path.with_suffix(other))
@@ -508,17 +508,17 @@ def test_a_renamed_file_is_refused(tmp_path, suffix, dense):
 
 
 @pytest.mark.parametrize("name", ["e.csv", "e", "e.NPZ.bak"])
-def test_other_endings_are_refused_when_saving_and_loading(tmp_path, dense, name):
-    (tmp_path / name).write_text("kept")
+def test_other_suffixes_are_refused_when_saving_and_loading(tmp_path, dense, name):
+    (tmp_path / name).write_text("unchanged")
     with refused(UsageError, match="safetensors, .npz or .parquet"):
         SparseEmbeddings.from_dense(dense).save(tmp_path / name)
     with refused(UsageError, match="safetensors, .npz or .parquet"):
         SparseEmbeddings.load(tmp_path / name)
-    assert (tmp_path / name).read_text() == "kept"
+    assert (tmp_path / name).read_text() == "unchanged"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_missing_file_or_a_folder_is_refused(tmp_path, suffix):
+def test_missing_file_or_folder_is_refused(tmp_path, suffix):
     (tmp_path / f"folder{suffix}").mkdir()
     for name in (f"none{suffix}", f"folder{suffix}"):
         with refused(DataError, match=name):
@@ -532,7 +532,7 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path, suffix):
     [json.dumps({"format": "rlpjepa_zoo.sparse/1", "dim": 4, "meta": meta}) for meta in (3, ["a"], "abc")] +
     [json.dumps({"format": "rlpjepa_zoo.sparse/1", "dim": 4, "meta": {}, "ids": ids}) for ids in (["a"], "abc", 3)],
 )  # fmt: skip
-def test_a_hostile_header_is_refused(tmp_path, header):
+def test_hostile_header_is_refused(tmp_path, header):
     path = tmp_path / "e.safetensors"
     arrays = {"indptr": np.array([0, 2, 2, 3]), "indices": np.array([0, 3, 1], np.int16), "values": np.ones(3, np.float32)}
     if "ids" not in header:
@@ -543,7 +543,7 @@ def test_a_hostile_header_is_refused(tmp_path, header):
 
 
 @pytest.mark.parametrize("header", ["[]", "3", "null"])
-def test_a_header_that_is_no_object_is_refused(tmp_path, header):
+def test_header_that_is_no_object_is_refused(tmp_path, header):
     path = tmp_path / "e.npz"
     np.savez(path, indptr=np.array([0, 1]), indices=np.array([2]), data=np.ones(1), ids=np.arange(1), header=np.array(header))
     with refused(DataError, ModelError, match="e.npz"):
@@ -566,7 +566,7 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_pickled_object_in_an_npz_is_refused_and_not_run(tmp_path):
+def test_pickle_in_npz_is_refused_and_not_run(tmp_path):
     path, marker = tmp_path / "e.npz", tmp_path / "marker"
     header = json.dumps({"format": "rlpjepa_zoo.sparse/1", "dim": 4, "meta": {}})
     ids = np.array([Bomb(marker)], dtype=object)
@@ -586,7 +586,7 @@ def full(*_):
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_a_failing_disk_leaves_the_old_file_and_no_partial(monkeypatch, saved, step):
+def test_failing_disk_leaves_the_old_file_and_no_partial(monkeypatch, saved, step):
     before = saved.read_bytes()
     monkeypatch.setattr(os, step, full)
     with refused(OutputError, match="No space left"):
@@ -595,7 +595,7 @@ def test_a_failing_disk_leaves_the_old_file_and_no_partial(monkeypatch, saved, s
     assert os.listdir(saved.parent) == [saved.name]
 
 
-def test_a_write_that_the_system_cuts_short_leaves_the_old_file_and_no_partial(saved, rng):
+def test_short_write_leaves_the_old_file_and_no_partial(saved, rng):
     before = saved.read_bytes()
     large = SparseEmbeddings.from_dense(rng.random((300, 300)))
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -611,7 +611,7 @@ def test_a_write_that_the_system_cuts_short_leaves_the_old_file_and_no_partial(s
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_path_that_cannot_be_written_is_an_output_error(tmp_path, suffix, dense):
+def test_unwritable_path_is_an_output_error(tmp_path, suffix, dense):
     e = SparseEmbeddings.from_dense(dense)
     (tmp_path / "file").touch()
     (tmp_path / f"folder{suffix}").mkdir()
@@ -632,7 +632,7 @@ matrices = hnp.arrays(
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(x=matrices, k=st.integers(1, 10), data=st.data())
-def test_any_matrix_behaves_like_numpy(x, k, data):
+def test_any_matrix_equals_numpy(x, k, data):
     e = SparseEmbeddings.from_dense(x)
     x = np.abs(x)
     assert e.to_dense().tobytes() == x.tobytes()
@@ -647,7 +647,7 @@ def test_any_matrix_behaves_like_numpy(x, k, data):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(x=matrices, text=st.booleans(), suffix=st.sampled_from(SUFFIXES), data=st.data())
-def test_any_matrix_survives_a_file(tmp_path_factory, x, text, suffix, data):
+def test_any_matrix_round_trips_through_a_file(tmp_path_factory, x, text, suffix, data):
     name = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
     ids = data.draw(st.lists(name if text else st.integers(-(2**63), 2**63 - 1), min_size=len(x), max_size=len(x))) or None
     e = SparseEmbeddings.from_dense(x, ids)

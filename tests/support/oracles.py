@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def law(p: float, mu: float, sigma: float) -> stats.distributions.rv_frozen:
-    """GN_p(mu, sigma) as scipy knows it."""
+    """GN_p(mu, sigma) by scipy."""
     return stats.gennorm(p, loc=mu, scale=p ** (1 / p) * sigma)
 
 
@@ -23,7 +23,7 @@ def sigma_gn(p: float) -> float:
 
 
 def _branch(f: Callable[[float], float], p: float, mu: float, sigma: float, near: float) -> float:
-    """Integral of f over x > mu + near; x = mu + s^4 takes the cusp at mu away."""
+    """Integral of f over x > mu + near; substituting x = mu + s^4 removes the cusp at mu."""
     depth = (near / sigma) ** p / p
     stops = [(sigma * (p * (depth + t)) ** (1 / p)) ** 0.25 for t in (0, 1, 5, 15, 40, 80)]
     return sum(
@@ -79,7 +79,7 @@ def transport(u: np.ndarray, v: np.ndarray) -> float:
 
 
 def sliced_autograd(z: Tensor, y: Tensor, directions: Tensor) -> Tensor:
-    """The same by torch, with the gradient of `sort` (ties in the order of the batch); z is (B, D) or (V, B, D)."""
+    """`sliced` in torch, with the gradient of `sort` (ties in the order of the batch); z is (B, D) or (V, B, D)."""
     views = z.unsqueeze(0) if z.dim() == 2 else z
     target = (y @ directions.T).sort(dim=0).values
     return torch.stack([((view @ directions.T).sort(dim=0, stable=True).values - target).square().mean() for view in views]).mean()

@@ -74,7 +74,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss"
 
         def broken(self: Any, z: torch.Tensor, step: int) -> Any:
             terms = original(self, z, step)
-            return terms._replace(loss=terms.loss * float("inf")) if step + 1 in steps else terms
+            return terms._replace(total=terms.total * float("inf")) if step + 1 in steps else terms
 
         monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
         return

@@ -42,7 +42,7 @@ from rlpjepa_zoo.data.sources.folder import list_images
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.training import checkpoint, run_dir
-from rlpjepa_zoo.training.checkpoint import latest, save
+from rlpjepa_zoo.training.checkpoint import latest, remove_leftovers, save
 from rlpjepa_zoo.training.online_probes import EncoderWithProbes, build_encoder
 from rlpjepa_zoo.training.pretrain import train
 
@@ -216,6 +216,7 @@ def killed_at_calls_of_a_save(tmp_path: Path, again: bool, every: int) -> None:
         assert all(again and "not the manifest of step 3" in line for line in damaged), (at, damaged)
         kept.append(found.step if found else 0)
         with lock(run):
+            remove_leftovers(run)
             assert all(name.startswith("step-") for name in steps(run)), at
         save(run, made(9))
         assert same(latest(run)[0], made(9))
@@ -242,7 +243,7 @@ def test_killed_at_every_call_of_the_sweep_the_next_start_ends_it(tmp_path: Path
 
     def sweep() -> None:
         with lock(run):
-            pass
+            remove_leftovers(run)
 
     def fresh() -> None:
         shutil.rmtree(run, ignore_errors=True)
@@ -280,6 +281,7 @@ def test_killed_in_the_middle_of_a_write_there_is_the_old_checkpoint(tmp_path: P
         assert left, most
         assert same(latest(run)[0], made(1)) and latest(run)[1] == []
         with lock(run):
+            remove_leftovers(run)
             assert steps(run) == ["step-00000001"]
 
 

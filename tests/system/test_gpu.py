@@ -14,7 +14,7 @@ from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
-from rlpjepa_zoo.ops.directions import FAMILIES, directions, slices
+from rlpjepa_zoo.ops.directions import FAMILIES, direction_blocks, directions
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.report import bench_loss as bench
 from rlpjepa_zoo.training.pretrain import train
@@ -41,11 +41,11 @@ def test_samples_are_drawn_on_the_device_from_the_generator(p: float) -> None:
 @pytest.mark.parametrize("kind", ["random", "hadamard"])
 def test_loss_and_gradient_match_the_float64_oracle(batch: int, dim: int, n: int, dtype: torch.dtype, kind: str) -> None:
     z = torch.rand(2, batch, dim, device="cuda").to(dtype)
-    y, parts = law().sample((batch, dim)), slices(kind, n, dim, torch.Generator("cuda").manual_seed(0))
-    c = torch.cat([part.dense() for part in parts])
+    y, blocks = law().sample((batch, dim)), direction_blocks(kind, n, dim, torch.Generator("cuda").manual_seed(0))
+    c = torch.cat([block.matrix() for block in blocks])
     x = z.clone().requires_grad_()
     with torch.autocast("cuda", torch.bfloat16):
-        loss = sliced_wasserstein(x, y, parts)
+        loss = sliced_wasserstein(x, y, blocks)
     loss.backward()
     a, b, k = (t.double().cpu() for t in (z, y, c))
     reference = a.clone().requires_grad_()
@@ -65,7 +65,7 @@ def test_directions_live_on_the_device(family: str) -> None:
 def test_objective_is_a_function_of_seed_and_step() -> None:
     z = torch.rand(2, 64, 32, device="cuda")
     loss = RectifiedLpJEPALoss(law(), kind="orthogonal", n=64)
-    assert torch.equal(loss(z, 3).loss, loss(z, 3).loss) and not torch.equal(loss(z, 3).loss, loss(z, 4).loss)
+    assert torch.equal(loss(z, 3).total, loss(z, 3).total) and not torch.equal(loss(z, 3).total, loss(z, 4).total)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_step_that_overflows_fp16_is_skipped_and_lowers_the_scale(tmp_path: Pa
 
     def broken(self, z, step):  # type: ignore[no-untyped-def]
         terms = original(self, z, step)
-        return terms._replace(loss=terms.loss * float("inf")) if step in (4, 5) else terms
+        return terms._replace(total=terms.total * float("inf")) if step in (4, 5) else terms
 
     monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
     recipe = Recipe.load("digits", ["train.epochs=3", "optim.warmup_epochs=1", "train.log_every=1", "train.precision=fp16"])

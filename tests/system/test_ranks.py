@@ -48,9 +48,9 @@ def updates(kind: str, dtype: torch.dtype) -> dict[str, Any]:
         images = images.chunk(collectives.world_size(), 1)[collectives.rank()]
         terms = objective(model(images.flatten(0, 1)).unflatten(0, images.shape[:2]), step)
         optimizer.zero_grad()
-        terms.loss.backward()
+        terms.total.backward()
         optimizer.step()
-        losses.append(collectives.mean_over_ranks(terms.loss).item())
+        losses.append(collectives.mean_over_ranks(terms.total).item())
     return {"losses": losses, "parameters": [p.detach().clone() for p in net.parameters()]}
 
 

@@ -25,7 +25,7 @@ from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core.files import lock
 from rlpjepa_zoo.errors import ModelError, OutputError, UsageError
 from rlpjepa_zoo.training import checkpoint
-from rlpjepa_zoo.training.checkpoint import Checkpoint, latest, optimizer_state, restore_optimizer, save
+from rlpjepa_zoo.training.checkpoint import Checkpoint, latest, optimizer_state, remove_leftovers, restore_optimizer, save
 from rlpjepa_zoo.training.optim import make_optimizer, set_learning_rates
 from rlpjepa_zoo.training.pretrain import train
 
@@ -294,6 +294,7 @@ def test_what_a_killed_run_left_is_swept_under_the_lock_and_nothing_else(tmp_pat
     assert same(latest(tmp_path)[0], made(2))
     assert (home / ".tmp-00000003-4711").is_dir()
     with lock(tmp_path):
+        remove_leftovers(tmp_path)
         assert steps(tmp_path) == sorted([*FOREIGN, "step-00000001", "step-00000002"])
     assert (tmp_path / ".tmp-mine").is_dir() and (tmp_path / "metrics.jsonl").is_file()
     assert same(latest(tmp_path)[0], made(2))
@@ -437,7 +438,10 @@ def test_a_checkpoint_of_a_run_holds_no_pickle_and_no_random_state(tmp_path: Pat
         "data.limit=64", "train.batch_size=32", "train.epochs=1", "optim.warmup_epochs=0.5", "train.num_workers=0", "train.precision=no",
         "encoder.dim=16", "objective.num_directions=32", "probe.bank=32", "probe.eval_images=32",
     ]  # fmt: skip
+    leftover = tmp_path / "run/checkpoints/.tmp-00000001-4711"
+    leftover.mkdir(parents=True)
     train(Recipe.load("digits", small), tmp_path / "run", progress=False)
+    assert not leftover.exists(), "a run removes what a killed run left"
     names = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert not [n for n in names if Path(n).suffix not in (".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", "")], names
     found = contents(tmp_path / "run/checkpoints/step-00000002")
@@ -526,5 +530,6 @@ def test_a_kill_at_any_instant_leaves_a_newest_checkpoint_that_verifies(tmp_path
         leftovers += any(not name.startswith("step-") for name in steps(tmp_path))
         newest = found.step
         with lock(tmp_path):
+            remove_leftovers(tmp_path)
             assert all(name.startswith("step-") for name in steps(tmp_path)), kill
     assert newest > 2 and leftovers > 0

@@ -156,7 +156,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch: py
 
     def poisoned(self, z, step):  # type: ignore[no-untyped-def]
         terms = original(self, z, step)
-        return terms._replace(loss=terms.loss * float("nan")) if step >= 7 else terms
+        return terms._replace(total=terms.total * float("nan")) if step >= 7 else terms
 
     monkeypatch.setattr(module.RectifiedLpJEPALoss, "__call__", poisoned)
     with pytest.raises(NonFiniteError, match="step 10.* 3 steps in a row; weights and outputs of all layers are finite"):

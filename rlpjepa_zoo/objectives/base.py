@@ -1,0 +1,129 @@
+"""The interface of training objectives: options from the recipe, loss terms, numbers for the log, state for a resume."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ..distributions import RectifiedGeneralizedGaussian
+
+__all__ = ["Count", "NonNegative", "Objective", "Options", "Positive", "Terms", "invariance"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """The section `objective` of a recipe: frozen, and unknown keys are refused. Each objective has a subclass with its own keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    name: str
+    """Name of the objective, see `rlpjepa_zoo.list_objectives`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null(cls, values: Any) -> Any:
+        """`key:` and `key: null` mean None: values arrive as text, see `rlpjepa_zoo.config.load`."""
+        if not isinstance(values, dict):
+            return values
+        return {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()}
+
+    def check_dim(self, dim: int) -> None:
+        """Refuse options that do not fit an embedding width.
+
+        Raises:
+            ValueError: the message starts with the key.
+        """
+
+
+class Terms(NamedTuple):
+    """Result of an objective: `total` is the weighted sum, with gradient; `parts` are its unweighted summands by name."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """A loss on the embeddings of several views of a batch of images.
+
+    A new objective is one file: a subclass with its `Options`, registered by ``@OBJECTIVES.register("name")``.
+    """
+
+    Options: ClassVar[type[Options]]
+    """Keys of the recipe's section `objective` for this objective."""
+    needs_target: ClassVar[bool] = False
+    """Whether the recipe must have a section `target`."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, options: Any, *, target: RectifiedGeneralizedGaussian | None, dim: int, batch_size: int, seed: int) -> Self:
+        """The objective for a run. All ranks call this together.
+
+        Args:
+            options: validated, an instance of `Options`.
+            target: law of one coordinate of the embeddings; None if the recipe has no target.
+            dim: embedding width D.
+            batch_size: images per step over all ranks.
+            seed: seed of the run.
+
+        Raises:
+            RecipeError: options that cannot be used.
+        """
+
+    @abstractmethod
+    def __call__(self, views: Tensor, step: int) -> Terms:
+        """Loss terms of a step.
+
+        Args:
+            views: (V, b, D) embeddings of V views of this rank's b images.
+            step: number of the step; all randomness is a function of seed and step.
+        """
+
+    def monitor(self, parts: Mapping[str, float]) -> dict[str, float]:
+        """Further numbers for the log.
+
+        Args:
+            parts: values of `Terms.parts`, averaged over ranks.
+        """
+        return {}
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One phrase for the log and the model card."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state for a checkpoint."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restore what `state` returned; `state` may have other keys, or lack some if an older version wrote it."""
+
+
+def invariance(z: Tensor) -> Tensor:
+    """Mean over pairs of views, batch and dimensions of the squared difference.
+
+    Args:
+        z: (V, B, D), V >= 1, embeddings of V views of the same images; no normalisation, no stop-gradient.
+
+    Returns:
+        Scalar, float32 (float64 for float64 `z`); zero for one view. For V = 2 it is mean((z1 - z2)^2).
+
+    Example:
+        >>> float(invariance(torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])))
+        0.5
+    """
+    views = z.shape[0]
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        if views < 2:
+            return z.sum() * 0.0
+        if views == 2:
+            return (z[0] - z[1]).square().mean()
+        return (z - z.mean(0)).square().mean() * (2 * views / (views - 1))  # = mean over pairs, in O(V)

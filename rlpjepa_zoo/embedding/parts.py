@@ -15,7 +15,8 @@ from typing import Any
 
 from ..core import files
 from ..errors import DataError, first_line
-from ..sparse.embeddings import SparseEmbeddings, Values
+from ..sparse.embeddings import SparseEmbeddings
+from ..sparse.io import Values
 
 __all__ = ["arrow_text", "part_number", "part_paths", "read_summary", "write_json", "write_part"]
 

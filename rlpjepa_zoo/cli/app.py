@@ -360,9 +360,10 @@ def evaluate(
 ) -> None:
     """Measure the sparse embedding, the dense features and raw pixels: kNN, linear, few-shot and MLP probes, retrieval, clustering."""
     from ..evaluation.datasets import open_set
-    from ..evaluation.evaluate import accuracy_table, checked_budgets, with_results
+    from ..evaluation.evaluate import check_budgets, with_results
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.protocol import Protocol
+    from ..evaluation.tables import accuracy_table
     from ..models.pretrained import load_encoder
 
     if plot is not None and plot.suffix != ".png":
@@ -370,7 +371,7 @@ def evaluate(
     asked = budgets or ("auto" if plot is not None else "")
     wanted: Any = asked if asked == "auto" else _numbers("--budgets", asked) if asked else ()
     names, counts = tuple(name.strip() for name in probes.split(",")), tuple(_numbers("--shots", shots))
-    protocol = Protocol(names, counts, seeds, queries=queries)  # refuses before anything is read
+    protocol = Protocol(names, seeds, shots=counts, queries=queries)  # refuses before anything is read
     if plot is not None and not {"knn", "linear", "few_shot" if 1 in counts else ""} & set(protocol.probes):
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
     for file in (out, plot):
@@ -379,7 +380,7 @@ def evaluate(
     place = _own_folder(source, "--card") if on_card else None
     found = open_set(data, overrides or [])
     encoder = load_encoder(source, revision=revision, device=_device(device))
-    checked_budgets(wanted, encoder.config.dim)
+    check_budgets(wanted, encoder.config.dim)
     report = run(
         encoder, found.train, found.test, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, probes=names,
         budgets=wanted, shots=counts, seeds=seeds, queries=queries, against=against or (), note=found.note,

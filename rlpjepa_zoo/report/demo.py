@@ -14,7 +14,8 @@ from ..data.images import Images
 from ..data.sources import open_source
 from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import UsageError
-from ..evaluation.evaluate import accuracy_table, evaluate, with_results
+from ..evaluation.evaluate import evaluate, with_results
+from ..evaluation.tables import accuracy_table
 from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
 from ..training.pretrain import train

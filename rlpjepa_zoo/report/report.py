@@ -22,7 +22,7 @@ from ..core.files import whole_file
 from ..data.images import Images
 from ..data.sources import open_source
 from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
-from ..evaluation import diagnostics
+from ..evaluation.intervals import mean_interval
 from ..evaluation.metrics import alarms
 from ..models.pretrained import load_encoder
 from ..training.run_dir import Run, is_number, read_run
@@ -155,7 +155,7 @@ def _figures(run: Run, codes: Codes | None) -> dict[str, Any]:
     }  # fmt: skip
     if codes is not None:
         rates = (codes.z > 0).mean(0)
-        density, low, high = diagnostics.mean_interval((codes.z > 0).mean(1))
+        density, low, high = mean_interval((codes.z > 0).mean(1))
         found |= {"images": len(codes.z), "density": density, "density_low": low, "density_high": high}
         found |= {"dim": codes.z.shape[1], "dead": int((rates == 0).sum()), "always_on": int((rates == 1).sum())}
         found["encoder_step"] = (info.get("training") or {}).get("steps")

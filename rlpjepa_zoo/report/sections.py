@@ -11,7 +11,8 @@ from ..data.images import Images
 from ..distributions import RectifiedGeneralizedGaussian
 from ..evaluation import diagnostics
 from ..evaluation.diagnostics import Array
-from ..evaluation.evaluate import knn_accuracy
+from ..evaluation.intervals import share_interval
+from ..evaluation.probes.knn import knn_accuracy
 from ..hub.card_figures import ACCENT, INK, SECOND
 from ..training.run_dir import Run
 from . import charts, html, plots
@@ -115,7 +116,7 @@ def _keys(run: Run, codes: Codes | None, figures: dict[str, Any]) -> list[Key]:
         if figures[key] is not None:
             note = f"k = {run.recipe.probe.knn_k}; {scored}, by the run itself"
             if figures["scored"]:
-                low, high = diagnostics.share_interval(figures[key], figures["scored"])
+                low, high = share_interval(figures[key], figures["scored"])
                 note = f"95 % interval {100 * low:.1f} to {100 * high:.1f}; {note}"
             found.append(Key(name, _percent(figures[key]), note))
     if figures["excess"] is not None:
@@ -304,7 +305,7 @@ def _neighbours(codes: Codes) -> Html:
         z, y = torch.from_numpy(codes.z), torch.from_numpy(labels)
         count = int((labels >= 0).sum())
         same = knn_accuracy(z, y, z, y, k=1, leave_one_out=True)
-        low, high = diagnostics.share_interval(same, count)
+        low, high = share_interval(same, count)
         text += (
             f" Of all n = {count:,} labelled images, {_percent(same)} (95 % interval {100 * low:.1f} to {100 * high:.1f}) have a nearest "
         )

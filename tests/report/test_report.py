@@ -22,7 +22,7 @@ from rlpjepa_zoo.core import rng as streams
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import OutputError, UsageError
-from rlpjepa_zoo.evaluation import diagnostics
+from rlpjepa_zoo.evaluation import diagnostics, intervals
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.report import charts, report
@@ -244,12 +244,12 @@ def test_coordinate_distances_are_those_of_scipy(rng: np.random.Generator) -> No
 
 
 def test_intervals() -> None:
-    low, high = diagnostics.share_interval(0.8, 50)
+    low, high = intervals.share_interval(0.8, 50)
     exact = stats.binomtest(40, 50).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((exact.low, exact.high), rel=1e-6)
     values = np.random.default_rng(3).normal(2, 3, 400)
     expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
-    assert diagnostics.mean_interval(values) == pytest.approx((values.mean(), *expected), rel=1e-6)
+    assert intervals.mean_interval(values) == pytest.approx((values.mean(), *expected), rel=1e-6)
 
 
 def test_selective_units_are_alive_and_spread_over_classes(rng: np.random.Generator) -> None:

@@ -562,9 +562,9 @@ def report(
 
     It loads nothing from outside. A run without an encoder, or whose images are not there, gets a page of its curves.
     """
-    from ..report.report import write
+    from ..report.report import write_report
 
-    found = write(run, out, overrides or [], images, batch_size, num_workers, _device(device), progress=not quiet)
+    found = write_report(run, out, overrides or [], images, batch_size, num_workers, _device(device), progress=not quiet)
     print(json.dumps(found) if as_json else found["page"])
 
 

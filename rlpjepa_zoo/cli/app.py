@@ -65,9 +65,9 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Pretrain on scikit-learn's digits, publish to a folder, load it back, embed, evaluate and draw (a minute or two on a CPU)."""
-    from ..report.demo import run
+    from ..report.demo import run_demo
 
-    _print(run(out, density, epochs, progress=not quiet), as_json)
+    _print(run_demo(out, density, epochs, progress=not quiet), as_json)
 
 
 @app.command()
@@ -615,12 +615,12 @@ def bench(
 
     A minute on two CPU cores. POT and lightly are measured too where they are installed.
     """
-    from ..report.bench_loss import compare, table
+    from ..report.bench_loss import compare, markdown_table
 
     found = compare(batch, dim, directions, repeats, _device(device))
     if out is not None:
         _write(out, (json.dumps(found, indent=1) + "\n").encode())
-    _print({**found, "text": table(found)}, as_json)
+    _print({**found, "text": markdown_table(found)}, as_json)
 
 
 zoo_app = typer.Typer(help="The zoo's own list.", no_args_is_help=True, rich_markup_mode=None)

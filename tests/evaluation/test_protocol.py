@@ -1,6 +1,7 @@
 """All probes together: sparse and dense rows, chance, missing labels, and the text of the protocol."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 from clusters import codes, sparse
 from scipy.sparse import csr_array
 
+from rlpjepa_zoo.core.measures import MEASURES, measure_label
 from rlpjepa_zoo.errors import DataError, UsageError
-from rlpjepa_zoo.evaluation.probes import base
+from rlpjepa_zoo.evaluation.probes import PROBES, base
 from rlpjepa_zoo.evaluation.probes.clustering import clustering
-from rlpjepa_zoo.evaluation.protocol import PROBE_NAMES, Protocol, measure
+from rlpjepa_zoo.evaluation.protocol import DEFAULT_PROBES, PROBE_NAMES, Protocol, measure
 
 
 def test_sparse_and_dense_rows_give_the_same_scores(rng: np.random.Generator) -> None:
@@ -114,3 +116,18 @@ def test_protocol_text_names_the_hyper_parameters() -> None:
 def test_invalid_protocols_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Protocol(**options)
+
+
+def test_every_file_of_probes_registers_one_probe() -> None:
+    files = {path.stem for path in Path(base.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    assert {cls.__module__.rpartition(".")[2] for cls in PROBES.values()} == files == set(PROBES)
+    assert PROBE_NAMES == ("knn", "linear", "few_shot", "mlp", "retrieval", "clustering") and DEFAULT_PROBES == PROBE_NAMES[:3]
+    assert all(measure_label(name) for name in MEASURES if "{}" not in MEASURES[name])
+
+
+def test_probes_run_in_the_order_of_reports_and_take_their_options() -> None:
+    protocol = Protocol(("clustering", "few_shot", "knn"), k=3, draws=7)
+    assert list(protocol.probes) == ["knn", "few_shot", "clustering"]
+    assert protocol.probes["knn"].k == 3 and protocol.probes["few_shot"].draws == 7
+    with pytest.raises(TypeError, match="options of no probe: neighbours"):
+        Protocol(neighbours=3)

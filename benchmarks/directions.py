@@ -20,7 +20,7 @@ import rlpjepa_zoo as rz
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate
-from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.report.bench_loss import timed
 from rlpjepa_zoo.training import online_probes as model
 from rlpjepa_zoo.training import pretrain as training
 
@@ -53,7 +53,7 @@ def step_seconds(options: Any) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
 
         steps[arm] = step
-    return {arm: statistics.median(taken) for arm, taken in bench.timed(steps, 11).items()}
+    return {arm: statistics.median(taken) for arm, taken in timed(steps, 11).items()}
 
 
 def trained(options: Any, arm: str, epochs: float, seed: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 
 from rlpjepa_zoo.ops.gradient_noise import gradient_error
 from rlpjepa_zoo.ops.hadamard import factors
-from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.report.bench_loss import compare, markdown_table, scaling, states
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
@@ -34,7 +34,7 @@ def noise(batch: int = 256, dim: int = 512) -> dict[str, dict[str, dict[int, flo
     """Gradient error by state, family and number of directions."""
     return {
         state: {kind: {n: round(gradient_error(kind, n, z, y, seed=n, draws=6), 4) for n in COUNTS} for kind in FAMILIES}
-        for state, (z, y) in bench.states(batch, dim).items()
+        for state, (z, y) in states(batch, dim).items()
     }
 
 
@@ -126,7 +126,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
             lines.append(f"| {state} | {kind} | " + " | ".join(f"{errors[str(n)]:.2f}" for n in COUNTS) + " |")
     return {
         "learned": learned(),
-        "speed": bench.table(found["compared"]),
+        "speed": markdown_table(found["compared"]),
         "noise": "\n".join(lines),
         "growth": f"{found['model_error']:.0%}",
     }
@@ -149,10 +149,10 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw what benchmarks/loss.json holds")
     options = parser.parse_args()
     if not options.draw:
-        compared, rows = bench.compare(repeats=options.repeats), bench.scaling(options.repeats)
+        compared, rows = compare(repeats=options.repeats), scaling(options.repeats)
         expected, off = fitted(rows)
-        scaling = [{**row, "expected": float(f"{e:.4g}")} for row, e in zip(rows, expected, strict=True)]
-        found = {"compared": compared, "noise": noise(), "scaling": scaling, "model_error": round(off, 3)}
+        growth = [{**row, "expected": float(f"{e:.4g}")} for row, e in zip(rows, expected, strict=True)]
+        found = {"compared": compared, "noise": noise(), "scaling": growth, "model_error": round(off, 3)}
         result.tell(f"python benchmarks/loss.py --repeats {options.repeats}", found, f"{torch.get_num_threads()} threads", options.json)
     if options.draw or (options.json and options.json.resolve() == HERE / "loss.json"):
         write(json.loads((HERE / "loss.json").read_text()))

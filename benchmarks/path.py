@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.report.bench_loss import timed
 from rlpjepa_zoo.training import online_probes as model
 from rlpjepa_zoo.training import pretrain as training
 from rlpjepa_zoo.training import trainer as engine
@@ -98,7 +98,7 @@ def watching(recipe: Recipe, repeats: int) -> dict[str, Any]:
 
         return do
 
-    seconds = bench.timed({"bare": step(0, False), "probes": step(10, False), "probes and log": step(10, True)}, repeats)
+    seconds = timed({"bare": step(0, False), "probes": step(10, False), "probes and log": step(10, True)}, repeats)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     every = recipe.train.log_every
     return {
@@ -132,7 +132,7 @@ def loading(folder: Path, architecture: str, repeats: int) -> dict[str, Any]:
     def bare() -> None:
         timm.create_model(architecture, num_classes=0).load_state_dict(load_file(folder / "model.safetensors"))
 
-    seconds = bench.timed({"load_encoder": lambda: rz.load_encoder(str(folder)), "timm.create_model and weights": bare}, repeats)
+    seconds = timed({"load_encoder": lambda: rz.load_encoder(str(folder)), "timm.create_model and weights": bare}, repeats)
     medians = {name: round(statistics.median(taken), 4) for name, taken in seconds.items()}
     return {
         "architecture": architecture,

@@ -36,6 +36,7 @@ def test_wheel_holds_what_it_should(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in (
         "rlpjepa_zoo/py.typed",
+        "rlpjepa_zoo/report/report.html.j2",
         "rlpjepa_zoo/_shipped/recipes/cifar10-resnet18.yaml",
         "rlpjepa_zoo/_shipped/recipes/accelerate/gpu8.yaml",
         "rlpjepa_zoo/_shipped/hub/manifest.json",

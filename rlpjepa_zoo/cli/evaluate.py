@@ -61,9 +61,10 @@ def evaluate(
 ) -> None:
     """Measure the sparse embedding, the dense features and raw pixels: kNN, linear, few-shot and MLP probes, retrieval, clustering."""
     from ..evaluation.datasets import open_set
-    from ..evaluation.evaluate import accuracy_table, checked_budgets, with_results
+    from ..evaluation.evaluate import check_budgets, with_results
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.protocol import Protocol
+    from ..evaluation.tables import accuracy_table
     from ..models.pretrained import load_encoder
 
     if plot is not None and plot.suffix != ".png":
@@ -71,7 +72,7 @@ def evaluate(
     asked = budgets or ("auto" if plot is not None else "")
     counts: Any = asked if asked == "auto" else _whole_numbers("--budgets", asked) if asked else ()
     names, images_per_class = tuple(name.strip() for name in probes.split(",")), tuple(_whole_numbers("--shots", shots))
-    protocol = Protocol(names, images_per_class, seeds, queries=queries)  # refuses wrong values before anything is read
+    protocol = Protocol(names, seeds, shots=images_per_class, queries=queries)  # refuses wrong values before anything is read
     if plot is not None and not {"knn", "linear", "few_shot" if 1 in images_per_class else ""} & set(protocol.probes):
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
     for file in (out, plot):
@@ -80,7 +81,7 @@ def evaluate(
     folder = own_folder(source, "--card") if on_card else None
     images = open_set(data, overrides or [])
     encoder = load_encoder(source, revision=revision, device=choose_device(device))
-    checked_budgets(counts, encoder.config.dim)
+    check_budgets(counts, encoder.config.dim)
     report = run(
         encoder, images.train, images.test, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, probes=names,
         budgets=counts, shots=images_per_class, seeds=seeds, queries=queries, against=against or (), note=images.note,
@@ -125,9 +126,9 @@ def report(
 
     The page loads nothing from outside. Without an encoder or without images, it shows the curves only.
     """
-    from ..report.report import write
+    from ..report.report import write_report
 
-    summary = write(run, out, overrides or [], images, batch_size, num_workers, choose_device(device), progress=not quiet)
+    summary = write_report(run, out, overrides or [], images, batch_size, num_workers, choose_device(device), progress=not quiet)
     print(json.dumps(summary) if as_json else summary["page"])
 
 
@@ -144,9 +145,9 @@ def bench(
 
     Takes a minute on two CPU cores. Also measures POT and lightly if they are installed.
     """
-    from ..report.bench_loss import compare, table
+    from ..report.bench_loss import compare, markdown_table
 
     times = compare(batch, dim, directions, repeats, choose_device(device))
     if out is not None:
         write_file(out, (json.dumps(times, indent=1) + "\n").encode())
-    print_values({**times, "text": table(times)}, as_json)
+    print_values({**times, "text": markdown_table(times)}, as_json)

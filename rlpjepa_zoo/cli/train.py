@@ -26,9 +26,9 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Pretrain on scikit-learn's digits, save, load, embed, evaluate and plot (one to two minutes on a CPU)."""
-    from ..report.demo import run
+    from ..report.demo import run_demo
 
-    print_values(run(out, density, epochs, progress=not quiet), as_json)
+    print_values(run_demo(out, density, epochs, progress=not quiet), as_json)
 
 
 def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:

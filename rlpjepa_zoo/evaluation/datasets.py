@@ -1,4 +1,4 @@
-"""Labelled data to evaluate on: named sets, folders, parquet files, or the data section of a recipe, as a training and a test part."""
+"""Labelled data to evaluate on, as training and test images: named sets, folders, parquet files, or the data section of a recipe."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import load as recipe_text
+from ..config.load import list_recipes
 from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
 from ..data.images import Images
 from ..data.sources import open_source
 from ..errors import DataError, UsageError, did_you_mean
-from . import probes
+from .probes.base import held_out
 
-__all__ = ["SETS", "EvalSet", "open_set", "section"]
+__all__ = ["SETS", "EvalSet", "data_section_of", "open_set"]
 
 SETS: dict[str, dict[str, str]] = {
     "digits": {"source": "digits"},
@@ -28,30 +28,32 @@ SETS: dict[str, dict[str, str]] = {
     "food101": {"source": "torchvision", "name": "Food101", "split": "train", "eval_split": "test"},
     "pets": {"source": "torchvision", "name": "OxfordIIITPet", "split": "trainval", "eval_split": "test"},
 }
-"""Named sets as data sections: CIFAR from the Hugging Face Hub (or a local copy, data.path=DIR), the others as torchvision defines them."""
+"""Named sets as data sections: CIFAR from the Hugging Face Hub (or a local copy, data.path=DIR), the others from torchvision."""
 
 
 class EvalSet(NamedTuple):
-    """What `rlpjepa_zoo.evaluation.evaluate` takes, the name of the set for a card, and how the split was made where that is worth saying."""
+    """Labelled images for `rlpjepa_zoo.evaluate`."""
 
     train: Images
     test: Images
     name: str
+    """Name of the data set, for a card."""
     note: str
+    """How the split was made, if the data set has none of its own; else empty."""
 
 
-def section(data: str, overrides: Sequence[str] = ()) -> Data:
-    """The data section that a name, a folder or a recipe stands for.
+def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
+    """The data section that describes a named set, a folder or the data of a recipe.
 
     Args:
         data: one of `SETS`; a folder (images, one folder for each class; or parquet files, or a data set saved by `datasets`); or a recipe's name or file.
-        overrides: ``"data.key=value"``, or any key of a recipe; none for a folder.
+        overrides: ``"data.key=value"``, or any key of a recipe; not allowed for a folder.
 
     Raises:
-        UsageError: neither, with the nearest name, or overrides of a folder.
+        UsageError: `data` is none of these (the message has the nearest name), or there are overrides for a folder.
 
     Example:
-        >>> section("cifar100").label_column, section("cifar10", ["data.path=copy"]).path
+        >>> data_section_of("cifar100").label_column, data_section_of("cifar10", ["data.path=copy"]).path
         ('fine_label', 'copy')
     """
     if data in SETS:
@@ -63,7 +65,7 @@ def section(data: str, overrides: Sequence[str] = ()) -> Data:
         if saved or any(Path(data).rglob("*.parquet")):
             return Data(source="hf", path=data, eval_split="test")
         return Data(source="folder", path=data)
-    known = [*SETS, *recipe_text.list_recipes()]
+    known = [*SETS, *list_recipes()]
     if not Path(data).is_file() and data not in known:
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."
         raise UsageError(f"--data {data}: neither a named set, a folder, a recipe nor a file.{hint}")
@@ -71,32 +73,36 @@ def section(data: str, overrides: Sequence[str] = ()) -> Data:
 
 
 def open_set(data: str, overrides: Sequence[str] = ()) -> EvalSet:
-    """Open labelled data with its training and test part; arguments as of `section`.
+    """Open labelled data as training and test images.
 
-    A folder with a folder for each class but no val/ or test/ is split: a random fifth of each class is for testing, always the same.
+    A folder with one folder for each class but no val/ or test/ is split: a random fifth of each class, always the same, is for testing.
+
+    Args:
+        data, overrides: as of `data_section_of`.
 
     Raises:
-        DataError: not there, or without a test part.
+        DataError: the data do not exist or have no test images.
+        UsageError: see `data_section_of`; or the data are streamed.
 
     Example:
         >>> digits = open_set("digits")
         >>> len(digits.train), len(digits.test), digits.name
         (1437, 360, 'digits')
     """
-    asked = section(data, overrides)
-    if asked.streaming:
+    section = data_section_of(data, overrides)
+    if section.streaming:
         raise UsageError(f"--data {data}: evaluation needs all images at once; set data.streaming=false and data.length=null")
-    opened = open_source(asked)
-    name = asked.name or asked.label()
-    if opened.eval is not None:
-        return EvalSet(opened.images, opened.eval, name, "")
-    labels = opened.images.labels
-    if asked.source != "folder" or labels is None:
+    source = open_source(section)
+    name = section.name or section.label()
+    if source.eval is not None:
+        return EvalSet(source.images, source.eval, name, "")
+    labels = source.images.labels
+    if section.source != "folder" or labels is None:
         raise DataError(
             f"--data {data}: no test images with labels; expected a folder for each class, in train/ and val/ or test/, or a set with data.eval_split"
         )
-    test = probes.held_out(labels, 0.2, purpose="test-split")
+    test = held_out(labels, 0.2, purpose="test-split")
     if not test.any():
         raise DataError(f"--data {data}: no class has two images, so none can be held out for testing")
     note = f"no test part in the folder, so a stratified random fifth ({test.sum()} of {len(test)} images) was held out for testing"
-    return EvalSet(opened.images.take(np.flatnonzero(~test)), opened.images.take(np.flatnonzero(test)), name, note)
+    return EvalSet(source.images.take(np.flatnonzero(~test)), source.images.take(np.flatnonzero(test)), name, note)

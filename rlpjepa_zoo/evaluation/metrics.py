@@ -1,4 +1,4 @@
-"""Measures of a batch of embeddings; the same functions serve the training log and the evaluation.
+"""Densities and moments of embeddings, for the training log and for the evaluation.
 
 `l0` and `l1` are *densities*: lower is sparser. Shapes: z (B, D).
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["alarms", "batch_metrics", "covariance", "dead", "l0", "l1", "variance"]
+from ..sparse.embeddings import SparseEmbeddings
+
+__all__ = ["alarms", "batch_metrics", "covariance", "dead", "l0", "l1", "sparse_densities", "variance"]
 
 
 def l0(z: Tensor) -> Tensor:
@@ -56,33 +59,43 @@ def covariance(z: Tensor) -> Tensor:
     return (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
 
 
+def sparse_densities(z: SparseEmbeddings) -> dict[str, float]:
+    """`l0`, `l1` and `dead` of sparse rows, computed in float64 without making them dense."""
+    n, dim = z.shape
+    row_of, values = np.repeat(np.arange(n), np.diff(z.indptr)), z.values.astype(np.float64)
+    sums, squares = np.bincount(row_of, values, n), np.bincount(row_of, values**2, n)
+    effective = sums**2 / np.where(squares > 0, squares, 1)
+    return {"l0": z.l0, "l1": float(effective.mean() / dim), "dead": 1 - len(np.unique(z.indices)) / dim}
+
+
 @torch.no_grad()
 def batch_metrics(z: Tensor) -> dict[str, float]:
-    """All of the above and the mean, as numbers."""
+    """l0, l1, dead, mean, variance and covariance of z, as numbers."""
     named = {"l0": l0(z), "l1": l1(z), "dead": dead(z), "mean": z.float().mean(), "variance": variance(z), "covariance": covariance(z)}
     return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
 
 
-def alarms(found: Mapping[str, float], theory: float, still_training: bool = False) -> list[str]:
-    """What is wrong with an encoder by its own figures, in sentences; an empty list when nothing is.
+def alarms(metrics: Mapping[str, float], theory: float | None, still_training: bool = False) -> list[str]:
+    """Sentences about what is wrong with an encoder according to its metrics; empty if nothing is.
 
     Args:
-        found: l0_eval (density of z in evaluation mode) and dead_eval (fraction of dimensions that no image activates), where measured.
-        theory: density of the target law.
-        still_training: leave out what more training may mend: a density that is off by a factor.
+        metrics: l0_eval (density of z in evaluation mode) and dead_eval (fraction of dimensions that no image activates), each if measured.
+        theory: density of the target law; None for an objective without one, whose density is not judged.
+        still_training: leave out what more training may correct: a density that is off by a factor.
 
     Example:
         >>> alarms({"l0_eval": 0.11, "dead_eval": 0.02}, theory=0.12)
         []
     """
     sentences = []
-    density, silent = found.get("l0_eval"), found.get("dead_eval")
-    if density is not None and density < 0.05 * theory:
-        sentences.append(
-            f"collapsed: {density:.2g} of the coordinates are active, the target asks for {theory:.3g}; lower the learning rate"
-        )
-    elif density is not None and not still_training and not 2 / 3 <= density / theory <= 1.5:
-        sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; train longer or try another learning rate")
+    density, silent = metrics.get("l0_eval"), metrics.get("dead_eval")
+    if density is not None and theory is not None:
+        if density < 0.05 * theory:
+            sentences.append(
+                f"collapsed: {density:.2g} of the coordinates are active, the target asks for {theory:.3g}; lower the learning rate"
+            )
+        elif not still_training and not 2 / 3 <= density / theory <= 1.5:
+            sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; train longer or try another learning rate")
     if silent is not None and silent > 0.5:
         sentences.append(
             f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); lower the learning rate or encoder.dim"

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn with matplotlib (imported when the first is drawn) without a display."""
+"""Overview picture of a run, and thumbnails of images; matplotlib is imported on first use and needs no display."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from ..hub.card_figures import INK, SECOND, SOFT, _curve, _figure, _tidy, _train
 def overview(
     path: str | Path, history: list[dict[str, Any]], law: RectifiedGeneralizedGaussian, z: Tensor, images: Images, results: dict[str, Any], title: str
 ) -> Path:  # fmt: skip
-    """One page about a run: density over time, the law of z against its target, accuracy against active dimensions, what units see.
+    """Draw one picture of a run: density over time, the law of z against its target, accuracy against active dimensions, selective units.
 
     Args:
         path: .png or .svg.
-        history: what `training` takes.
+        history: rows of the training log, see `rlpjepa_zoo.hub.card_figures.training`.
         law: the target.
         z: (n, D) embeddings of `images`, evaluation mode.
-        results: what `accuracy` takes.
+        results: report of `rlpjepa_zoo.evaluate` with its curve.
         title: printed on top.
+
+    Returns:
+        The path.
     """
     figure = _figure(13, 7.8)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.92), hspace=0.4, wspace=0.42, left=0.05, right=0.985, top=0.885, bottom=0.02)
@@ -66,13 +69,13 @@ def _law(axes: Any, law: RectifiedGeneralizedGaussian, z: Tensor) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _units(figure: Any, place: Any, z: Tensor, images: Images) -> None:
-    """The images that excite twelve units most."""
+def _units(figure: Any, area: Any, z: Tensor, images: Images) -> None:
+    """The images that activate each of twelve units most."""
     chosen = selective_units(z.numpy(), images.labels)
-    heading = place.get_position(figure)
+    heading = area.get_position(figure)
     text = f"What single units see: the 8 test images that excite each of {len(chosen)} units most"
     figure.text(heading.x0, heading.y1 + 0.035, text, color=INK, fontsize=11.5)
-    inner = place.subgridspec(2, 6, hspace=0.3, wspace=0.08)
+    inner = area.subgridspec(2, 6, hspace=0.3, wspace=0.08)
     for cell, (unit, rows) in enumerate(chosen):
         axes = figure.add_subplot(inner[cell // 6, cell % 6])
         axes.imshow(sheet(images, rows))
@@ -85,7 +88,7 @@ def _units(figure: Any, place: Any, z: Tensor, images: Images) -> None:
 
 
 def thumbnail(images: Images, row: int, side: int = 64) -> Image.Image:
-    """The middle square of an image; small ones are enlarged without smoothing, so that their pixels stay what they are."""
+    """The middle square of an image, scaled to side x side pixels; small images are enlarged without smoothing."""
     image = images.read(row)
     method = Image.Resampling.NEAREST if min(image.size) <= side else Image.Resampling.BICUBIC
     return ImageOps.fit(image, (side, side), method)
@@ -93,7 +96,7 @@ def thumbnail(images: Images, row: int, side: int = 64) -> Image.Image:
 
 def sheet(images: Images, rows: Sequence[int], across: int = 4, down: int = 2, side: int = 64) -> Image.Image:
     """Thumbnails of some images on white, from left to right and top to bottom."""
-    page = Image.new("RGB", (across * (side + 2), down * (side + 2)), "white")
-    for place, row in enumerate(rows[: across * down]):
-        page.paste(thumbnail(images, row, side), (place % across * (side + 2) + 1, place // across * (side + 2) + 1))
-    return page
+    canvas = Image.new("RGB", (across * (side + 2), down * (side + 2)), "white")
+    for cell, row in enumerate(rows[: across * down]):
+        canvas.paste(thumbnail(images, row, side), (cell % across * (side + 2) + 1, cell // across * (side + 2) + 1))
+    return canvas

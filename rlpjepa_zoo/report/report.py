@@ -1,7 +1,7 @@
-"""`rlpjepa report`: one page about a run, in one file that is readable without a network: curves, law of z, firing rates, neighbours, units.
+"""`rlpjepa report`: one HTML file about a run, readable without a network: curves, law of z, firing rates, neighbours, units.
 
-What is measured here is measured on the encoder the run published last, in evaluation mode, on up to `images` evaluation images. A run
-that goes on, one without an encoder and one whose images are not there get the page of what there is.
+Measurements are made with the encoder that the run published last, in evaluation mode, on up to `images` evaluation images. The page of a
+run that continues, of one without an encoder, or of one whose images are not available holds what there is.
 """
 
 from __future__ import annotations
@@ -17,160 +17,177 @@ import numpy as np
 import torch
 
 from ..config.pretrain import Recipe
-from ..core import rng
 from ..core.files import whole_file
+from ..core.rng import generator
 from ..data.images import Images
 from ..data.sources import open_source
+from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
-from ..evaluation import diagnostics
+from ..evaluation.intervals import mean_interval
 from ..evaluation.metrics import alarms
+from ..models.encoder import SparseEncoder
 from ..models.pretrained import load_encoder
 from ..training.run_dir import Run, is_number, read_run
-from .sections import Codes, render
+from .encoder_sections import Sample, law_section, neighbours_section, rates_section, units_section
+from .page import render
+from .run_sections import header, origin, training_section
 
-__all__ = ["report", "write"]
+__all__ = ["write_report"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
-_OPENING = ("source", "name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "download", "limit")
+_DATA_KEYS = ("source", "name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "download", "limit")
+"""Keys of the data section that say where the images are; the others would change what was trained."""
 
 
-def report(
+def write_report(
     run: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), images: int = 2000, batch_size: int = 256,
     num_workers: int = 0, device: str = "cpu", progress: bool = False,
-) -> Path:  # fmt: skip
-    """Write a page about a run and return its path.
+) -> dict[str, Any]:  # fmt: skip
+    """Write a page about a run.
 
     Args:
         run: folder that `train` writes, finished or not.
-        out: HTML file; `run/report.html` when None. It takes its name when it is complete.
+        out: HTML file; `run/report.html` when None. The file appears when it is complete.
         overrides: ``"data.key=value"``, where the images are now.
         images: evaluation images that are measured, at most, drawn with a fixed seed; >= 2.
         batch_size, num_workers, device: how they are embedded.
         progress: show a progress bar on stderr.
 
+    Returns:
+        The path as `page`, the main figures (None where a figure was not measured), and `missing`, why the page has curves only.
+
     Raises:
-        UsageError: no run in that folder, no measurement in it yet, or an override of something else than where the images are.
+        UsageError: the folder is not a run, it has no measurement yet, or an override does not say where the images are.
         RecipeError: the recipe of the run, with the overrides, is not valid.
         OutputError: the page cannot be written.
 
     Example:
-        >>> report("no/such/run")
+        >>> write_report("no/such/run")
         Traceback (most recent call last):
         rlpjepa_zoo.errors.UsageError: no/such/run: no such folder; expected the folder of a run, which `rlpjepa train --out` writes
     """
-    return Path(write(run, out, overrides, images, batch_size, num_workers, device, progress)["page"])
-
-
-def write(
-    run: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), images: int = 2000, batch_size: int = 256,
-    num_workers: int = 0, device: str = "cpu", progress: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """`report`, and the main figures: a JSON-able dict with the path as `page`."""
     if images < 2:
         raise UsageError(f"images: expected at least 2, as a neighbour is another image, got {images}")
-    found = read_run(Path(run))
-    moved = _moved(found, overrides)
-    place = found.path / "report.html" if out is None else Path(out)
-    if not place.parent.is_dir():
-        raise OutputError(f"{place}: no folder {place.parent}")
-    codes, missing = None, ""
+    files = read_run(Path(run))
+    recipe = _with_overrides(files, overrides)
+    path = files.path / "report.html" if out is None else Path(out)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: no folder {path.parent}")
+    sample, missing = None, ""
     try:
-        codes = _embed(found, moved, images, batch_size, num_workers, device, progress)
+        sample = _embed(files, recipe, images, batch_size, num_workers, device, progress)
     except (DataError, HubError, ModelError, NonFiniteError) as error:
         missing = str(error)
         log.warning("%s; the report holds the curves only", missing)
-    figures = _figures(found, codes)
-    command = ["rlpjepa", "report", str(run), *overrides, *(["--images", str(images)] if images != 2000 else [])]
-    text = render(found, codes, missing, figures, shlex.join(command))
-    with whole_file(place) as aside:
+    law = _target_law(files.recipe)
+    figures = _figures(files, sample, law)
+    sections = [training_section(files, figures)]
+    if sample is not None:
+        sections += [law_section(sample, law, figures)] if law is not None else []
+        sections += [rates_section(sample, figures), neighbours_section(sample), units_section(sample)]
+    command = shlex.join(["rlpjepa", "report", str(run), *overrides, *(["--images", str(images)] if images != 2000 else [])])
+    text = render(header(files, sample, missing, figures), sections, origin(files, sample, command))
+    with whole_file(path) as aside:
         aside.write_text(text, "utf-8")
-    return {"page": str(place), **figures, "missing": missing or None}
+    return {"page": str(path), **figures, "missing": missing or None}
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------------------------
+def _target_law(recipe: Recipe) -> RectifiedGeneralizedGaussian | None:
+    """Law that the objective asks of z; None for an objective without a target."""
+    target: Any = recipe.target
+    if target is None:
+        return None
+    mu, sigma = target.law()
+    return RectifiedGeneralizedGaussian(mu, sigma, target.p)
 
 
-def _moved(run: Run, overrides: Sequence[str]) -> Recipe:
+# --- embedding ------------------------------------------------------------------------------------------------------------------------
+
+
+def _with_overrides(run: Run, overrides: Sequence[str]) -> Recipe:
+    """Recipe of the run with overrides that say where the images are."""
     for override in overrides:
-        part, _, key = override.partition("=")[0].partition(".")
-        if part != "data" or key not in _OPENING:
-            near = did_you_mean(key, _OPENING)
-            raise UsageError(f"override '{override}': the run is over; expected where its images are, such as data.path=DIR.{near}")
+        section, _, key = override.partition("=")[0].partition(".")
+        if section != "data" or key not in _DATA_KEYS:
+            hint = did_you_mean(key, _DATA_KEYS)
+            raise UsageError(f"override '{override}': the run is over; expected where its images are, such as data.path=DIR.{hint}")
     return Recipe.load(run.path / "recipe.yaml", ["hub={}", *overrides])
 
 
-def _embed(run: Run, moved: Recipe, most: int, batch_size: int, num_workers: int, device: str, progress: bool) -> Codes:
+def _embed(run: Run, recipe: Recipe, most: int, batch_size: int, num_workers: int, device: str, progress: bool) -> Sample:
     """Embeddings of evaluation images by the published encoder."""
-    folder = run.path / "encoder"
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: the run has not published an encoder yet; it does after probe.every_epochs epochs")
-    for attempt in range(3):
-        try:
-            encoder = load_encoder(folder, device=device)
-            break
-        except ModelError:  # the run may be replacing it
-            if attempt == 2:
-                raise
-            time.sleep(0.2)
-    source = open_source(moved.data, moved.seed)
+    encoder = _published_encoder(run, device)
+    source = open_source(recipe.data, recipe.seed)
     pool = source.eval if source.eval is not None else source.train
     if not isinstance(pool, Images):
         raise DataError("the stream has no evaluation images; name a split of them with data.eval_split")
-    drawn = torch.randperm(len(pool), generator=rng.generator(0, "report"))[:most].sort().values.numpy()
+    drawn = torch.randperm(len(pool), generator=generator(0, "report"))[:most].sort().values.numpy()
     chosen = pool.take(drawn)
     failures: list[tuple[Any, str]] = []
-    numbered = Images(chosen.read, range(len(chosen)))  # ids that are rows, whatever the images are called
-    found = encoder.embed(numbered, batch_size, num_workers, progress=progress, on_error="skip", failures=failures)
-    if len(found) < 2:
-        raise DataError(f"{len(found)} of {len(chosen)} evaluation images can be read; a report needs two")
+    numbered = Images(chosen.read, range(len(chosen)))  # row numbers as ids, whatever the names of the images
+    embeddings = encoder.embed(numbered, batch_size, num_workers, progress=progress, on_error="skip", failures=failures)
+    if len(embeddings) < 2:
+        raise DataError(f"{len(embeddings)} of {len(chosen)} evaluation images can be read; a report needs two")
     split = "evaluation" if source.eval is not None else "training"
-    return Codes(found.to_dense(), chosen.take(found.ids), len(pool), split, len(failures), encoder.config.info)
+    return Sample(embeddings.to_dense(), chosen.take(embeddings.ids), len(pool), split, len(failures), encoder.config.info)
+
+
+def _published_encoder(run: Run, device: str) -> SparseEncoder:
+    folder = run.path / "encoder"
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: the run has not published an encoder yet; it does after probe.every_epochs epochs")
+    for _ in range(2):
+        try:
+            return load_encoder(folder, device=device)
+        except ModelError:  # the run may be replacing it
+            time.sleep(0.2)
+    return load_encoder(folder, device=device)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------------------------
 
 
+def _figures(run: Run, sample: Sample | None, law: RectifiedGeneralizedGaussian | None) -> dict[str, Any]:
+    """The main figures, JSON-able; None where a figure was not measured."""
+    theory = None if law is None else run.recipe.target.density_in_theory()
+    info = sample.info if sample is not None else run.info
+    step, steps = int(run.rows[-1]["step"]), _steps(run, info)
+    speed = run.series("images_per_second", "train")[1]
+    figures: dict[str, Any] = {
+        "finished": bool(run.summary) and step >= steps, "step": step, "steps": steps,
+        "density_asked": None if law is None else run.recipe.target.density,
+        "density_theory": theory, "density_eval": run.last("l0_eval", "eval"), "dead_eval": run.last("dead_eval", "eval"),
+        "knn_z": run.last("knn_z", "eval"), "knn_features": run.last("knn_features", "eval"), "excess": run.last("excess"),
+        "scored": _scored(run, sample), "images_per_second": float(np.median(speed)) if speed else None,
+        "skipped": int(max(run.series("skipped", "train")[1], default=0)), "bad_images": int(max(run.series("bad_images", "train")[1], default=0)),
+    }  # fmt: skip
+    if sample is not None:
+        rates = (sample.z > 0).mean(0)
+        density, low, high = mean_interval((sample.z > 0).mean(1))
+        figures |= {"images": len(sample.z), "density": density, "density_low": low, "density_high": high}
+        figures |= {"dim": sample.z.shape[1], "dead": int((rates == 0).sum()), "always_on": int((rates == 1).sum())}
+        figures["encoder_step"] = (info.get("training") or {}).get("steps")
+    measured = {"l0_eval": figures["density_eval"], "dead_eval": figures["dead_eval"]}
+    if sample is not None and measured["l0_eval"] is None:
+        measured = {"l0_eval": figures["density"], "dead_eval": figures["dead"] / figures["dim"]}
+    figures["alarms"] = alarms({key: value for key, value in measured.items() if value is not None}, theory)
+    return figures
+
+
 def _steps(run: Run, info: dict[str, Any]) -> int:
-    """Steps of the whole run: from the number of its images where that is recorded, else from the epochs that its rows count."""
-    seen = (info.get("training") or {}).get("images") or run.recipe.data.length
-    if isinstance(seen, int):
-        return run.recipe.steps(seen)[0]
+    """Steps of the whole run: from its number of images if that is recorded, else from the epochs of its rows."""
+    images = (info.get("training") or {}).get("images") or run.recipe.data.length
+    if isinstance(images, int):
+        return run.recipe.steps(images)[0]
     row = next((r for r in reversed(run.rows) if is_number(r.get("epoch")) and r["epoch"] > 0), None)
     return max(1, round(run.recipe.train.epochs * round(row["step"] / row["epoch"]))) if row else int(run.rows[-1]["step"])
 
 
-def _figures(run: Run, codes: Codes | None) -> dict[str, Any]:
-    """The main figures, JSON-able; None where a thing was not measured."""
-    theory = run.recipe.target.density_in_theory()
-    info = codes.info if codes is not None else run.info
-    step, steps = int(run.rows[-1]["step"]), _steps(run, info)
-    speed = run.series("images_per_second", "train")[1]
-    found: dict[str, Any] = {
-        "finished": bool(run.summary) and step >= steps, "step": step, "steps": steps, "density_asked": run.recipe.target.density,
-        "density_theory": theory, "density_eval": run.last("l0_eval", "eval"), "dead_eval": run.last("dead_eval", "eval"),
-        "knn_z": run.last("knn_z", "eval"), "knn_features": run.last("knn_features", "eval"), "excess": run.last("excess"), "scored": _scored(run, codes),
-        "images_per_second": float(np.median(speed)) if speed else None,
-        "skipped": int(max(run.series("skipped", "train")[1], default=0)), "bad_images": int(max(run.series("bad_images", "train")[1], default=0)),
-    }  # fmt: skip
-    if codes is not None:
-        rates = (codes.z > 0).mean(0)
-        density, low, high = diagnostics.mean_interval((codes.z > 0).mean(1))
-        found |= {"images": len(codes.z), "density": density, "density_low": low, "density_high": high}
-        found |= {"dim": codes.z.shape[1], "dead": int((rates == 0).sum()), "always_on": int((rates == 1).sum())}
-        found["encoder_step"] = (info.get("training") or {}).get("steps")
-    seen = {"l0_eval": found["density_eval"], "dead_eval": found["dead_eval"]}
-    if codes is not None and seen["l0_eval"] is None:
-        seen = {"l0_eval": found["density"], "dead_eval": found["dead"] / found["dim"]}
-    seen = {key: value for key, value in seen.items() if value is not None}
-    found["alarms"] = alarms(seen, theory)
-    return found
-
-
-def _scored(run: Run, codes: Codes | None) -> int | None:
-    """How many images the run's own evaluation looked at, where that is known."""
-    if codes is not None:
-        return min(run.recipe.probe.eval_images if codes.split == "evaluation" else run.recipe.probe.bank, codes.of)
+def _scored(run: Run, sample: Sample | None) -> int | None:
+    """Number of images in the run's own evaluation, if known."""
+    if sample is not None:
+        return min(run.recipe.probe.eval_images if sample.split == "evaluation" else run.recipe.probe.bank, sample.available)
     results = run.info.get("results") or {}
-    found = results.get("n_test", results.get("n_train"))
-    return found if isinstance(found, int) else None
+    count = results.get("n_test", results.get("n_train"))
+    return count if isinstance(count, int) else None

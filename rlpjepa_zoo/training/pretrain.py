@@ -17,8 +17,8 @@ from ..data.batch import Batch
 from ..data.loader import rows_loader
 from ..data.sources import Source
 from ..errors import NonFiniteError, RecipeError
-from ..evaluation.evaluate import during_training, labelled
 from ..evaluation.metrics import alarms, batch_metrics
+from ..evaluation.training_eval import during_training, has_labels
 from ..models.encoder import SparseEncoder
 from . import publisher
 from .feature_cache import cache_views
@@ -71,7 +71,7 @@ class _Pretraining(Task):
 
     def accept(self, source: Source) -> Source:
         best = self.recipe.train.best
-        if best in ("knn_z", "knn_features") and not labelled(source):
+        if best in ("knn_z", "knn_features") and not has_labels(source):
             raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
         return source
 

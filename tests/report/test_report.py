@@ -1,4 +1,4 @@
-"""`rlpjepa report`: the page stands alone, its figures are those of the encoder, and it says what is missing."""
+"""`rlpjepa report`: the page needs no network, its figures are those of the encoder, and missing data are named."""
 
 import html
 import json
@@ -11,23 +11,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from scipy import stats
 
 from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.core import rng as streams
+from rlpjepa_zoo.core.rng import generator
 from rlpjepa_zoo.data.sources import open_source
-from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import OutputError, UsageError
-from rlpjepa_zoo.evaluation import diagnostics
+from rlpjepa_zoo.evaluation.diagnostics import choose_queries, neighbours
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.report import charts, report
-from rlpjepa_zoo.report import html as page
-from rlpjepa_zoo.report.report import write
+from rlpjepa_zoo.report import report as module
+from rlpjepa_zoo.report.report import write_report
 from rlpjepa_zoo.training.pretrain import train
 from rlpjepa_zoo.training.publisher import history
 from rlpjepa_zoo.training.run_dir import read_run
@@ -41,7 +37,7 @@ IMAGES = 200
 
 
 class Reader(HTMLParser):
-    """Every tag with its attributes, all text, and whether the tags close in order."""
+    """Reads tags with attributes and all text of a page; fails if tags do not close in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -77,16 +73,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """The page of the run, and its figures."""
     out = tmp_path_factory.mktemp("pages") / "page.html"
-    figures = write(trained, out, images=IMAGES)
+    figures = write_report(trained, out, images=IMAGES)
     return out.read_text(), figures
 
 
 @pytest.fixture(scope="module")
 def dense(trained: Path) -> tuple[np.ndarray, np.ndarray]:
-    """z and labels of the images that the page measures, one by one and without any of its code."""
+    """z and labels of the images that the page measures, encoded one by one without the code of the report."""
     encoder = load_encoder(trained / "encoder").eval()
     test = open_source(Recipe.load(trained / "recipe.yaml").data).eval
-    rows = np.sort(torch.randperm(360, generator=streams.generator(0, "report"))[:IMAGES].numpy())
+    rows = np.sort(torch.randperm(360, generator=generator(0, "report"))[:IMAGES].numpy())
     with torch.no_grad():
         z = torch.cat([encoder(encoder.transform(test.read(int(i))).unsqueeze(0)) for i in rows])
     return z.numpy(), test.labels[rows]
@@ -94,7 +90,7 @@ def dense(trained: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy of the run that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "*.html")))
 
 
@@ -105,11 +101,11 @@ def visible(path: Path) -> str:
 # --- the page -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_stands_alone(made: tuple[str, dict]) -> None:
+def test_page_loads_nothing_from_outside(made: tuple[str, dict]) -> None:
     text = made[0]
-    found = Reader(text)
-    assert found.open == [] and text.startswith("<!doctype html>")
-    for name, attributes in found.tags:
+    page = Reader(text)
+    assert page.open == [] and text.startswith("<!doctype html>")
+    for name, attributes in page.tags:
         assert name not in ("script", "link", "iframe", "object", "embed", "base", "form", "video", "audio", "source"), name
         for key in ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "background"):
             value = attributes.get(key) or ""
@@ -118,7 +114,7 @@ def test_the_page_stands_alone(made: tuple[str, dict]) -> None:
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r'src="data:[^"]*"', "", text))
 
 
-def test_the_page_is_readable_by_others(made: tuple[str, dict]) -> None:
+def test_page_has_text_for_every_picture(made: tuple[str, dict]) -> None:
     tags = Reader(made[0]).tags
     units = len(re.findall(r"Unit \d+: \d of \d are \d<", made[0]))
     assert 4 <= units <= 12 and sum(n == "img" for n, _ in tags) == 8 * 7 + units
@@ -132,7 +128,7 @@ def test_the_page_is_readable_by_others(made: tuple[str, dict]) -> None:
     assert pointed and pointed <= set(names)
 
 
-def test_drawings_hold_their_lines(made: tuple[str, dict], trained: Path) -> None:
+def test_charts_say_first_and_last_values(made: tuple[str, dict], trained: Path) -> None:
     spoken = [a["aria-label"] or "" for n, a in Reader(made[0]).tags if n == "svg"]
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in rows if r["kind"] == "train"]
@@ -141,31 +137,38 @@ def test_drawings_hold_their_lines(made: tuple[str, dict], trained: Path) -> Non
     assert "evaluation mode" in spoken[3] and "evaluation mode" in spoken[5]
 
 
-def test_the_same_inputs_give_the_same_bytes(made: tuple[str, dict], trained: Path, tmp_path: Path) -> None:
-    again = report(trained, tmp_path / "again.html", images=IMAGES, batch_size=256)
+def test_same_inputs_give_the_same_bytes(made: tuple[str, dict], trained: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.html"
+    write_report(trained, again, images=IMAGES, batch_size=256)
     assert again.read_text() == made[0]
 
 
-def test_everything_foreign_is_escaped(run: Path, tmp_path: Path) -> None:
+def test_foreign_names_are_escaped(run: Path, tmp_path: Path) -> None:
     name = "<script>alert('x')</script>&amp;\"'"
     recipe = run / "recipe.yaml"
     recipe.write_text(re.sub("^name: .*$", lambda m: f"name: {json.dumps(name)}", recipe.read_text(), flags=re.M))
     moved = run.rename(tmp_path / "<b>run & co")
-    found = Reader(report(moved, images=20).read_text())
-    assert not [n for n, _ in found.tags if n == "script"] and ("b", {}) not in found.tags[:40]
-    assert name in found.text and "<b>run & co" in found.text and f"name: {json.dumps(name)}" in found.text
+    page = Reader(Path(write_report(moved, images=20)["page"]).read_text())
+    assert not [n for n, _ in page.tags if n == "script"] and ("b", {}) not in page.tags[:40]
+    assert name in page.text and "<b>run & co" in page.text and f"name: {json.dumps(name)}" in page.text
 
 
-def test_elements_escape_text_and_attributes_but_not_markup() -> None:
-    assert page.tag("p", "<", page.tag("b", "&"), title="\"'<") == '<p title="&quot;&#x27;&lt;">&lt;<b>&amp;</b></p>'
-    cells = page.table(["<i>"], [["<b>", "<u>"]], "<s>")
-    assert not [n for n, _ in Reader(cells).tags if n in "ibus"] and Reader(cells).text.split() == ["<s>", "<i>", "<b>", "<u>"]
+def test_foreign_facts_are_escaped_in_tables(run: Path) -> None:
+    summary, encoder = json.loads((run / "summary.json").read_text()), run / "encoder"
+    summary["info"]["training"] = {"<i>": "<u>&", "<b>": "\"'<s>"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    shutil.rmtree(encoder)
+    write_report(run)
+    page = Reader((run / "report.html").read_text())
+    assert not [name for name, _ in page.tags if name in "ibus"]
+    words = page.text.split()
+    assert words[words.index("<i>") : words.index("<i>") + 4] == ["<i>", "<u>&", "<b>", "\"'<s>"]
 
 
 # --- its figures ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_figures_are_those_of_the_encoder(made: tuple[str, dict], dense: tuple[np.ndarray, np.ndarray], trained: Path) -> None:
+def test_figures_equal_those_of_the_encoder(made: tuple[str, dict], dense: tuple[np.ndarray, np.ndarray], trained: Path) -> None:
     text, figures = Reader(made[0]).text, made[1]
     active = np.array([[value > 0 for value in row] for row in dense[0].tolist()])
     density = active.sum() / active.size
@@ -183,11 +186,11 @@ def test_figures_are_those_of_the_encoder(made: tuple[str, dict], dense: tuple[n
     assert f"{density:.3f} against 0.120 in theory: {difference}" in text
 
 
-def test_neighbours_are_those_of_brute_force(dense: tuple[np.ndarray, np.ndarray], made: tuple[str, dict]) -> None:
+def test_neighbours_equal_brute_force(dense: tuple[np.ndarray, np.ndarray], made: tuple[str, dict]) -> None:
     z, labels = dense
-    queries = diagnostics.choose_queries(z, labels)
+    queries = choose_queries(z, labels)
     assert len(set(labels[queries])) == len(queries) == 8
-    for query, near in zip(queries, diagnostics.neighbours(z, queries), strict=True):
+    for query, near in zip(queries, neighbours(z, queries), strict=True):
         cosines = {
             i: float(np.dot(z[i].astype(float), z[query].astype(float)) / np.linalg.norm(z[i]) / np.linalg.norm(z[query]))
             for i in range(len(z)) if i != query and z[i].any()
@@ -197,7 +200,7 @@ def test_neighbours_are_those_of_brute_force(dense: tuple[np.ndarray, np.ndarray
         for n in near:
             assert cosines[n.row] == pytest.approx(n.cosine, abs=1e-5) and n.row != query
             assert n.shared == sum(a > 0 and b > 0 for a, b in zip(z[n.row], z[query], strict=True))
-    first = diagnostics.neighbours(z, queries[:1])[0]
+    first = neighbours(z, queries[:1])[0]
     shown = re.findall(r'<figure class="(?:right|wrong)">.*?</figure>', made[0])
     expected = [("✓" if labels[n.row] == labels[queries[0]] else "✗", int(labels[n.row]), n.cosine, n.shared) for n in first]
     for tile, (mark, label, cosine, shared) in zip(shown, expected, strict=False):
@@ -205,7 +208,7 @@ def test_neighbours_are_those_of_brute_force(dense: tuple[np.ndarray, np.ndarray
         assert words == [mark, str(label), "cos", f"{cosine:.2f}", str(shared), "shared"]
 
 
-def test_the_share_with_a_neighbour_of_their_class(dense: tuple[np.ndarray, np.ndarray], made: tuple[str, dict]) -> None:
+def test_share_with_a_neighbour_of_the_same_class(dense: tuple[np.ndarray, np.ndarray], made: tuple[str, dict]) -> None:
     z, labels = dense
     unit = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
     cosine = unit @ unit.T
@@ -214,78 +217,14 @@ def test_the_share_with_a_neighbour_of_their_class(dense: tuple[np.ndarray, np.n
     assert f"Of all n = {IMAGES} labelled images, {100 * share:.1f} %" in Reader(made[0]).text
 
 
-@pytest.mark.parametrize(("p", "mu"), [(1.0, -1.0), (2.0, 0.3), (0.7, -0.4)])
-def test_quantiles_are_those_of_scipy_and_numpy(p: float, mu: float, rng: np.random.Generator) -> None:
-    sigma = sigma_gn(p)
-    z = np.maximum(rng.normal(-0.2, 1.3, (300, 20)), 0).astype(np.float32)
-    found = diagnostics.quantiles(z, RectifiedGeneralizedGaussian(mu, sigma, p))
-    np.testing.assert_allclose(found.target, np.maximum(oracles.law(p, mu, sigma).ppf(1 - found.above), 0), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(found.measured, np.quantile(z, 1 - found.above, method="inverted_cdf"), rtol=1e-6)
-    assert found.above.min() == pytest.approx(9.5 / z.size) and min(found.measured[-1], found.target[-1]) == 0
-    assert (np.diff(found.measured) <= 0).all() and len(found.above) > 50
+# --- incomplete runs ----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_of_the_law_lie_on_the_diagonal_and_at_the_floor(rng: np.random.Generator) -> None:
-    law = RectifiedGeneralizedGaussian(-1.0, sigma_gn(1.0), 1.0)
-    z = law.sample((2000, 64), generator=torch.Generator().manual_seed(1)).numpy()
-    found = diagnostics.quantiles(z, law)
-    np.testing.assert_allclose(found.measured[40:], found.target[40:], rtol=0.03, atol=0.02)
-    floor = diagnostics.distance_floor(2000, law)
-    assert diagnostics.coordinate_distances(z, law).mean() == pytest.approx(floor, rel=0.1)
-    assert diagnostics.coordinate_distances(2 * z, law).min() > 2 * floor
-
-
-def test_coordinate_distances_are_those_of_scipy(rng: np.random.Generator) -> None:
-    law = RectifiedGeneralizedGaussian(-0.5, sigma_gn(2.0), 2.0)
-    z = np.maximum(rng.normal(0, 1, (150, 4)), 0)
-    fine = np.maximum(stats.norm(-0.5, 1).ppf((np.arange(200_000) + 0.5) / 200_000), 0)
-    exact = [stats.wasserstein_distance(column, fine) for column in z.T]
-    np.testing.assert_allclose(diagnostics.coordinate_distances(z, law), exact, atol=0.01)
-
-
-def test_intervals() -> None:
-    low, high = diagnostics.share_interval(0.8, 50)
-    exact = stats.binomtest(40, 50).proportion_ci(method="wilson")
-    assert (low, high) == pytest.approx((exact.low, exact.high), rel=1e-6)
-    values = np.random.default_rng(3).normal(2, 3, 400)
-    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
-    assert diagnostics.mean_interval(values) == pytest.approx((values.mean(), *expected), rel=1e-6)
-
-
-def test_selective_units_are_alive_and_spread_over_classes(rng: np.random.Generator) -> None:
-    labels = np.repeat(np.arange(5), 20)
-    z = rng.random((100, 40)).astype(np.float32)
-    z[:, 0] = 0
-    for unit in range(1, 21):
-        z[labels == unit % 5, unit] += 5  # sees one class
-    chosen = diagnostics.selective_units(z, labels)
-    classes = [unit % 5 for unit, _ in chosen]
-    assert len(chosen) == 10 and all(1 <= unit <= 20 for unit, _ in chosen) and max(map(classes.count, range(5))) == 2
-    for unit, rows in chosen:
-        assert rows == np.argsort(-z[:, unit], kind="stable")[:8].tolist()
-    assert len(diagnostics.selective_units(z, None)) == 12
-    assert diagnostics.selective_units(np.zeros((9, 3), np.float32), labels[:9]) == []
-
-
-def test_thinning_keeps_extremes(rng: np.random.Generator) -> None:
-    x = np.arange(20_001.0)
-    y = rng.normal(size=len(x))
-    y[7003], y[12_345] = 50.0, -40.0
-    a, b = charts.thin(x, y)
-    assert len(a) <= 500 and a[0] == 0 and a[-1] == 20_000 and (np.diff(a) > 0).all()
-    assert (7003.0, 50.0) in zip(a, b, strict=True) and (12_345.0, -40.0) in zip(a, b, strict=True)
-    assert all(y[int(i)] == v for i, v in zip(a, b, strict=True))
-    assert charts.thin(x[:500], y[:500])[0] is not None and len(charts.thin(x[:500], y[:500])[0]) == 500
-
-
-# --- runs that are not whole ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_that_goes_on(run: Path) -> None:
+def test_unfinished_run_has_its_progress(run: Path) -> None:
     (run / "summary.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:7]) + "\n" + lines[8][:40])
-    figures = write(run, images=50)
+    figures = write_report(run, images=50)
     text = visible(run / "report.html")
     assert not figures["finished"] and (figures["step"], figures["steps"]) == (6, 12)
     assert "at step 6 of 12 (50 %), not finished" in text
@@ -294,33 +233,33 @@ def test_a_run_that_goes_on(run: Path) -> None:
     assert len(history(run / "metrics.jsonl")) == 7
 
 
-def test_a_summary_of_an_earlier_shorter_run_does_not_count(run: Path) -> None:
+def test_summary_of_an_earlier_shorter_run_is_ignored(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "steps": 6}))
-    assert read_run(run).summary == {} and not write(run, images=20)["finished"]
+    assert read_run(run).summary == {} and not write_report(run, images=20)["finished"]
 
 
-def test_steps_are_counted_from_epochs_when_nothing_else_is_known(run: Path) -> None:
+def test_steps_are_counted_from_epochs_without_other_records(run: Path) -> None:
     shutil.rmtree(run / "encoder")
     (run / "summary.json").unlink()
-    assert write(run)["steps"] == 12
+    assert write_report(run)["steps"] == 12
     assert "n ≤ 100 images, evaluation mode, by the run itself" in visible(run / "report.html")
 
 
-def test_without_an_encoder_there_are_the_curves(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_an_encoder_the_page_has_curves(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.rmtree(run / "encoder")
     with caplog.at_level(logging.INFO, "rlpjepa_zoo"):
-        figures = write(run)
+        figures = write_report(run)
     assert len(caplog.records) == 1 and "has not published an encoder" in caplog.text and "curves only" in caplog.text
-    found = Reader((run / "report.html").read_text())
-    assert "has not published an encoder" in found.text and "Law of z" not in found.text
-    assert sum(n == "svg" for n, _ in found.tags) == 9 and sum(n == "img" for n, _ in found.tags) == 0
-    assert "density" not in figures and figures["density_eval"] is not None and "by the run itself" in found.text
+    page = Reader((run / "report.html").read_text())
+    assert "has not published an encoder" in page.text and "Law of z" not in page.text
+    assert sum(n == "svg" for n, _ in page.tags) == 9 and sum(n == "img" for n, _ in page.tags) == 0
+    assert "density" not in figures and figures["density_eval"] is not None and "by the run itself" in page.text
 
 
-@pytest.mark.parametrize("spoil", ["data", "weights"])
-def test_missing_data_or_a_damaged_encoder_leave_the_curves(run: Path, spoil: str, caplog: pytest.LogCaptureFixture) -> None:
-    if spoil == "weights":
+@pytest.mark.parametrize("damage", ["data", "weights"])
+def test_missing_data_or_damaged_encoder_leave_the_curves(run: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    if damage == "weights":
         content = bytearray((run / "encoder/head.safetensors").read_bytes())
         content[-1] ^= 1
         (run / "encoder/head.safetensors").write_bytes(content)
@@ -328,46 +267,65 @@ def test_missing_data_or_a_damaged_encoder_leave_the_curves(run: Path, spoil: st
     else:
         overrides, word = ["data.source=folder", "data.path=/no/such/place"], "/no/such/place"
     with caplog.at_level(logging.INFO, "rlpjepa_zoo"):
-        found = write(run, overrides=overrides)
-    assert len(caplog.records) == 1 and word in found["missing"] and word in visible(run / "report.html")
+        figures = write_report(run, overrides=overrides)
+    assert len(caplog.records) == 1 and word in figures["missing"] and word in visible(run / "report.html")
     assert "Training" in visible(run / "report.html") and "Law of z" not in visible(run / "report.html")
 
 
-def test_rows_without_probes_or_evaluation_draw_what_there_is(run: Path) -> None:
+def test_rows_without_probes_or_evaluation_are_drawn(run: Path) -> None:
     shutil.rmtree(run / "encoder")
     (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_text('{"step": 3, "kind": "train", "loss": 2.5, "grad_norm": NaN, "l0": 0.3, "skipped": 2}\n')
-    figures = write(run)
+    figures = write_report(run)
     text = visible(run / "report.html")
     assert figures["skipped"] == 2 and "Steps skipped 2" in text and "Accuracy" not in text and "Norm of the gradient" not in text
     assert sum(n == "svg" for n, _ in Reader((run / "report.html").read_text()).tags) == 2
 
 
-def test_a_missed_density_is_said_plainly(run: Path) -> None:
+def test_unknown_terms_of_an_objective_get_a_chart(run: Path) -> None:
+    shutil.rmtree(run / "encoder")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    terms = [row | {"repulsion": 1.5 * row["step"]} if row["kind"] == "train" else row for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in terms))
+    write_report(run)
+    spoken = [a["aria-label"] or "" for n, a in Reader((run / "report.html").read_text()).tags if n == "svg"]
+    assert len(spoken) == 10 and spoken[3] == "repulsion over steps. repulsion: 1.5 at step 1, 18 at step 12"
+
+
+def test_objective_without_a_target_law_has_no_law_section(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_target_law", lambda recipe: None)
+    figures = write_report(run, images=30)
+    text = visible(run / "report.html")
+    assert figures["density_theory"] is None and figures["density_asked"] is None and not any("density" in a for a in figures["alarms"])
+    assert "Law of z" not in text and "in theory" not in text and "target law" not in text and "Density measured" in text
+    assert "Firing rates" in text and "Nearest neighbours" in text
+
+
+def test_missed_density_gives_a_warning(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[-1] |= {"l0_eval": 0.5, "dead_eval": 0.75}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = write(run, images=20)
+    figures = write_report(run, images=20)
     warnings = re.findall(r'<p class="alarm">(.*?)</p>', (run / "report.html").read_text())
     assert len(figures["alarms"]) == 2 and any("Density missed: 0.5 measured, 0.12 in theory" in html.unescape(w) for w in warnings)
     assert any("75% of the dimensions are dead" in w for w in warnings)
 
 
 @pytest.mark.parametrize("bias", [-100.0, 100.0])
-def test_a_collapsed_encoder_is_drawn_too(run: Path, bias: float) -> None:
+def test_collapsed_encoder_is_drawn(run: Path, bias: float) -> None:
     encoder = create_encoder("test_resnet", dim=8, projector_depth=1)
     with torch.no_grad():
         encoder.projector[0].bias.fill_(bias)
     shutil.rmtree(run / "encoder")
     encoder.save_pretrained(run / "encoder")
-    figures = write(run, images=30)
+    figures = write_report(run, images=30)
     assert (figures["dead"], figures["always_on"]) == ((8, 0) if bias < 0 else (0, 8))
     text = visible(run / "report.html")
     assert f"{'8' if bias < 0 else '0'} of 8 dimensions are dead" in text
     assert 'class="alarm">Measured density' in (run / "report.html").read_text()
 
 
-def test_folders_of_images_without_labels_and_with_bad_files(trained: Path, run: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_folder_without_labels_and_with_unreadable_files(trained: Path, run: Path, image_folder: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
     for file in image_folder.rglob("*.png"):
@@ -375,7 +333,7 @@ def test_folders_of_images_without_labels_and_with_bad_files(trained: Path, run:
     (flat / "<i>.png").write_bytes(b"no image")
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace("source: digits", "source: folder").replace("limit: 192", "limit: null"))
-    figures = write(run, overrides=[f"data.path={flat}"])
+    figures = write_report(run, overrides=[f"data.path={flat}"])
     text = visible(run / "report.html")
     assert figures["images"] == 40 and "n = 40 training images" in text and "1 of the training images chosen" in text
     assert "labelled" not in text and "✓" not in text and "✗" not in text and "fire most strongly" in text
@@ -384,22 +342,23 @@ def test_folders_of_images_without_labels_and_with_bad_files(trained: Path, run:
 # --- the command ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_path(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_path(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["report", str(run), "data.source=digits", "--images", "60", "--quiet", "--device", "cpu", "--batch-size", "16"]) == 0
     assert capsys.readouterr() == (f"{run}/report.html\n", "")
     assert f"rlpjepa report {run} data.source=digits --images 60" in visible(run / "report.html")
     assert [p.name for p in run.iterdir() if "partial" in p.name] == []
 
 
-def test_the_command_as_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x.html"
     assert cli.run(["report", str(run), "--out", str(out), "--images", "60", "--quiet", "--json", "--device", "cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["page"] == str(out) and out.is_file() and not (run / "report.html").exists()
-    assert found["images"] == 60 and 0 <= found["density_low"] < found["density"] < found["density_high"] and found["missing"] is None
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["page"] == str(out) and out.is_file() and not (run / "report.html").exists()
+    assert figures["images"] == 60 and figures["missing"] is None
+    assert 0 <= figures["density_low"] < figures["density"] < figures["density_high"]
 
 
-def test_one_warning_line_when_data_are_missing(run: Path) -> None:
+def test_missing_data_give_one_warning_line(run: Path) -> None:
     arguments = [str(run), "data.source=folder", "data.path=/no/such/place", "--quiet", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "rlpjepa_zoo", "report", *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == f"{run}/report.html\n"
@@ -423,7 +382,9 @@ def test_one_warning_line_when_data_are_missing(run: Path) -> None:
         ([], 2, ["RUN"]),
     ],
 )
-def test_mistakes_are_one_line(run: Path, tmp_path: Path, arguments: list[str], code: int, words: list[str], capsys) -> None:
+def test_mistakes_give_one_line_and_their_exit_code(
+    run: Path, tmp_path: Path, arguments: list[str], code: int, words: list[str], capsys
+) -> None:
     (tmp_path / "empty").mkdir()
     shutil.copytree(run, tmp_path / "unstarted" / "x")
     (tmp_path / "unstarted/x/metrics.jsonl").write_text("")
@@ -434,10 +395,10 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, arguments: list[str], 
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and all(word in err for word in words), err
 
 
-def test_mistakes_in_python(run: Path, tmp_path: Path) -> None:
+def test_mistakes_in_python_raise(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 2"):
-        report(run, images=1)
+        write_report(run, images=1)
     (tmp_path / "taken.html").mkdir()
     with pytest.raises(OutputError, match="taken"):
-        report(run, tmp_path / "taken.html", images=10)
+        write_report(run, tmp_path / "taken.html", images=10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "taken.html"]

@@ -9,7 +9,8 @@ import torch
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.loader import Batches, make_loader
 from rlpjepa_zoo.data.sources import open_source
-from rlpjepa_zoo.evaluation.evaluate import encode, knn_accuracy, pixels
+from rlpjepa_zoo.evaluation.encoding import encode, pixels
+from rlpjepa_zoo.evaluation.probes.knn import knn_accuracy
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.pretrain import train
 
@@ -34,7 +35,7 @@ def test_the_shipped_encoder_beats_raw_pixels_on_images_it_has_not_seen(cifar10:
     bank, test = source.train.take(range(2500)), source.eval.take(range(700))
     features, z, y = encode(enc, bank)
     test_features, test_z, test_y = encode(enc, test)
-    raw = knn_accuracy(*pixels(enc, bank), *pixels(enc, test))
+    raw = knn_accuracy(pixels(enc, bank), y, pixels(enc, test), test_y)
     assert knn_accuracy(features, y, test_features, test_y) > raw + 0.08
     assert knn_accuracy(z, y, test_z, test_y) > raw + 0.05
     assert 0.40 < float((test_z > 0).float().mean()) < 0.52

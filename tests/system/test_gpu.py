@@ -16,7 +16,7 @@ from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.ops.directions import FAMILIES, direction_blocks, directions
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
-from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.report.bench_loss import compare
 from rlpjepa_zoo.training.pretrain import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -132,5 +132,5 @@ def test_products_stay_float32_whatever_is_allowed_elsewhere() -> None:
 
 
 def test_the_loss_is_benched_on_the_device() -> None:
-    found = bench.compare(64, 64, 256, repeats=2, device="cuda")
+    found = compare(64, 64, 256, repeats=2, device="cuda")
     assert all(row["bytes"] > 0 and row["seconds"][0] > 0 for row in found["rows"].values()) and "threads" not in found["machine"]

@@ -1,0 +1,89 @@
+"""Labelled data to evaluate on: named sets, folders, and their split."""
+
+import inspect
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torchvision
+from PIL import Image
+from refusals import refused
+
+from rlpjepa_zoo.data.sources import labelled_folder
+from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
+from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set
+from rlpjepa_zoo.evaluation.probes.base import held_out
+
+
+def test_named_sets_are_data_sections() -> None:
+    for name in SETS:
+        assert data_section_of(name).source in ("digits", "hf", "torchvision")
+    assert data_section_of("cifar100").label_column == "fine_label" and data_section_of("pets").split == "trainval"
+    assert (
+        data_section_of("cifar10", ["data.path=somewhere"]).path == "somewhere" and data_section_of("cifar10-cpu").name == "uoft-cs/cifar10"
+    )
+    with refused(UsageError, match="Did you mean 'flowers102'"):
+        data_section_of("flower102")
+    with refused(UsageError, match="Known sets: digits"):
+        data_section_of("qqqqqqqqqq")
+    with refused(UsageError, match="only data.KEY=VALUE"):
+        data_section_of("cifar10", ["train.epochs=3"])
+    with refused(RecipeError, match="data.pth: unknown key. Did you mean 'path'"):
+        data_section_of("cifar10", ["data.pth=x"])
+
+
+def test_splits_of_torchvision_sets_exist() -> None:
+    for values in SETS.values():
+        if values["source"] == "torchvision":
+            source = inspect.getsource(getattr(torchvision.datasets, values["name"]))
+            for split in (values["split"], values["eval_split"]):
+                assert f'"{split}"' in source, values
+
+
+def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "coarse_label": datasets.ClassLabel(names=["a", "b"]),
+            "fine_label": datasets.ClassLabel(names=list("wxyz")),
+        }
+    )
+    rows = {"img": [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(4)], "coarse_label": [0, 0, 1, 1], "fine_label": [0, 1, 2, 3]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    opened = open_set("cifar100", [f"data.path={tmp_path}"])
+    assert opened.train.labels is not None and opened.train.labels.tolist() == [0, 1, 2, 3] and opened.name == "uoft-cs/cifar100"
+
+
+def test_folder_without_test_images_is_split_with_a_note(image_folder: Path) -> None:
+    opened = open_set(str(image_folder))
+    assert (len(opened.train), len(opened.test)) == (32, 8) and not set(opened.train.ids) & set(opened.test.ids)
+    assert np.bincount(opened.test.labels).tolist() == [4, 4] and "8 of 40 images" in opened.note
+    assert opened.test.ids == open_set(str(image_folder)).test.ids
+    images = labelled_folder(image_folder)
+    assert opened.test.ids == [images.ids[i] for i in np.flatnonzero(held_out(images.labels, 0.2, purpose="test-split"))]
+
+
+def test_folders_that_cannot_be_split_are_refused(image_folder: Path, tmp_path: Path) -> None:
+    shutil.move(image_folder / "blue", tmp_path / "blue")
+    with refused(DataError, match="labels"):
+        open_set(str(image_folder))
+    (image_folder / "blue").mkdir()
+    for name in sorted(os.listdir(image_folder / "red"))[1:]:
+        (image_folder / "red" / name).unlink()
+    Image.new("RGB", (8, 8)).save(image_folder / "blue" / "b.png")
+    with refused(DataError, match="no class has two images"):
+        open_set(str(image_folder))
+    with refused(UsageError, match="overrides belong"):
+        open_set(str(image_folder), ["data.split=train"])
+
+
+def test_folder_with_test_images_keeps_its_split(image_folder: Path) -> None:
+    (image_folder / "train").mkdir()
+    for name in ("red", "blue"):
+        shutil.move(image_folder / name, image_folder / "train" / name)
+    shutil.copytree(image_folder / "train", image_folder / "val")
+    opened = open_set(str(image_folder))
+    assert (len(opened.train), len(opened.test), opened.note) == (40, 40, "")

@@ -1,11 +1,11 @@
-"""Keep the zoo: evaluate a run, write hub/NAME, the manifest, and the table in README.md.
+"""Maintain the zoo: evaluate a run, write hub/NAME, the manifest, and the table in README.md.
 
-    python tools/add_to_zoo.py add RUN NAME [--repo owner/name] [data.path=DIR ...]     add or replace one
-    python tools/add_to_zoo.py pin NAME owner/name [COMMIT]                             where it is published, checked
-    python tools/add_to_zoo.py table                                                    cards, manifest and table anew
+    python tools/add_to_zoo.py add RUN NAME [--repo owner/name] [data.path=DIR ...]     add or replace an encoder
+    python tools/add_to_zoo.py pin NAME owner/name [COMMIT]                             check and record its repository
+    python tools/add_to_zoo.py table                                                    rewrite cards, manifest and table
 
-With --repo the card speaks of that repository, and `rlpjepa push hub/NAME owner/name` publishes the very bytes of hub/NAME, so that one
-sha256 pins both. Labels are used here only, to measure; the linear probe is fitted on at most 20,000 training images.
+With --repo the card names that repository, and `rlpjepa push hub/NAME owner/name` publishes exactly the bytes of hub/NAME, so that one
+sha256 pins both. Labels are used only to measure; the linear probe is fitted on at most 20,000 training images.
 """
 
 import json
@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.core import files
+from rlpjepa_zoo.core.files import sha256
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate, with_results
 from rlpjepa_zoo.hub import card, zoo
-from rlpjepa_zoo.hub import download as hub
-from rlpjepa_zoo.hub import format as hub_format
+from rlpjepa_zoo.hub.download import resolve
+from rlpjepa_zoo.hub.folder import read_folder, write_folder
 from rlpjepa_zoo.models.pretrained import load_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -35,9 +35,9 @@ def add(run: Path, name: str, repo: str, overrides: list[str]) -> None:
 
 
 def pin(name: str, repo: str, commit: str | None) -> None:
-    """Write repository and commit into the manifest, when what is there is what is here."""
-    path = hub.resolve(f"hf-hub:{repo}", revision=commit)
-    if files.sha256(path / "config.json") != files.sha256(ROOT / "hub" / name / "config.json"):
+    """Write repository and commit into the manifest; exits if the repository differs from hub/NAME."""
+    path = resolve(f"hf-hub:{repo}", revision=commit)
+    if sha256(path / "config.json") != sha256(ROOT / "hub" / name / "config.json"):
         sys.exit(f"{repo}: is not hub/{name}; push it with `rlpjepa push hub/{name} {repo}`")
     manifest = ROOT / "hub" / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -46,28 +46,29 @@ def pin(name: str, repo: str, commit: str | None) -> None:
 
 
 def table() -> str:
+    """The table of README.md, in Markdown."""
     lines = [
         "| encoder | data | active, asked / law / measured | | kNN | linear | 1-shot |",
         "|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name in zoo.list_encoders():
-        block = hub_format.read_config(ROOT / "hub" / name)[hub_format.BLOCK]
-        info, versions = block["info"], block["versions"]
-        found, density, training = info["results"], info["density"], info["training"]
+        published = read_folder(ROOT / "hub" / name)
+        info, versions = published.info, published.versions
+        results, density, training = info["results"], info["density"], info["training"]
         asked = "-" if density["asked"] is None else f"{density['asked']:.3f}"
         head = f"| `{name}` | {info['data']} | {asked} / {density['theory']:.3f} / {density['eval']:.3f} "
         for space, label in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
-            if f"knn_{space}" in found:
-                scores = " | ".join(f"{found[f'{kind}_{space}']:.3f}" for kind in ("knn", "linear", "one_shot"))
+            if f"knn_{space}" in results:
+                scores = " | ".join(f"{results[f'{kind}_{space}']:.3f}" for kind in ("knn", "linear", "one_shot"))
                 lines.append(f"{head}| {label} | {scores} |")
                 head = "| | | "
         minutes = f"{training['minutes']:g} minutes on {training['hardware']}"
         command = f"`rlpjepa train {info['recipe']}`, then `python tools/add_to_zoo.py add RUN {name}`"
         packages = f"torch {versions['torch']}, timm {versions['timm']}"
-        images = f"{found['n_train']} training and {found['n_test']} test images"
+        images = f"{results['n_train']} training and {results['n_test']} test images"
         notes.append(
-            f"`{name}`: {command}; {training['epochs']:g} epochs, seed {training['seed']}, {minutes}, {packages}; {images}; {found['protocol']}."
+            f"`{name}`: {command}; {training['epochs']:g} epochs, seed {training['seed']}, {minutes}, {packages}; {images}; {results['protocol']}."
         )
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
@@ -82,8 +83,7 @@ def main(arguments: list[str]) -> None:
             pin(name, repo, *(commit or [None]))
         case ["table"]:
             for path in sorted((ROOT / "hub").glob("*/config.json")):
-                now = hub_format.read_config(path.parent)[hub_format.BLOCK].get("name", path.parent.name)
-                hub_format.write_folder(path.parent, card.rewritten(path.parent, now))
+                write_folder(path.parent, card.rewritten(path.parent, read_folder(path.parent).name))
         case _:
             sys.exit(__doc__)
     zoo.write_manifest(ROOT / "hub")

@@ -220,7 +220,7 @@ def embed(
     from ..core import distributed
     from ..data.feeds import open_feed
     from ..embedding.extract import Extraction, extract, provenance
-    from ..models.encoder import OutputOptions
+    from ..models.inference import OutputOptions
     from ..models.pretrained import load_encoder
 
     if out.suffix and not out.is_dir() and out.suffix not in (".safetensors", ".npz", ".parquet"):
@@ -468,8 +468,8 @@ def push(
     from ..embedding import extract as extraction
     from ..hub import card, zoo
     from ..hub import download as hub
-    from ..hub import format as hub_format
     from ..hub import push as publish
+    from ..hub.folder import write_folder
     from ..models.pretrained import load_published
 
     if not source_names.is_repository(repo):
@@ -482,7 +482,7 @@ def push(
         path = hub.resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{_plain(source)}")
         made = card.rewritten(path, repo, license, _text(notes))
         with tempfile.TemporaryDirectory() as scratch:
-            load_published(hub_format.write_folder(Path(scratch) / "model", made))  # what does not load is not published
+            load_published(write_folder(Path(scratch) / "model", made))  # what does not load is not published
         contents = {**made}
     if dry_run:
         rows = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}
@@ -522,14 +522,14 @@ def card(
     """
     from ..hub import card as cards
     from ..hub import download as hub
-    from ..hub import format as hub_format
+    from ..hub.folder import write_folder
 
     if write and out is not None:
         raise UsageError("--write and --out: give one of them")
     path = hub.resolve(source, revision)
     contents = cards.rewritten(path, name or _name(path), license, _text(notes))
     if write:
-        print(hub_format.write_folder(_own_folder(source, "--write"), contents) / "README.md")
+        print(write_folder(_own_folder(source, "--write"), contents) / "README.md")
     elif out is not None:
         shown = {n: content for n, content in contents.items() if n == "README.md" or n.endswith(".png")}
         try:
@@ -667,12 +667,12 @@ def _plain(source: str) -> str:
 
 
 def _own_folder(source: str, option: str) -> Path:
-    from ..hub import format as hub_format
+    from ..hub.folder import find_folder
 
     path = Path(_plain(source)).expanduser()
     if not path.is_dir() or path.parent.name == "snapshots":
         raise UsageError(f"{option}: '{source}' is not a folder of your own, so its card cannot be written")
-    return hub_format.find(path)
+    return find_folder(path)
 
 
 def _text(path: Path | None) -> str | None:
@@ -698,9 +698,9 @@ def _interruptible(work: Callable[[], T]) -> T:
 
 def _name(path: Path) -> str:
     """What the card of a folder says it is called."""
-    from ..hub import format as hub_format
+    from ..hub.folder import read_folder
 
-    return str(hub_format.read_config(path)[hub_format.BLOCK].get("name", "owner/repo"))
+    return read_folder(path).name
 
 
 def _device(asked: str | None) -> str:

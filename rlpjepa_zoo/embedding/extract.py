@@ -32,7 +32,8 @@ from ..core.signals import Interrupts
 from ..data.feeds import Feed, Row, named, spans
 from ..data.preprocess import Ready, batched, ready
 from ..errors import DataError, HubError, OutputError, StoppedBySignal, UsageError, first_line
-from ..models.encoder import OutputOptions, SparseEncoder
+from ..models.encoder import SparseEncoder
+from ..models.inference import OutputOptions
 from ..sparse.embeddings import SparseEmbeddings, Values
 
 __all__ = ["Extraction", "card", "extract", "provenance", "publishable", "read_record"]

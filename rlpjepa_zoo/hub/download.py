@@ -1,7 +1,7 @@
-"""From the name of an encoder to a folder on this machine; `publish` is the way back, and `network` is how both ask.
+"""Resolve source names to folders on this machine, downloading from the Hub where needed.
 
-A busy Hub (429, 5xx, a broken connection) is asked again for about a minute, then the error is one line with its cause and mend.
-With HF_HUB_OFFLINE=1, and for a commit that is cached whole, nothing is requested at all.
+A request that a busy Hub refuses (429, 5xx, a broken connection) is repeated for about a minute; then the error is one line with its cause
+and the mend. With HF_HUB_OFFLINE=1, and for a commit whose files are all in the cache, nothing is requested.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from ..core import files as _files
-from ..core import source as source_names
+from ..core.files import sha256
+from ..core.source import is_repository
 from ..errors import HubError, ModelError, UsageError, did_you_mean
-from . import format as hub_format
 from . import zoo
+from .folder import find_folder, matches, read_folder
+from .format import MARK, PICKLES, listed_files
 from .retry import GaveUp, Patience, access, away, cause, explain, network_error
 
 __all__ = ["dataset_commit", "fetch", "resolve"]
@@ -26,9 +27,6 @@ __all__ = ["dataset_commit", "fetch", "resolve"]
 _COMMIT, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger("rlpjepa_zoo")
-
-
-# --- loading -------------------------------------------------------------------------------------------------------------------------
 
 
 def resolve(source: str | Path, revision: str | None = None, token: str | None = None, cache_dir: str | Path | None = None) -> Path:
@@ -59,7 +57,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
         raise UsageError(f"'{text}' and revision '{revision}': the revision is given twice; give one")
     if text in zoo.list_encoders():
         return _of_zoo(text, revision, token, cache_dir)
-    if not source_names.is_repository(repo):
+    if not is_repository(repo):
         known = zoo.list_encoders()
         raise UsageError(
             f"'{text}' is neither a folder, nor a name of the zoo ({', '.join(known) or 'empty'}), nor 'owner/repo'.{did_you_mean(text, known)}"
@@ -70,7 +68,7 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
 def _folder(text: str) -> Path | None:
     try:
         path = Path(text).expanduser()
-        return hub_format.find(path) if path.is_dir() else None
+        return find_folder(path) if path.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # name too long, no such user after ~, NUL
         return None
 
@@ -83,7 +81,7 @@ def _of_zoo(name: str, revision: str | None, token: str | None, cache_dir: str |
     if revision is not None:
         return _encoder(entry["repo"], revision, token, cache_dir)
     path = local if local is not None else _encoder(entry["repo"], entry.get("commit"), token, cache_dir)
-    if entry.get("sha256") not in (None, _files.sha256(path / "config.json")):
+    if entry.get("sha256") not in (None, sha256(path / "config.json")):
         raise ModelError(
             f"{path}/config.json: not the one that the zoo lists for '{name}'; reinstall rlpjepa_zoo, or load the folder itself"
         )
@@ -101,28 +99,28 @@ def _encoder(repo: str, revision: str | None, token: str | None, cache_dir: str 
         return _cached(repo, revision, cache_dir)
     path = get("config.json", _no_encoder).parent
     try:
-        config = hub_format.read_config(path)
+        config = read_folder(path)
     except ModelError:
         get("config.json", force=True)  # if it was damaged on the way, or in the cache
-        if hub_format.BLOCK.encode() not in (path / "config.json").read_bytes():
+        if MARK not in (path / "config.json").read_bytes():
             _no_encoder(get.names(), get.where)
-        config = hub_format.read_config(path)
-    for name, listed in hub_format.listed_files(config, get.where).items():
-        if not hub_format.matches(get(name), listed):
+        config = read_folder(path)
+    for name, listed in listed_files(config, get.where).items():
+        if not matches(get(name), listed):
             get(name, force=True)
     return get.done(path)
 
 
 def _no_encoder(names: Sequence[str], where: str) -> NoReturn:
     """Say what a repository holds that is not one of ours."""
-    pickles = sorted(name for name in names if name.endswith(hub_format.PICKLES))
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if "model.safetensors" not in names and pickles:
         raise ModelError(
             f"{where}: holds only {pickles[0]}, a pickle, which can run code when it is read and is refused; ask its author for safetensors"
         )
     if "config.json" in names and "model.safetensors" in names:
         raise ModelError(
-            f"{where}: no '{hub_format.BLOCK}' block in config.json, so this is not a sparse encoder; for a plain timm model use "
+            f"{where}: no '{MARK.decode()}' block in config.json, so this is not a sparse encoder; for a plain timm model use "
             f"create_encoder('hf-hub:{where}', pretrained=True), which puts a fresh projector on its backbone"
         )
     raise ModelError(
@@ -144,13 +142,13 @@ def _lacking(repo: str, revision: str | None, cache_dir: str | Path | None) -> l
         return ["config.json missing"]
     path = _cached(repo, revision, cache_dir)
     try:
-        files = hub_format.listed_files(hub_format.read_config(path), repo)
+        files = listed_files(read_folder(path), repo)
     except ModelError:
         return ["config.json damaged"]
     return [
         f"{name} {'damaged' if (path / name).is_file() else 'missing'}"
         for name, listed in files.items()
-        if not hub_format.matches(path / name, listed)
+        if not matches(path / name, listed)
     ]
 
 
@@ -248,7 +246,7 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
     paths = [get(name, partial(_no_file, name)) for name in names]
     for path in paths:
         blob = path.resolve().name  # the cache calls a large file by the sha256 that the Hub gave
-        if _SHA256.fullmatch(blob) and _files.sha256(path) != blob and _files.sha256(get(path.name, force=True)) != blob:
+        if _SHA256.fullmatch(blob) and sha256(path) != blob and sha256(get(path.name, force=True)) != blob:
             raise ModelError(f"{path}: differs from the sha256 that the Hub lists for it; try again later")
     return get.done(paths[0].parent)
 
@@ -269,7 +267,7 @@ def dataset_commit(repo: str, revision: str | None = None, token: str | None = N
 
 
 def _no_file(name: str, found: Sequence[str], where: str) -> NoReturn:
-    pickles = sorted(other for other in found if other.endswith(hub_format.PICKLES))
+    pickles = sorted(other for other in found if other.endswith(PICKLES))
     if pickles and name.endswith(".safetensors"):
         raise ModelError(f"{where}: holds {pickles[0]}, a pickle, and no {name}; pickles can run code when they are read and are refused")
     raise ModelError(f"{where}: holds no {name}")

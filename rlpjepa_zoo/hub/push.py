@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core import files
-from ..core import source as source_names
+from ..core.files import MAX_JSON, sha256
+from ..core.source import is_repository
 from ..errors import HubError, UsageError, ZooError, first_line
-from . import format as hub_format
+from .format import CARD, CONFIG, MARK, NAMES, parse
 from .retry import BUSY, SILENCE, GaveUp, Patience, access, explain, network_error, status_of
 
 __all__ = ["DATASET", "MODEL", "Background", "Kind", "Pushed", "push"]
@@ -43,7 +43,7 @@ class Kind:
     word: bytes
 
 
-MODEL = Kind("model", "sparse encoder", re.compile("|".join(map(re.escape, hub_format.NAMES))), "config.json", hub_format.BLOCK.encode())
+MODEL = Kind("model", "sparse encoder", re.compile("|".join(map(re.escape, NAMES))), CONFIG, MARK)
 DATASET = Kind(
     "dataset",
     "sparse embeddings",
@@ -108,7 +108,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    if not source_names.is_repository(repo):
+    if not is_repository(repo):
         raise UsageError(f"repository: expected 'owner/name', got '{repo}'")
     if create_pr and (tag is not None or revision not in (None, "main")):
         raise UsageError("a pull request goes to main and has no commit to tag yet; leave out the tag and the revision")
@@ -187,10 +187,10 @@ def _refuse_others(api: Any, repo: str, kind: Kind, revision: str | None) -> Non
 
     try:
         with open(api.hf_hub_download(repo, kind.mark, revision=revision, repo_type=kind.type), "rb") as file:
-            ours = kind.word in file.read(files.MAX_JSON)
+            ours = kind.word in file.read(MAX_JSON)
     except hub.RemoteEntryNotFoundError:
         names = {file.rfilename for file in _info(api, repo, kind, revision=revision).siblings}
-        ours = kind is MODEL or names <= {".gitattributes", "README.md"}
+        ours = kind is MODEL or names <= {".gitattributes", CARD}
     if not ours:
         raise UsageError(
             f"{repo}: holds another {kind.type} ({kind.mark} is not of {kind.said}s); choose another name, or ask for overwrite"
@@ -213,7 +213,7 @@ def _commit(
     info = _info(api, repo, kind, revision=revision, files_metadata=True)
     there = {file.rfilename: file for file in info.siblings}
     changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
-    gone = hub_format.NAMES if kind is MODEL else [name for name in there if kind.names.fullmatch(name)]
+    gone = NAMES if kind is MODEL else [name for name in there if kind.names.fullmatch(name)]
     stale = [name for name in gone if name in there and name not in contents]
     if tagged is not None and (tagged != info.sha or changed or stale):
         raise HubError(f"{repo}: the tag exists already, on commit {tagged[:8]}; choose another tag")
@@ -240,8 +240,8 @@ def _commit(
 
 
 def _said(kind: Kind, contents: Mapping[str, bytes | Path]) -> str:
-    config = contents.get("config.json")
-    of_classifier = isinstance(config, bytes) and hub_format.is_classifier(files.parse_json(config, "config.json"))
+    config = contents.get(CONFIG)
+    of_classifier = isinstance(config, bytes) and parse(config, CONFIG).classifier is not None
     return "image classifier" if of_classifier else kind.said
 
 
@@ -250,7 +250,7 @@ def _same(content: bytes | Path, there: Any) -> bool:
     if there.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
         return False
     if there.lfs is not None:
-        return bool(there.lfs.sha256 == files.sha256(content))
+        return bool(there.lfs.sha256 == sha256(content))
     content = content if isinstance(content, bytes) else content.read_bytes()
     return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest())
 

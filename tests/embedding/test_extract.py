@@ -27,7 +27,7 @@ from rlpjepa_zoo.data.feeds import open_feed
 from rlpjepa_zoo.embedding import extract as extraction
 from rlpjepa_zoo.embedding.extract import Extraction, extract
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal, UsageError
-from rlpjepa_zoo.models.encoder import OutputOptions
+from rlpjepa_zoo.models.inference import OutputOptions
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
 N = 30

@@ -22,7 +22,7 @@ from rlpjepa_zoo.evaluation.evaluate import encode, evaluate, with_results
 from rlpjepa_zoo.evaluation.evaluate import evaluate as evaluation
 from rlpjepa_zoo.evaluation.probes import held_out, knn_accuracy
 from rlpjepa_zoo.hub import card, card_figures
-from rlpjepa_zoo.hub import format as hub_format
+from rlpjepa_zoo.hub.folder import read_folder
 from rlpjepa_zoo.models.encoder import SparseEncoder
 
 
@@ -316,5 +316,4 @@ def test_a_folder_with_a_test_part_keeps_it(image_folder: Path) -> None:
 @pytest.mark.parametrize("name", rz.list_encoders())
 def test_records_of_the_first_protocol_give_the_cards_they_gave(name: str) -> None:
     place = Path(__file__).parents[2] / "hub" / name
-    config = hub_format.read_config(place)
-    assert card.render(config, config[hub_format.BLOCK]["name"], ("training.png", "accuracy.png")) == (place / "README.md").read_text()
+    assert card.render(read_folder(place), ("training.png", "accuracy.png")) == (place / "README.md").read_text()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import settled
+from published import config_of
 from refusals import refused
 
 import rlpjepa_zoo as rz
@@ -114,12 +115,9 @@ def test_what_a_dial_cannot_do_is_refused() -> None:
              {"mode": "threshold", "value": -1.0}, {"mode": "top_k", "value": 3, "more": 1}, {"mode": "top_k", "value": True}]
 )  # fmt: skip
 def test_a_strangers_dial_is_checked(tmp_path: Path, dial: object) -> None:
-    from rlpjepa_zoo.hub import format as hub_format
-
     path = settled().with_budget(3).save_pretrained(tmp_path / "enc")
-    config, contents = hub_format.snapshot(path)
-    config[hub_format.BLOCK]["dial"] = dial
-    hub_format.write_folder(path, hub_format.seal(contents, config))
+    with config_of(path) as config:
+        config["rlpjepa_zoo"]["dial"] = dial
     with refused(ModelError, match="dial"):
         rz.load_encoder(path)
 

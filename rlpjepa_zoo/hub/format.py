@@ -21,11 +21,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.files import parse_json, sha256
 from ..errors import ModelError, UsageError, first_line
-from ..sparse.topk import Dial
+
+if TYPE_CHECKING:
+    from ..sparse.topk import Dial
 
 __all__ = [
     "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "MARK", "NAMES", "PICKLES", "RECIPE", "LinearLayer", "Projector", "Published", "is_card",
@@ -253,8 +255,12 @@ def _classifier(saved: dict[str, Any], projector: Projector | None, where: str) 
 
 
 def _dial(saved: Any, where: str) -> Dial | None:
+    if saved is None:
+        return None
+    from ..sparse.topk import Dial  # imports torch, which the list of the zoo does without
+
     try:
-        return None if saved is None else Dial(**saved)
+        return Dial(**saved)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{where}: {_BLOCK}.dial is not what this version expects ({first_line(error)})") from error
 

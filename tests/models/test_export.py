@@ -316,7 +316,7 @@ SPOILT = {
 def test_a_file_that_gives_other_numbers_is_refused_and_the_old_one_kept(tmp_path, encoder, monkeypatch, kind):
     change, match = SPOILT[kind]
     (tmp_path / "enc.pt2").write_text("kept")
-    monkeypatch.setattr(module, "_open", spoiled(change))
+    monkeypatch.setattr(module.EXPORT_FORMATS[".pt2"], "open", spoiled(change))
     with refused(ModelError, match=match):
         export(encoder, tmp_path / "enc.pt2", overwrite=True)
     assert os.listdir(tmp_path) == ["enc.pt2"] and (tmp_path / "enc.pt2").read_text() == "kept"
@@ -327,13 +327,13 @@ def test_a_difference_of_rounding_passes(tmp_path, encoder, monkeypatch):
         z = out["z"]
         return {**out, "z": torch.where(z == 0, 1e-6 * z.max(), z * (1 + 1e-6))}
 
-    monkeypatch.setattr(module, "_open", spoiled(rounded))
+    monkeypatch.setattr(module.EXPORT_FORMATS[".pt2"], "open", spoiled(rounded))
     assert export(encoder, tmp_path / "enc.pt2").is_file()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_that_does_not_open_is_refused(tmp_path, encoder, monkeypatch, suffix):
-    monkeypatch.setattr(module, "_convert", lambda *_: b"no model")
+    monkeypatch.setattr(module.EXPORT_FORMATS[suffix], "convert", lambda *_: b"no model")
     with refused(ModelError, match="does not open"):
         export(encoder, tmp_path / f"enc{suffix}")
     assert os.listdir(tmp_path) == []

@@ -57,3 +57,10 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def local(tmp_path, encoder):
+    """The folder of a run."""
+    encoder.save_pretrained(tmp_path / "run" / "encoder", info=INFO, recipe="name: tiny\n", name="local-dir:somewhere")
+    return tmp_path / "run"

@@ -186,13 +186,6 @@ def test_no_published_file_is_a_pickle(published):
     assert len(published.files(REPO)) == len(FILES) + 1
 
 
-@pytest.fixture
-def local(tmp_path, encoder):
-    """The folder of a run."""
-    encoder.save_pretrained(tmp_path / "run" / "encoder", info=INFO, recipe="name: tiny\n", name="local-dir:somewhere")
-    return tmp_path / "run"
-
-
 def test_push_command(hub_server, local, encoder, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     code, out, _ = run("push", local, REPO, "--private", "--tag", "v1", "--message", "first", "--json")

@@ -202,7 +202,7 @@ def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
     density, results, training = info["density"] or {}, info["results"] or {}, info["training"] or {}
     asked, measured = density.get("asked"), density.get("eval")
     height, width = model.preprocess["size"]
-    of_encoder = model.classifier is None
+    best = {space: max(results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES) for space in _SPACES}
     return {
         "model": model, "info": info, "classifier": model.classifier, "name": model.name, "height": height, "width": width,
         "figures": figures, "front": _front_matter(model), "notes": str(info["notes"] or "").strip(),
@@ -212,13 +212,9 @@ def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
         "density": {key: density.get(key) for key in _Density.model_fields},
         "densities": ["-" if density.get(key) is None else f"{density[key]:.3f}" for key in ("asked", "theory", "train", "eval") if density],
         "missed": bool(asked and measured and not 0.67 < measured / asked < 1.5),
-        "pixels_are_better": _best(results, "pixels") > max(_best(results, "z"), _best(results, "features")),
-        "results": _encoder_results(results, figures) if of_encoder else _classifier_results(results),
+        "pixels_are_better": best["pixels"] > max(best["z"], best["features"]),
+        "results": _encoder_results(results, figures) if model.classifier is None else _classifier_results(results),
     }  # fmt: skip
-
-
-def _best(results: dict[str, Any], space: str) -> float:
-    return max([results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES])
 
 
 def _front_matter(model: Published) -> str:
@@ -272,19 +268,20 @@ def _encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[
     kinds = measures_of(results)
     if not kinds:
         return []
+    labels = {kind: measure_label(kind) or kind for kind in kinds}
     heading = "top-1 accuracy" if set(kinds) <= set(_ACCURACIES) else "representation"
     rows = _rows(results, kinds, "")
     for name, other in (results.get("against") or {}).items():
         rows += _rows(other, kinds, f"{_cell(name)}: ")
     counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
     note = "; ".join(text for text in (", ".join(counts), str(results.get("protocol", ""))) if text)
-    paragraphs = [_table([heading, *map(_label, kinds)], rows), *([note] if note else []), *_differences(results)]
+    paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
     if curve := results.get("curve"):
         rows = []
         for kind in kinds:
             if curve.get(kind):
                 spreads = curve.get(f"{kind}_std") or [None] * len(curve["active"])
-                rows.append([_label(kind), *(_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))])
+                rows.append([labels[kind], *(_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))])
         paragraphs.append("Accuracy of z when only the largest values of each image are kept:")
         paragraphs.append(_table(["active dimensions", *map(str, curve["active"])], rows))
     if "accuracy.png" in figures:
@@ -311,10 +308,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def _label(kind: str) -> str:
-    return measure_label(kind) or kind
-
-
 def _cell(text: str) -> str:
     """Free text as code, so that it stays in its cell and is not read as markup."""
     return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
@@ -323,7 +316,10 @@ def _cell(text: str) -> str:
 def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:
     """A row of cells for each representation that was measured."""
     spaces = [space for space in _SPACES if any(f"{kind}_{space}" in scores for kind in kinds)]
-    return [[f"{prefix}{_SPACES[space]}", *(_score(scores, kind, space) for kind in kinds)] for space in spaces]
+    return [
+        [f"{prefix}{_SPACES[space]}", *(_percent(scores.get(f"{kind}_{space}"), scores.get(f"{kind}_std_{space}")) for kind in kinds)]
+        for space in spaces
+    ]
 
 
 def _differences(results: dict[str, Any]) -> list[str]:
@@ -341,10 +337,5 @@ def _differences(results: dict[str, Any]) -> list[str]:
     return ["Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", _table(head, rows)]
 
 
-def _score(results: dict[str, Any], kind: str, space: str) -> str:
-    value = results.get(f"{kind}_{space}")
-    return "-" if value is None else _percent(value, results.get(f"{kind}_std_{space}"))
-
-
-def _percent(value: float, spread: float | None) -> str:
-    return f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+def _percent(value: float | None, spread: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")

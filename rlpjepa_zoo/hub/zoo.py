@@ -47,7 +47,7 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def local_folder(name: str) -> Path | None:
-    """Where the encoder ships with the package, weights included; None when only the Hub has it."""
+    """The shipped folder of an encoder, with weights; None if only the Hub has it."""
     folder = resource("hub") / name
     return folder if (folder / "model.safetensors").is_file() else None
 

@@ -376,7 +376,7 @@ class Unknown(OnePerBatch):
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [(OnePerBatch, ".pt2"), (OnePerBatch, ".onnx"), (Unknown, ".onnx")])
-def test_architecture_that_cannot_be_exported_is_refused_with_the_reason(tmp_path, capfd, kind, suffix):
+def test_unexportable_architecture_is_refused_with_the_reason(tmp_path, capfd, kind, suffix):
     enc = make("resnet10_small_narrow")
     enc.backbone = kind(enc.backbone)
     with refused(ModelError, match=rf"'resnet10_small_narrow' cannot be exported to {suffix}: \w.{{10}}") as info:

@@ -11,15 +11,15 @@ sha256 pins both. Labels are used here only, to measure; the linear probe is fit
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import files
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate, with_results
 from rlpjepa_zoo.hub import card, zoo
-from rlpjepa_zoo.hub import download as hub
-from rlpjepa_zoo.hub import format as hub_format
+from rlpjepa_zoo.hub.download import resolve
+from rlpjepa_zoo.hub.folder import read_folder, write_folder
+from rlpjepa_zoo.hub.format import Published
 from rlpjepa_zoo.models.pretrained import load_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def add(run: Path, name: str, repo: str, overrides: list[str]) -> None:
 
 def pin(name: str, repo: str, commit: str | None) -> None:
     """Write repository and commit into the manifest, when what is there is what is here."""
-    path = hub.resolve(f"hf-hub:{repo}", revision=commit)
+    path = resolve(f"hf-hub:{repo}", revision=commit)
     if files.sha256(path / "config.json") != files.sha256(ROOT / "hub" / name / "config.json"):
         sys.exit(f"{repo}: is not hub/{name}; push it with `rlpjepa push hub/{name} {repo}`")
     manifest = ROOT / "hub" / "manifest.json"
@@ -46,9 +46,9 @@ def pin(name: str, repo: str, commit: str | None) -> None:
     manifest.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def blocks() -> dict[str, dict[str, Any]]:
-    """The `rlpjepa_zoo` block of config.json of every encoder of the zoo, by name."""
-    return {name: hub_format.read_config(ROOT / "hub" / name)[hub_format.BLOCK] for name in zoo.list_encoders()}
+def published() -> dict[str, Published]:
+    """The published folder of every encoder of the zoo, by name."""
+    return {name: read_folder(ROOT / "hub" / name) for name in zoo.list_encoders()}
 
 
 def table() -> str:
@@ -57,8 +57,8 @@ def table() -> str:
         "| encoder | data | density: asked / law / measured | | kNN | linear | 1-shot |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, block in blocks().items():
-        info = block["info"]
+    for name, encoder in published().items():
+        info = encoder.info
         results, density = info["results"], info["density"]
         asked = "-" if density["asked"] is None else f"{density['asked']:.3f}"
         head = f"| `{name}` | {info['data']} | {asked} / {density['theory']:.3f} / {density['eval']:.3f} "
@@ -73,8 +73,8 @@ def table() -> str:
 def notes() -> str:
     """Command, hardware, versions, numbers of images and protocol behind each row of the table, as Markdown paragraphs."""
     paragraphs = []
-    for name, block in blocks().items():
-        info, versions = block["info"], block["versions"]
+    for name, encoder in published().items():
+        info, versions = encoder.info, encoder.versions
         results, training = info["results"], info["training"]
         minutes = f"{training['minutes']:g} minutes on {training['hardware']}"
         command = f"`rlpjepa train {info['recipe']}`, then `python tools/add_to_zoo.py add RUN {name}`"
@@ -103,8 +103,7 @@ def main(arguments: list[str]) -> None:
             pin(name, repo, *(commit or [None]))
         case ["table"]:
             for path in sorted((ROOT / "hub").glob("*/config.json")):
-                now = hub_format.read_config(path.parent)[hub_format.BLOCK].get("name", path.parent.name)
-                hub_format.write_folder(path.parent, card.rewritten(path.parent, now))
+                write_folder(path.parent, card.rewritten(path.parent, read_folder(path.parent).name))
         case _:
             sys.exit(__doc__)
     zoo.write_manifest(ROOT / "hub")

@@ -65,7 +65,7 @@ def embed(
     from ..data.sources import open_images
     from ..embedding.extract import Extraction, extract
     from ..embedding.manifest import provenance
-    from ..models.encoder import OutputOptions
+    from ..models.inference import OutputOptions
     from ..models.pretrained import load_encoder
 
     to_file = bool(out.suffix) and not out.is_dir()

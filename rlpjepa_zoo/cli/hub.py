@@ -128,7 +128,7 @@ def _files_to_push(source: str, repo: str, license: str | None, notes: str | Non
     from ..hub import zoo
     from ..hub.card import rewritten
     from ..hub.download import resolve
-    from ..hub.format import write_folder
+    from ..hub.folder import write_folder
     from ..hub.push import DATASET, MODEL
     from ..models.pretrained import load_published
 
@@ -178,7 +178,7 @@ def card(
     """
     from ..hub.card import rewritten
     from ..hub.download import resolve
-    from ..hub.format import write_folder
+    from ..hub.folder import write_folder
 
     if write and out is not None:
         raise UsageError("--write and --out: give one of them")

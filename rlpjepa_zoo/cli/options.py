@@ -58,19 +58,19 @@ def own_folder(source: str, option: str) -> Path:
     Raises:
         UsageError: the source is no folder, or lies in the cache of the Hub client.
     """
-    from ..hub.format import find
+    from ..hub.folder import find_folder
 
     path = Path(without_scheme(source)).expanduser()
     if not path.is_dir() or path.parent.name == "snapshots":
         raise UsageError(f"{option}: '{source}' is not a folder of your own, so its card cannot be written")
-    return find(path)
+    return find_folder(path)
 
 
 def card_name(path: Path) -> str:
     """Return the model name on the card of an encoder folder."""
-    from ..hub.format import BLOCK, read_config
+    from ..hub.folder import read_folder
 
-    return str(read_config(path)[BLOCK].get("name", "owner/repo"))
+    return read_folder(path).name
 
 
 def write_file(path: Path, content: bytes) -> None:

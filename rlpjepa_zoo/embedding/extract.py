@@ -29,7 +29,8 @@ from ..core.signals import Interrupts
 from ..data.images import ImageRows, Row, reason_with_id, spans
 from ..data.preprocess import batched, ready
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
-from ..models.encoder import OutputOptions, SparseEncoder
+from ..models.encoder import SparseEncoder
+from ..models.inference import OutputOptions
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.io import Values
 from .card import card

@@ -1,7 +1,11 @@
-"""The model card: README.md of a published folder and its pictures, a function of config.json alone; never edited by hand."""
+"""The model card: README.md of a published folder and its figures, a function of config.json alone; never edited by hand.
+
+The text is in card.md.j2. This module checks the record that the card shows, and prepares its numbers and tables.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,67 +15,55 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.measures import measure_label, measures_of
 from ..errors import ModelError, UsageError
-from ..sparse.topk import Dial
-from . import card_figures, classifier_card
-from . import format as hub_format
+from . import card_figures
+from .folder import snapshot_folder
+from .format import CARD, Published, is_card, pack
 
-__all__ = ["checked", "files", "render", "rewritten", "set_license"]
+__all__ = ["checked_info", "files", "render", "rewritten"]
 
 _SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
 _ACCURACIES = ("knn", "linear", "one_shot")
 
 
-def files(config: dict[str, Any], name: str = "owner/repo") -> dict[str, bytes]:
-    """The card and the pictures it shows: README.md, training.png when the run was recorded, accuracy.png when a curve was measured.
-
-    Args:
-        config: config.json as a dict, with the block "rlpjepa_zoo".
-        name: what the examples load.
-    """
-    info = config["rlpjepa_zoo"].get("info", {})
-    drawn = {}
+def files(model: Published) -> dict[str, bytes]:
+    """The card and its figures: README.md, training.png if the run was recorded, accuracy.png if a curve was measured."""
+    info = model.info
+    figures = {}
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
-        drawn["training.png"] = card_figures.training(info["history"], theory)
+        figures["training.png"] = card_figures.training(info["history"], theory)
     if any(((info.get("results") or {}).get("curve") or {}).get(kind) for kind in _ACCURACIES):
-        drawn["accuracy.png"] = card_figures.accuracy(info["results"])
-    return {"README.md": render(config, name, tuple(drawn)).encode(), **drawn}
+        figures["accuracy.png"] = card_figures.accuracy(info["results"])
+    return {CARD: render(model, tuple(figures)).encode(), **figures}
 
 
 def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None, chosen: str | None = None) -> dict[str, bytes]:
-    """The files of a published folder with the card written anew; weights, golden codes and recipe stay as they are.
+    """The files of a published folder with a new card; weights, golden codes and recipe are unchanged.
 
     Args:
         path: the folder.
-        name: what the examples load.
-        license: SPDX identifier; as it was when None.
-        notes: Markdown of your own that the card shows; as it was when None.
-        chosen: how this one was chosen among others by the figures it shows, added to what is said of how they were measured.
+        name: source name in the examples.
+        license: SPDX identifier; unchanged when None.
+        notes: Markdown of your own that the card shows; unchanged when None.
+        chosen: how this model was chosen among others by the results it shows; appended to the protocol.
 
     Raises:
         ModelError: a file other than the card does not verify.
     """
-    config, contents = hub_format.snapshot(path)
-    block = config[hub_format.BLOCK]
+    model, contents = snapshot_folder(path)
+    given = {key: value for key, value in (("license", license), ("notes", notes)) if value is not None}
     try:
-        block["info"] = checked({**block.get("info", {}), **{k: v for k, v in (("license", license), ("notes", notes)) if v is not None}})
+        info = checked_info({**model.info, **given})
     except UsageError as error:
-        raise (UsageError if license is not None or notes is not None else ModelError)(f"{path}/config.json: {error}") from error
-    results = block["info"].get("results")
+        raise (UsageError if given else ModelError)(f"{path}/config.json: {error}") from error
+    results = info.get("results")
     if chosen is not None and results:
-        results["protocol"] = "; ".join(part for part in (results.get("protocol"), chosen) if part)
-    block["name"] = name
-    set_license(config, block["info"].get("license"))
-    kept = {n: data for n, data in contents.items() if n != "README.md" and not n.endswith(".png")}
-    return hub_format.seal({**kept, **files(config, name)}, config)
+        results["protocol"] = "; ".join(text for text in (results.get("protocol"), chosen) if text)
+    model = dataclasses.replace(model, name=name, info=info)
+    return pack(model, {name: content for name, content in contents.items() if not is_card(name)} | files(model))
 
 
-def set_license(config: dict[str, Any], license: str | None) -> None:
-    """Say the same licence where timm says it."""
-    config["pretrained_cfg"].pop("license", None)
-    if license is not None:
-        config["pretrained_cfg"]["license"] = license
-
+# --- the record that the card shows ---------------------------------------------------------------------------------------------------
 
 Number = int | float
 
@@ -102,7 +94,7 @@ class _Row(_Open):
 
 
 class _Curve(_Open):
-    """Budgets, and for each a measure or its spread."""
+    """Numbers of active dimensions, and for each number the value or the spread of a measure."""
 
     __pydantic_extra__: dict[str, list[float] | None]
     active: list[int]
@@ -156,27 +148,27 @@ class _Info(_Open):
     notes: str | None = Field(None, max_length=100_000)
 
 
-def checked(info: Mapping[str, Any]) -> dict[str, Any]:
-    """An encoder's record as plain JSON values, if the card can show it.
+def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a model, `EncoderConfig.info`, as plain JSON values.
 
     Raises:
-        UsageError: a part that is not of the expected type, by name.
+        UsageError: a value has another type than the card expects; the message names its key.
     """
     try:
-        found = _Info.model_validate(dict(info)).model_dump(exclude_unset=True)
+        record = _Info.model_validate(dict(info)).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"info.{where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}") from error
-    results = found.get("results") or {}
-    for where, part in [("results", results), *((f"results.against.{k}", v) for k, v in (results.get("against") or {}).items())]:
-        for key, value in part.items():
+    results = record.get("results") or {}
+    for where, scores in [("results", results), *((f"results.against.{k}", v) for k, v in (results.get("against") or {}).items())]:
+        for key, value in scores.items():
             if not _is_score(key):
                 continue
             if value is not None and not isinstance(value, int | float):
                 raise UsageError(f"info.{where}.{key}: expected a number, got {str(value)[:60]!r}")
-            part[key] = None if value is None else float(value)
-    return found
+            scores[key] = None if value is None else float(value)
+    return record
 
 
 def _is_score(key: str) -> bool:
@@ -185,291 +177,165 @@ def _is_score(key: str) -> bool:
     return measure_label(stem.removesuffix("_std")) is not None
 
 
-def render(config: dict[str, Any], name: str = "owner/repo", shown: tuple[str, ...] = ()) -> str:
-    """Markdown of the card; `shown` are the pictures that lie beside it."""
-    block = config["rlpjepa_zoo"]
-    info = block.get("info", {})
-    if "classifier" in block:
-        return classifier_card.render(config, name, _licence(info))
-    sections = [
-        _front(config, block, info, name),
-        _head(config, block, info),
-        str(info.get("notes") or ""),
-        _use(config, block, name),
-        _elsewhere(config, block, name),
-        _densities(info),
-        _dial(block),
-        _results(info, shown),
-        _training(config, block, info, shown),
-        _LIMITS,
-        _licence(info),
-        _CITATION,
-    ]
-    return "\n\n".join(section.strip() for section in sections if section) + "\n"
+# --- what the template shows ---------------------------------------------------------------------------------------------------------
 
 
-def _front(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any], name: str) -> str:
-    """YAML metadata as the Hub reads it."""
-    results = info.get("results") or {}
-    metrics = [
-        {"type": "accuracy", "name": f"{measure_label(kind)}, {_SPACES[space]}", "value": round(results[f"{kind}_{space}"], 4)}
-        for space in ("z", "features")
-        for kind in _ACCURACIES
-        if isinstance(results.get(f"{kind}_{space}"), float)
-    ]
-    plain = not block.get("needs_package")
-    data: dict[str, Any] = {"library_name": "timm", "pipeline_tag": "image-feature-extraction"}
-    for key in ("license", "base_model"):
-        if info.get(key):
-            data[key] = info[key]
+def render(model: Published, figures: tuple[str, ...] = ()) -> str:
+    """Markdown of the card.
+
+    Args:
+        model: as in config.json.
+        figures: file names of the figures beside the card.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    return environment.get_template("card.md.j2").render(_context(model, figures))
+
+
+def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
+    """Variables of the template."""
+    info = {key: model.info.get(key) for key in (*_Info.model_fields, "start", "method")}
+    density, results, training = info["density"] or {}, info["results"] or {}, info["training"] or {}
+    asked, measured = density.get("asked"), density.get("eval")
+    height, width = model.preprocess["size"]
+    best = {space: max(results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES) for space in _SPACES}
+    return {
+        "model": model, "info": info, "classifier": model.classifier, "name": model.name, "height": height, "width": width,
+        "figures": figures, "front": _front_matter(model), "notes": str(info["notes"] or "").strip(),
+        "data": model.info.get("data", "images"),
+        "images": f" ({training['images']:,} images)" if isinstance(training.get("images"), int) else "",
+        "timm_name": model.name if model.name.startswith("local-dir:") else f"hf-hub:{model.name}",
+        "density": {key: density.get(key) for key in _Density.model_fields},
+        "densities": ["-" if density.get(key) is None else f"{density[key]:.3f}" for key in ("asked", "theory", "train", "eval") if density],
+        "missed": bool(asked and measured and not 0.67 < measured / asked < 1.5),
+        "pixels_are_better": best["pixels"] > max(best["z"], best["features"]),
+        "results": _encoder_results(results, figures) if model.classifier is None else _classifier_results(results),
+    }  # fmt: skip
+
+
+def _front_matter(model: Published) -> str:
+    """YAML metadata that the Hub reads."""
+    info, head = model.info, model.classifier
+    task = "image-feature-extraction" if head is None else "image-classification"
+    data: dict[str, Any] = {"library_name": "timm", "pipeline_tag": task}
+    data |= {key: info[key] for key in ("license", "base_model") if info.get(key)}
     if info.get("dataset"):
         data["datasets"] = [info["dataset"]]
-    data["tags"] = [*(["timm"] if plain else []), "rlpjepa_zoo", "sparse", "self-supervised", "image-feature-extraction"]
-    if info.get("target"):
-        data["tags"].append("arxiv:2602.01456")
-    if metrics:
-        label = str(results.get("data") or info.get("data") or "images")
+    sparse = model.projector is not None
+    tags = {
+        "timm": not model.needs_package and not (head is not None and sparse), "rlpjepa_zoo": True, "sparse": sparse,
+        "self-supervised": head is None, task: True, "arxiv:2602.01456": head is None and bool(info.get("target")),
+    }  # fmt: skip
+    data["tags"] = [tag for tag, given in tags.items() if given]
+    if entry := _evaluation(model):
+        title = model.name.removeprefix("hf-hub:")
+        if "local-dir:" in model.name:
+            title = model.architecture if head is None else "classifier"
+        data["model-index"] = [{"name": title, "results": [entry]}]
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _evaluation(model: Published) -> dict[str, Any]:
+    """The results as the Hub's model index has them; empty when nothing was measured."""
+    info, results = model.info, model.info.get("results") or {}
+    names = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+    if model.classifier is None:
+        names = {f"{kind}_{space}": f"{measure_label(kind)}, {_SPACES[space]}" for space in ("z", "features") for kind in _ACCURACIES}
+    metrics = [
+        {"type": "accuracy", "name": name, "value": round(results[key], 4)}
+        for key, name in names.items()
+        if isinstance(results.get(key), float)
+    ]
+    if not metrics:
+        return {}
+    if model.classifier is not None:
+        label = str(info.get("data") or "images")
+        task, dataset = "Image classification", {"type": info.get("dataset") or label, "name": label}
+    else:
+        task, label = "kNN and linear probes on frozen embeddings", str(results.get("data") or info.get("data") or "images")
         same = label in (info.get("data"), info.get("dataset"))
         dataset = {"type": info["dataset"] if info.get("dataset") and same else label, "name": label}
-        entry = {
-            "task": {"type": "image-classification", "name": "kNN and linear probes on frozen embeddings"},
-            "dataset": dataset | ({"split": "test"} if "n_test" in results else {}),
-            "metrics": metrics,
-        }
-        data["model-index"] = [
-            {"name": name.removeprefix("hf-hub:") if "local-dir:" not in name else config["architecture"], "results": [entry]}
-        ]
-    return "---\n" + yaml.safe_dump(data, sort_keys=False, allow_unicode=True) + "---"
+        dataset |= {"split": "test"} if "n_test" in results else {}
+    return {"task": {"type": "image-classification", "name": task}, "dataset": dataset, "metrics": metrics}
 
 
-def _head(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any]) -> str:
-    dim, (height, width) = block["projector"]["dim"], block["preprocess"]["size"]
-    title = f"# Sparse image encoder: {config['architecture']}, {dim} dimensions\n\n"
-    if not info.get("target"):
-        return title + (
-            "Backbone and rectified projector, **not trained** by Rectified LpJEPA: the codes are non-negative and sparse but mean nothing yet."
-        )
-    density = info.get("density") or {}
-    share = (
-        f"of which {density['eval']:.0%} are active on average and the others exactly zero"
-        if density.get("eval")
-        else "many of them exactly zero"
-    )
-    images = f" ({info['training']['images']:,} images)" if isinstance((info.get("training") or {}).get("images"), int) else ""
-    text = (
-        f"This model turns a {height} x {width} image into {dim} non-negative numbers, {share}. It was trained without labels on "
-        f"{info.get('data', 'images')}{images} by Rectified LpJEPA ([arXiv 2602.01456](https://arxiv.org/abs/2602.01456)). Use the embeddings "
-        "for similarity search, clustering, or as features for a small classifier, on images like those."
-    )
-    asked, found = density.get("asked"), density.get("eval")
-    if asked and found and not 0.67 < found / asked < 1.5:
-        text += f"\n\nThe density asked for, {asked:.3g}, was **missed**: {found:.3g} was measured. Longer training or another learning rate may reach it."
-    pixels, best = _best(info, "pixels"), max(_best(info, "z"), _best(info, "features"))
-    if pixels > best > 0:
-        text += "\n\nRaw pixels do better than this encoder in the table below."
-    return title + text
-
-
-def _best(info: dict[str, Any], space: str) -> float:
-    results = info.get("results") or {}
-    return max([results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES])
-
-
-def _use(config: dict[str, Any], block: dict[str, Any], name: str) -> str:
-    height, width = block["preprocess"]["size"]
-    return f"""## Use
-
-With the Python package rlpjepa_zoo:
-
-```python
-import rlpjepa_zoo as rz
-
-enc = rz.load_encoder("{name}")
-e = enc.embed(["a.jpg", "b.jpg"])  # SparseEmbeddings: CSR rows with ids, values > 0
-similarity = e.to_scipy() @ e.to_scipy().T
-```
-
-Images are resized, cropped to {height} x {width} and normalised as in training; `enc.embed(..., max_active=k)` keeps the k largest values
-of each image. Loading verifies the sha256 of every file and that two golden images give their golden codes."""
-
-
-def _elsewhere(config: dict[str, Any], block: dict[str, Any], name: str) -> str:
-    if "/" not in name and ":" not in name:  # a name of the zoo, which only this package resolves
-        return ""
-    timm_name = name if name.startswith("local-dir:") else f"hf-hub:{name}"
-    ours = block.get("needs_package")
-    note = (
-        f" (`{config['architecture']}` has a small-image stem that plain timm does not know, so this package must be installed)"
-        if ours
-        else ""
-    )
-    first = "import rlpjepa_zoo.resnet  # registers the architecture\n" if ours else ""
-    return f"""## With timm or transformers
-
-The dense backbone alone{note}:
-
-```python
-{first}import timm
-from PIL import Image
-
-backbone = timm.create_model("{timm_name}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(backbone), is_training=False)
-features = backbone(transform(Image.open("a.jpg").convert("RGB")).unsqueeze(0))
-```
-
-```python
-{first}from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained("{name.removeprefix("local-dir:")}")
-model = AutoModel.from_pretrained("{name.removeprefix("local-dir:")}").eval()
-features = model(**processor(Image.open("a.jpg").convert("RGB"), return_tensors="pt")).pooler_output
-```
-
-`model.safetensors` is the backbone and `head.safetensors` the projector, as plain tensors."""
-
-
-def _densities(info: dict[str, Any]) -> str:
-    density = info.get("density")
-    if not density:
-        return ""
-    names = ("asked", "theory", "train", "eval")
-    where = f" ({density['eval_images']})" if density.get("eval_images") else ""
-    cells = " | ".join("-" if density.get(key) is None else f"{density[key]:.3f}" for key in names)
-    return f"""## Density (fraction of non-zero coordinates)
-
-| asked | theory of the target | measured, training batches | measured, evaluation mode{where} |
-|---|---|---|---|
-| {cells} |
-
-Random projections pin mean and covariance of the embeddings and only weakly the mass at zero, so the measured density follows the
-asked one without being equal to it. `max_active` bounds it at use."""
-
-
-def _dial(block: dict[str, Any]) -> str:
-    """What is kept of each embedding, of an encoder behind a dial."""
-    saved = block.get("dial")
-    if saved is None:
-        return ""
-    try:
-        return (
-            f"**Dial**: {Dial(**saved).describe(block['projector']['dim'])}. It was set after training; figures of training are without it."
-        )
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"config.json: {hub_format.BLOCK}.dial is not what this version expects ({error})") from error
-
-
-def _results(info: dict[str, Any], shown: tuple[str, ...]) -> str:
-    results = info.get("results") or {}
+def _encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[str]:
+    """Paragraphs and tables of the section "Results" of an encoder."""
     kinds = measures_of(results)
     if not kinds:
-        return ""
+        return []
+    labels = {kind: measure_label(kind) or kind for kind in kinds}
     heading = "top-1 accuracy" if set(kinds) <= set(_ACCURACIES) else "representation"
-    lines = ["## Results", "", f"| {heading} | " + " | ".join(_label(k) for k in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    lines += _rows(results, kinds, "")
+    rows = _rows(results, kinds, "")
     for name, other in (results.get("against") or {}).items():
-        lines += _rows(other, kinds, f"{_cell(name)}: ")
-    counts = ", ".join(
-        f"{results[key]:,} {what}" for key, what in (("n_train", "training images"), ("n_test", "test images")) if key in results
+        rows += _rows(other, kinds, f"{_cell(name)}: ")
+    counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
+    note = "; ".join(text for text in (", ".join(counts), str(results.get("protocol", ""))) if text)
+    paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
+    if curve := results.get("curve"):
+        rows = []
+        for kind in kinds:
+            if curve.get(kind):
+                spreads = curve.get(f"{kind}_std") or [None] * len(curve["active"])
+                rows.append([labels[kind], *(_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))])
+        paragraphs.append("Accuracy of z when only the largest values of each image are kept:")
+        paragraphs.append(_table(["active dimensions", *map(str, curve["active"])], rows))
+    if "accuracy.png" in figures:
+        paragraphs.append("![Accuracy against active dimensions](accuracy.png)")
+    return paragraphs
+
+
+def _classifier_results(results: dict[str, Any]) -> list[str]:
+    """Paragraphs and tables of the section "Results" of a classifier."""
+    if "top1" not in results:
+        return []
+    cells = {"top-1": f"{100 * results['top1']:.2f} %"}
+    cells |= {"top-5": f"{100 * results['top5']:.2f} %"} if "top5" in results else {}
+    cells |= {"cross-entropy": f"{results['loss']:.4f} nats"}
+    table = "\n".join(
+        f"|{space}{' | '.join(row)}{space}|" for row, space in ((cells, " "), (["---"] * len(cells), ""), (cells.values(), " "))
     )
-    note = "; ".join(part for part in (counts, str(results.get("protocol", ""))) if part)
-    lines += ["", note] if note else []
-    lines += _differences(results)
-    curve = results.get("curve")
-    if curve:
-        measured = [kind for kind in kinds if curve.get(kind)]
-        lines += ["", "Accuracy of z when only the largest values of each image are kept:", ""]
-        lines += ["| active dimensions | " + " | ".join(map(str, curve["active"])) + " |", "|---" * (len(curve["active"]) + 1) + "|"]
-        for kind in measured:
-            spreads = curve.get(f"{kind}_std") or [None] * len(curve["active"])
-            cells = (_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))
-            lines.append(f"| {_label(kind)} | " + " | ".join(cells) + " |")
-    if "accuracy.png" in shown:
-        lines += ["", "![Accuracy against active dimensions](accuracy.png)"]
-    return "\n".join(lines)
+    counts = f"n = {results.get('n_test', 0):,} held-out images; trained on n = {results.get('n_train', 0):,} labelled images"
+    return [table, f"{counts}; {results.get('protocol', 'one seed')}."]
 
 
-def _label(kind: str) -> str:
-    return measure_label(kind) or kind
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _cell(text: str) -> str:
-    """Free text that stays in its cell and is no markup."""
+    """Free text as code, so that it stays in its cell and is not read as markup."""
     return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
 
 
-def _rows(scores: dict[str, Any], kinds: list[str], before: str) -> list[str]:
+def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:
+    """A row of cells for each representation that was measured."""
     spaces = [space for space in _SPACES if any(f"{kind}_{space}" in scores for kind in kinds)]
-    return [f"| {before}{_SPACES[space]} | " + " | ".join(_score(scores, kind, space) for kind in kinds) + " |" for space in spaces]
+    return [
+        [f"{prefix}{_SPACES[space]}", *(_percent(scores.get(f"{kind}_{space}"), scores.get(f"{kind}_std_{space}")) for kind in kinds)]
+        for space in spaces
+    ]
 
 
 def _differences(results: dict[str, Any]) -> list[str]:
-    rows = [(name, row) for name, other in (results.get("against") or {}).items() for row in other.get("differences", [])]
+    """The paired differences between this encoder and others."""
+    rows = []
+    for name, other in (results.get("against") or {}).items():
+        for row in other.get("differences", []):
+            subtrahend = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"
+            interval = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
+            measure = measure_label(row["measure"]) or _cell(row["measure"])
+            rows.append([_cell(row["space"]), subtrahend, measure, f"{100 * row['difference']:+.1f} %", f"{interval} %", f"{row['n']:,}"])
     if not rows:
         return []
-    lines = ["", "Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", ""]
-    lines += ["| this encoder | minus | measure | difference | 95 % interval | n |", "|---|---|---|---|---|---|"]
-    for name, row in rows:
-        other = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"
-        found = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
-        lines.append(
-            f"| {_cell(row['space'])} | {other} | {measure_label(row['measure']) or _cell(row['measure'])} | {100 * row['difference']:+.1f} % | {found} % "
-            f"| {row['n']:,} |"
-        )
-    return lines
+    head = ["this encoder", "minus", "measure", "difference", "95 % interval", "n"]
+    return ["Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", _table(head, rows)]
 
 
-def _score(results: dict[str, Any], kind: str, space: str) -> str:
-    value = results.get(f"{kind}_{space}")
-    return "-" if value is None else _percent(value, results.get(f"{kind}_std_{space}"))
-
-
-def _percent(value: float, spread: float | None) -> str:
-    return f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")
-
-
-def _training(config: dict[str, Any], block: dict[str, Any], info: dict[str, Any], shown: tuple[str, ...]) -> str:
-    lines = ["## Training", ""]
-    if target := info.get("target"):
-        law = f"p = {target['p']:g}, mu = {target['mu']:.4g}, sigma = {target['sigma']:.4g}"
-        lines.append(
-            f"- method: two views of an image must agree, and embeddings are matched to the rectified generalized Gaussian with {law}"
-        )
-    if info.get("data"):
-        lines.append(
-            f"- data: {info['data']}"
-            + (f" ([{info['dataset']}](https://huggingface.co/datasets/{info['dataset']}))" if info.get("dataset") else "")
-        )
-    if info.get("augmentations"):
-        lines.append(f"- augmentations: {info['augmentations']}")
-    lines += [f"- {key}: {value}" for key, value in (info.get("training") or {}).items()]
-    if info.get("recipe"):
-        lines.append(f"- recipe: [`recipe.yaml`](recipe.yaml) (`{info['recipe']}`); `rlpjepa train recipe.yaml` runs it again")
-    lines.append("- versions: " + ", ".join(f"{k} {v}" for k, v in block.get("versions", {}).items()))
-    if "training.png" in shown:
-        lines += ["", "![Density while training](training.png)"]
-    return "\n".join(lines)
-
-
-def _licence(info: dict[str, Any]) -> str:
-    return (
-        f"## Licence\n\n{info['license']}"
-        if info.get("license")
-        else "## Licence\n\nNot stated by who trained it; ask before you reuse it."
-    )
-
-
-_LIMITS = """## Limits
-
-Embeddings describe images like those of the training data; nothing was filtered for fairness or safety. One training run, one seed,
-unless stated otherwise above. In the paper's tables the backbone's dense features probe better than the sparse embedding."""
-
-_CITATION = """## Citation
-
-```bibtex
-@misc{rectifiedlpjepa2026,
-  author = {Kuang, Yilun and Dagade, Yash and Rudner, Tim G. J. and Balestriero, Randall and LeCun, Yann},
-  title = {Rectified LpJEPA: Joint-Embedding Predictive Architectures with Sparse and Maximum-Entropy Representations},
-  eprint = {2602.01456}, archivePrefix = {arXiv}, year = {2026}
-}
-```"""
+def _percent(value: float | None, spread: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")

@@ -1,4 +1,4 @@
-"""Pictures of a model card, as PNG."""
+"""Figures of a model card, as PNG."""
 
 from __future__ import annotations
 
@@ -50,21 +50,23 @@ def _png(figure: Any) -> bytes:
     _tidy(figure)
     figure.tight_layout()
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})  # the same picture, the same bytes
+    figure.savefig(file, format="png", metadata={"Software": None})  # equal figures have equal bytes
     return file.getvalue()
 
 
 def _training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
     rows = [r for r in history if r.get("l0") is not None]
     axes.plot([r["step"] for r in rows], [r["l0"] for r in rows], color=ACCENT, lw=1.8, label="density of z, training")
-    tested = [r for r in history if r.get("l0_eval") is not None]
-    axes.plot([r["step"] for r in tested], [r["l0_eval"] for r in tested], "o", color=INK, ms=5, label="density of z, evaluation mode")
+    evaluated = [r for r in history if r.get("l0_eval") is not None]
+    axes.plot(
+        [r["step"] for r in evaluated], [r["l0_eval"] for r in evaluated], "o", color=INK, ms=5, label="density of z, evaluation mode"
+    )
     axes.axhline(theory, color=SECOND, ls="--", lw=1.4, label=f"theory of the target: {theory:.3f}")
     axes.set(xlabel="step", ylim=(0, None), title="Density while training")
-    far = [r for r in rows if r.get("excess") is not None]
-    if far:
+    distances = [r for r in rows if r.get("excess") is not None]
+    if distances:
         other = axes.twinx()
-        other.plot([r["step"] for r in far], [max(r["excess"], 1e-9) for r in far], color=SOFT, lw=1.4)
+        other.plot([r["step"] for r in distances], [max(r["excess"], 1e-9) for r in distances], color=SOFT, lw=1.4)
         other.set_yscale("log")
         other.yaxis.set_label_position("right")
         other.tick_params(axis="y", which="both", colors="#7b8794", labelsize=7)

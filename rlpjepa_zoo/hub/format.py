@@ -1,225 +1,286 @@
-"""The published folder: what `save_pretrained` writes, the Hub holds and `load_encoder` reads.
+"""The published format: files, keys and versions. `save_pretrained` writes it, the Hub holds it, `load_encoder` reads it.
 
-    config.json           timm's own, plus one block "rlpjepa_zoo"; timm and transformers ignore the block
+    config.json           timm's own keys, and one block "rlpjepa_zoo", which timm and transformers ignore
     model.safetensors     the bare timm backbone
     head.safetensors      the projector
-    golden.safetensors    two images, their preprocessed inputs, features and codes (of a classifier: what its linear layer sees, and logits)
-    recipe.yaml           how it was trained (absent when it was not trained from a recipe)
-    README.md             the card, generated; *.png, its pictures (absent when nothing was measured)
+    golden.safetensors    two images, their preprocessed inputs, features and codes (of a classifier: inputs of its linear layer, and logits)
+    recipe.yaml           the training recipe (absent when the model was not trained from a recipe)
+    README.md             the generated card; *.png, its figures (absent when nothing was measured)
 
-A classifier has a block "classifier" in "rlpjepa_zoo". From features model.safetensors holds its linear layer too, so that it is a timm
-classifier like any other, and there is no head.safetensors; from z that file holds the projector and the linear layer.
+The block of a classifier has the key "classifier". A classifier on features has its linear layer in model.safetensors, as every timm
+classifier has, and no head.safetensors. A classifier on z has the projector and the linear layer in head.safetensors.
 
-Nothing here is pickled. config.json is written last and holds the sha256 of every other file and its own, so one flipped byte anywhere
-is found, and a folder that is half old and half new does not verify.
+No file is pickled. config.json is written last and holds the sha256 of every other file and of itself, so a changed byte in any file is
+detected, and a folder with some old and some new files does not verify.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import shutil
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..core.files import MAX_JSON, parse_json, sha256, sync_folder, write_durably
-from ..errors import ModelError, OutputError, UsageError
+from ..core.files import parse_json, sha256
+from ..errors import ModelError, UsageError, first_line
 
-FORMAT = 3  # 1 had no sha256 of config.json itself; 3 is written for an encoder with a dial, which readers of 2 would leave out
-BLOCK = "rlpjepa_zoo"
-REQUIRED = ("model.safetensors", "head.safetensors", "golden.safetensors", "README.md")
-OPTIONAL = ("recipe.yaml", "training.png", "accuracy.png")
-NAMES = ("config.json", *REQUIRED, *OPTIONAL)
+if TYPE_CHECKING:
+    from ..sparse.topk import Dial
+
+__all__ = [
+    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "MARK", "NAMES", "PICKLES", "RECIPE", "LinearLayer", "Projector", "Published", "is_card",
+    "listed_files", "pack", "parse", "tensor_place",
+]  # fmt: skip
+
+FORMAT = 3
+"""Newest version. Version 1 has no sha256 of config.json. Version 3 is written for encoders with a dial only: readers of 2 ignore the dial."""
+
+CONFIG, BACKBONE, HEAD, GOLDEN = "config.json", "model.safetensors", "head.safetensors", "golden.safetensors"
+RECIPE, CARD, FIGURES = "recipe.yaml", "README.md", ("training.png", "accuracy.png")
+REQUIRED = (BACKBONE, HEAD, GOLDEN, CARD)
+NAMES = (CONFIG, *REQUIRED, RECIPE, *FIGURES)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
+"""Suffixes of files that may hold a pickle."""
+MARK = b"rlpjepa_zoo"
+"""Bytes that every config.json of this package contains."""
+_BLOCK = MARK.decode()
 _BLANK = "0" * 64
+_MAX_WIDTH, _MAX_DEPTH, _MAX_CLASSES = 2**20, 64, 2**20
 
 
-def seal(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:
-    """`files` and a config.json that holds their sizes and sha256, and the sha256 of itself with that value blank.
+@dataclass(frozen=True)
+class Projector:
+    """Sizes of a projector: D, H and its number of linear layers."""
+
+    dim: int
+    hidden_dim: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """The linear layer of a classifier.
+
+    Attributes:
+        input: ``"features"`` or ``"z"``.
+        classes: names, in the order of the logits.
+    """
+
+    input: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model as config.json describes it.
+
+    Attributes:
+        timm: the keys that timm reads: architecture, model_args, pretrained_cfg and others.
+        preprocess: fields of `rlpjepa_zoo.data.preprocess.Preprocess`.
+        projector: None for a classifier on features.
+        classifier: None for an encoder.
+        dial: None for an encoder without a dial, and for a classifier.
+        name: source name in the examples of the card.
+        needs_package: plain timm does not know the architecture.
+        fingerprint: digest of weights and preprocessing.
+        info: JSON-able record of training and results.
+        versions: of the packages that trained or saved the model.
+        files: size and sha256 of the other files, by name; set by `pack` and `read`.
+    """
+
+    timm: dict[str, Any]
+    preprocess: dict[str, Any]
+    projector: Projector | None = None
+    classifier: LinearLayer | None = None
+    dial: Dial | None = None
+    name: str = "owner/repo"
+    needs_package: bool = False
+    fingerprint: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """timm name of the backbone."""
+        return str(self.timm["architecture"])
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of `timm.create_model`."""
+        return dict(self.timm.get("model_args", {}))
+
+    @property
+    def tensor_files(self) -> tuple[str, ...]:
+        """Names of the safetensors files."""
+        return (BACKBONE, GOLDEN) if self.projector is None else (BACKBONE, HEAD, GOLDEN)
+
+
+def tensor_place(key: str, published: Published, linear: str = "") -> tuple[str, str]:
+    """File of a tensor, and its name in that file.
+
+    Args:
+        key: in the `state_dict` of a `SparseEncoder` or `Classifier`.
+        published: the model.
+        linear: timm's name of the linear layer; for classifiers on features only.
+
+    Example:
+        >>> tensor_place("projector.0.bias", Published({}, {}, Projector(8, 8, 1)))
+        ('head.safetensors', '0.bias')
+    """
+    part, _, name = key.partition(".")
+    if part == "backbone":
+        return BACKBONE, name
+    if published.projector is None:
+        return BACKBONE, f"{linear}.{name}"
+    return HEAD, name if published.classifier is None else key
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------------------
+
+
+def pack(published: Published, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """`files` and their config.json, which holds their sizes and sha256, and its own sha256, computed with that value blank.
+
+    Args:
+        published: the model.
+        files: contents of all other files, by name.
 
     Raises:
-        UsageError: `config` is not JSON.
+        UsageError: `published.info` is not JSON.
     """
+    timm = dict(published.timm)
+    license = {"license": published.info["license"]} if published.info.get("license") is not None else {}
+    timm["pretrained_cfg"] = {key: value for key, value in timm["pretrained_cfg"].items() if key != "license"} | license
     listed = {name: {"sha256": sha256(content), "size": len(content)} for name, content in sorted(files.items())}
-    number = FORMAT if "dial" in config[BLOCK] else 2
-    config = {**config, BLOCK: {**config[BLOCK], "format": number, "files": listed, "sha256": _BLANK}}
+    classifier = {} if published.classifier is None else {"classifier": dataclasses.asdict(published.classifier)}
+    block = {
+        "name": published.name,
+        **classifier,
+        "projector": {} if published.projector is None else dataclasses.asdict(published.projector),
+        "preprocess": published.preprocess,
+        "needs_package": published.needs_package,
+        "fingerprint": published.fingerprint,
+        **({} if published.dial is None else {"dial": published.dial.saved()}),
+        "info": published.info,
+        "versions": published.versions,
+        "format": 2 if published.dial is None else FORMAT,
+        "files": listed,
+        "sha256": _BLANK,
+    }
     try:
-        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        text = json.dumps({**timm, _BLOCK: block}, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise UsageError(f"info: not JSON ({error}); expected text, finite numbers, lists and objects") from error
     if text.count(_BLANK) != 1:
         raise UsageError("info: holds 64 zeros in a row, which stand for the sha256 of config.json; leave them out")
-    sealed = text.replace(_BLANK, sha256(text.encode())).encode()
+    config = text.replace(_BLANK, sha256(text.encode())).encode()
     try:
-        parse_json(sealed, "config.json")
+        parse_json(config, CONFIG)
     except ModelError as error:
         raise UsageError(f"info: {error}") from error
-    return {**files, "config.json": sealed}
+    return {**files, CONFIG: config}
 
 
-def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
-    """Write what `seal` gave; a new folder appears by one rename, an existing one is updated file by file, config.json last.
-
-    Files in the folder that are not ours are left alone.
-
-    Raises:
-        OutputError: no permission, disk full, or the path is a file.
-        UsageError: the folder holds files of our names (a README.md, say) that are not of an encoder.
-    """
-    folder = Path(folder)
-    if folder.name in ("", ".."):
-        folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        others = [name for name in NAMES if (folder / name).exists()]
-        if others and "config.json" not in others:
-            raise UsageError(f"{folder}: holds {others[0]}, which is not of an encoder; choose another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, content in contents.items():
-            write_durably(partial / name, content)
-        sync_folder(partial)
-        if not folder.exists():
-            os.rename(partial, folder)
-        else:
-            for name in contents:
-                os.replace(partial / name, folder / name)
-            for name in set(NAMES) - set(contents):
-                (folder / name).unlink(missing_ok=True)
-            sync_folder(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write the encoder: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+# --- reading -------------------------------------------------------------------------------------------------------------------------
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a published folder, checked for format and for the types of what we read from it.
+def parse(text: bytes, where: str) -> Published:
+    """The model that a config.json describes. Anybody may have written it, so every key is checked.
+
+    Args:
+        text: content of config.json.
+        where: its path, for error messages.
 
     Raises:
-        ModelError: not a folder of ours, or one of a newer format.
+        ModelError: not a config.json of this package, a newer format, or an unexpected value.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder")
-    if not path.is_file():
-        inside = next((p.parent.parent for p in sorted(folder.glob("*/encoder/config.json"))), None)
-        hint = f"; did you mean {inside}?" if inside else ", such as save_pretrained and the runs of `rlpjepa train` write"
-        raise ModelError(f"{folder}: no config.json, so not the folder of an encoder{hint}")
-    with open(path, "rb") as file:
-        text = file.read(MAX_JSON + 1)
-    config = parse_json(text, str(path))
-    block = config.get(BLOCK) if isinstance(config, dict) else None
+    config = parse_json(text, where)
+    block = config.get(_BLOCK) if isinstance(config, dict) else None
     if not isinstance(block, dict):
         raise ModelError(
-            f"{path}: no '{BLOCK}' block, so this is not a sparse encoder; for a plain timm model use "
-            f"create_encoder('local-dir:{folder}', pretrained=True) and train a projector"
+            f"{where}: no '{_BLOCK}' block, so this is not a sparse encoder; for a plain timm model use "
+            f"create_encoder('local-dir:{Path(where).parent}', pretrained=True) and train a projector"
         )
     if type(block.get("format")) is not int or not 1 <= block["format"] <= FORMAT:
-        raise ModelError(f"{path}: format {block.get('format')!r}, this version reads 1 to {FORMAT}; update rlpjepa_zoo")
+        raise ModelError(f"{where}: format {block.get('format')!r}, this version reads 1 to {FORMAT}; update rlpjepa_zoo")
     if block["format"] >= 2 or "sha256" in block:
         own = ascii(block.get("sha256")).strip("'")
         if text.count(own.encode()) != 1 or sha256(text.replace(own.encode(), _BLANK.encode())) != own:
-            raise ModelError(f"{path}: differs from its own sha256 (damaged or edited); download or save the encoder again")
-    shapes: dict[str, type] = {"info": dict, "projector": dict, "preprocess": dict, "files": dict}
-    for key, kind in shapes.items() | ({("classifier", dict)} if "classifier" in block else set()):
-        if not isinstance(block.get(key, {} if key == "info" else None), kind):
-            raise ModelError(f"{path}: {BLOCK}.{key}: expected an object, got {type(block.get(key)).__name__}")
+            raise ModelError(f"{where}: differs from its own sha256 (damaged or edited); download or save the encoder again")
+    for key in ("info", "projector", "preprocess", "files", *(["classifier"] if "classifier" in block else [])):
+        if not isinstance(block.get(key, {} if key == "info" else None), dict):
+            raise ModelError(f"{where}: {_BLOCK}.{key}: expected an object, got {type(block.get(key)).__name__}")
     if not isinstance(config.get("architecture"), str) or not isinstance(config.get("model_args", {}), dict):
-        raise ModelError(f"{path}: expected 'architecture' (a string) and 'model_args' (an object)")
-    return config
+        raise ModelError(f"{where}: expected 'architecture' (a string) and 'model_args' (an object)")
+    if not isinstance(config.get("pretrained_cfg"), dict):
+        raise ModelError(f"{where}: expected 'pretrained_cfg' (an object)")
+    projector = None if "classifier" in block and not block["projector"] else _projector(block["projector"], where)
+    return Published(
+        timm={key: value for key, value in config.items() if key != _BLOCK},
+        preprocess=block["preprocess"],
+        projector=projector,
+        classifier=_classifier(block["classifier"], projector, where) if "classifier" in block else None,
+        dial=_dial(block.get("dial"), where),
+        name=str(block.get("name", "owner/repo")),
+        needs_package=bool(block.get("needs_package")),
+        fingerprint=str(block.get("fingerprint", "")),
+        info=block.get("info", {}),
+        versions=block.get("versions") or {},
+        files=block["files"],
+    )
 
 
-def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether a published folder's config.json is of a classifier, not of an encoder."""
-    return "classifier" in config[BLOCK]
+def _projector(saved: dict[str, Any], where: str) -> Projector:
+    try:
+        projector = Projector(saved["dim"], saved["hidden_dim"], saved["depth"])
+        for name, most in (("dim", _MAX_WIDTH), ("hidden_dim", _MAX_WIDTH), ("depth", _MAX_DEPTH)):
+            value = getattr(projector, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name}: expected an integer in 1 .. {most}, got {value!r}")
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{where}: {_BLOCK}.projector is not what this version expects ({error})") from error
+    return projector
 
 
-def matches(path: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether a file has the listed size and sha256."""
-    return path.is_file() and path.stat().st_size == entry.get("size") and sha256(path) == entry.get("sha256")
+def _classifier(saved: dict[str, Any], projector: Projector | None, where: str) -> LinearLayer:
+    expected, classes = "features" if projector is None else "z", saved.get("classes")
+    if saved.get("input") != expected:
+        raise ModelError(f"{where}: {_BLOCK}.classifier.input: expected {expected}, got {saved.get('input')!r}")
+    if not isinstance(classes, list) or not 2 <= len(classes) <= _MAX_CLASSES or not all(isinstance(name, str) for name in classes):
+        raise ModelError(f"{where}: {_BLOCK}.classifier.classes: expected a list of at least two names")
+    return LinearLayer(expected, tuple(classes))
 
 
-def listed_files(config: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """The files that config.json lists, with size and sha256.
+def _dial(saved: Any, where: str) -> Dial | None:
+    if saved is None:
+        return None
+    from ..sparse.topk import Dial  # imports torch, which the list of the zoo does without
+
+    try:
+        return Dial(**saved)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{where}: {_BLOCK}.dial is not what this version expects ({first_line(error)})") from error
+
+
+def listed_files(published: Published, where: str) -> dict[str, dict[str, Any]]:
+    """The other files by name, with size and sha256.
 
     Raises:
-        ModelError: a name that is not one of ours, or a file without its sha256.
+        ModelError: a name that the format does not have, or a required file without its sha256.
     """
-    files = config[BLOCK]["files"]
-    absent = {"head.safetensors"} if is_classifier(config) and not config[BLOCK]["projector"] else set()
-    for name in sorted({*REQUIRED, *files} - absent):
-        if name not in NAMES or name == "config.json":
+    absent = {HEAD} if published.projector is None else set()
+    for name in sorted({*REQUIRED, *published.files} - absent):
+        if name not in NAMES or name == CONFIG:
             raise ModelError(f"{where}/config.json: lists an unexpected file {name!r}; expected {', '.join(NAMES[1:])}")
-        entry = files.get(name)
+        entry = published.files.get(name)
         if not isinstance(entry, dict) or type(entry.get("size")) is not int or not isinstance(entry.get("sha256"), str):
             raise ModelError(f"{where}/config.json: {name} is not listed with its size and sha256")
-    return dict(files)
+    return dict(published.files)
 
 
-def verify(folder: str | Path, config: Mapping[str, Any], only: Iterable[str] | None = None) -> None:
-    """Compare every listed file (or only some) with its sha256.
-
-    Raises:
-        ModelError: naming the file that is missing or differs.
-    """
-    folder = Path(folder)
-    listed = listed_files(config, str(folder))
-    for name in listed if only is None else only:
-        path = folder / name
-        if not path.is_file():
-            raise ModelError(f"{path}: missing; download or save the encoder again")
-        if not matches(path, listed[name]):
-            raise ModelError(
-                f"{path}: differs from the sha256 in config.json (damaged, edited or from another version); {_mend(folder, name)}"
-            )
-
-
-def _mend(folder: Path, name: str) -> str:
-    if name != "README.md" and not name.endswith(".png"):
-        return "download or save the encoder again"
-    if folder.parent.name == "snapshots":  # of the Hub's cache
-        return "the card was edited on the Hub: its owner must push again, with own words given by --notes"
-    return f"`rlpjepa card {folder} --write` writes the card anew, with your own words if you give them by --notes"
-
-
-def snapshot(folder: str | Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """config.json and the contents of the files it lists, read once and verified, even while a run replaces them.
-
-    Cards and pictures may be edited or missing.
-
-    Raises:
-        ModelError: naming the file that is missing or differs.
-    """
-    folder = Path(folder)
-    for attempt in range(5):
-        if attempt:
-            time.sleep(0.2)
-        config = read_config(folder)
-        listed = listed_files(config, str(folder))
-        wrong = ""
-        contents = {}
-        for name, entry in listed.items():
-            data = (folder / name).read_bytes() if (folder / name).is_file() else b""
-            shown = name == "README.md" or name.endswith(".png")
-            if not shown and (len(data) != entry["size"] or sha256(data) != entry["sha256"]):
-                wrong = name
-                break
-            contents[name] = data
-        if not wrong:
-            return config, contents
-    verify(folder, config, [wrong])
-    raise ModelError(f"{folder}: is being rewritten; try again when that is over")
-
-
-def find(path: str | Path) -> Path:
-    """A published folder: itself, or `encoder` or `classifier` inside the folder of a run."""
-    path = Path(path)
-    inside = (path / name for name in ("encoder", "classifier") if not (path / "config.json").is_file())
-    return next((found for found in inside if (found / "config.json").is_file()), path)
+def is_card(name: str) -> bool:
+    """Whether a file is the card or one of its figures, which may be edited or lost without harm to the model."""
+    return name == CARD or name.endswith(".png")

@@ -1,4 +1,4 @@
-"""Publishing: a folder's files become one commit on the Hub, at once or in the background of a run; encoders, and data sets of embeddings."""
+"""Push the files of a model, or of a data set of embeddings, to the Hub in one commit, at once or in the background of a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core import files
-from ..core import source as source_names
+from ..core.files import MAX_JSON, sha256
+from ..core.source import is_repository
 from ..errors import HubError, UsageError, ZooError, first_line
-from . import format as hub_format
-from .retry import BUSY, SILENCE, GaveUp, Patience, access, explain, network_error, status_of
+from .format import CARD, CONFIG, MARK, NAMES, parse
+from .retry import BUSY, SILENCE, GaveUp, Patience, check_token, explain, network_error, status_of
 
 __all__ = ["DATASET", "MODEL", "Background", "Kind", "Pushed", "push"]
 
@@ -26,24 +26,24 @@ log = logging.getLogger("rlpjepa_zoo")
 
 @dataclass(frozen=True)
 class Kind:
-    """What is published.
+    """A kind of published repository.
 
     Attributes:
-        type: of the repository, as the Hub calls it.
-        said: what a commit says of it.
-        names: pattern of its files; others are neither sent nor deleted.
-        mark: the file whose contents show that a repository is of this kind.
-        word: that is in it.
+        type: repository type on the Hub.
+        noun: in commit messages.
+        names: pattern of its file names; other files are neither sent nor deleted.
+        mark: file whose content identifies a repository of this kind.
+        word: bytes in that file.
     """
 
     type: str
-    said: str
+    noun: str
     names: re.Pattern[str]
     mark: str
     word: bytes
 
 
-MODEL = Kind("model", "sparse encoder", re.compile("|".join(map(re.escape, hub_format.NAMES))), "config.json", hub_format.BLOCK.encode())
+MODEL = Kind("model", "sparse encoder", re.compile("|".join(map(re.escape, NAMES))), CONFIG, MARK)
 DATASET = Kind(
     "dataset",
     "sparse embeddings",
@@ -55,12 +55,12 @@ DATASET = Kind(
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did.
+    """The result of a push.
 
     Attributes:
         repo: ``owner/name``.
-        commit: 40 hex digits; the one that was there already when nothing had changed.
-        changed: files that were added, replaced or deleted.
+        commit: 40 hex digits; the existing commit when nothing changed.
+        changed: names of files that were added, replaced or deleted.
         url: page of the commit or pull request.
     """
 
@@ -84,13 +84,13 @@ def push(
     overwrite: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Bring a repository to what `folder.seal` or `rlpjepa_zoo.embedding.extract.publishable` gave, in one commit that holds only the files that differ.
+    """Make the files of a repository equal to `contents`, in one commit of the files that differ.
 
-    An interrupted push leaves the repository as it was; the same call again completes it. A lost answer is recognised: the commit is not
-    made twice.
+    An interrupted push leaves the repository unchanged; the same call again completes it. If the answer to a commit is lost, the commit is
+    not made twice.
 
     Args:
-        contents: file name -> bytes, or the file that holds them.
+        contents: bytes, or the local file that holds them, by file name.
         repo: ``owner/name``; made if missing.
         kind: model or data set.
         private: visibility; an existing repository must have it.
@@ -99,16 +99,16 @@ def push(
         tag: name for the commit.
         create_pr: open a pull request instead of committing; needs no write permission, but the repository must exist.
         message: of the commit.
-        overwrite: replace what is in the repository and not of ours.
+        overwrite: also push to a repository that holds another model or data set.
         token: with write permission; the stored login when None.
 
     Raises:
-        UsageError: a malformed name, contradictory options, an access token inside a file, or somebody's other files in the way.
+        UsageError: a malformed name, contradictory options, an access token inside a file, or a repository that holds another model or data set.
         HubError: one line with the mend.
     """
     from huggingface_hub import HfApi
 
-    if not source_names.is_repository(repo):
+    if not is_repository(repo):
         raise UsageError(f"repository: expected 'owner/name', got '{repo}'")
     if create_pr and (tag is not None or revision not in (None, "main")):
         raise UsageError("a pull request goes to main and has no commit to tag yet; leave out the tag and the revision")
@@ -118,7 +118,7 @@ def push(
         if name is not None and (not re.fullmatch(r"[A-Za-z0-9][\w./-]*", name) or ".." in name or re.fullmatch("[0-9a-f]{7,40}", name)):
             raise UsageError(f"{what}: expected a name such as 'main' or 'v1', got '{name}'")
     _check_contents(contents, kind)
-    api, where = HfApi(token=access(token)), repo + (f"@{revision}" if revision else "")
+    api, where = HfApi(token=check_token(token)), repo + (f"@{revision}" if revision else "")
     patience = Patience(where, again=lambda error: not create_pr or status_of(error) in (429, 503))
     try:
         if not create_pr:
@@ -128,16 +128,16 @@ def push(
             raise UsageError(
                 f"{repo}: is {'private' if info.private else 'public'} already; change that on its settings page, or leave the option out"
             )
-        known = (
+        tags = (
             {} if tag is None else {r.name: r.target_commit for r in patience(lambda: api.list_repo_refs(repo, repo_type=kind.type)).tags}
         )
         if revision is not None:
             patience(lambda: _make_branch(api, repo, kind, revision))
         if not overwrite:
             patience(lambda: _refuse_others(api, repo, kind, revision))
-        changed: list[str] = []  # of the first attempt: its answer may be lost
-        pushed = patience(lambda: _commit(api, contents, repo, kind, revision, create_pr, message, known.get(tag or ""), changed))
-        if tag is not None and tag not in known:
+        changed: list[str] = []  # of the first attempt, whose answer may be lost
+        pushed = patience(lambda: _commit(api, contents, repo, kind, revision, create_pr, message, tags.get(tag or ""), changed))
+        if tag is not None and tag not in tags:
             patience(lambda: api.create_tag(repo, tag=tag, revision=pushed.commit, repo_type=kind.type, exist_ok=True))
     except ZooError:
         raise
@@ -182,18 +182,18 @@ def _make_branch(api: Any, repo: str, kind: Kind, revision: str) -> None:
 
 
 def _refuse_others(api: Any, repo: str, kind: Kind, revision: str | None) -> None:
-    """Refuse a repository of something else: a model without our mark; a data set with files and without it."""
+    """Refuse a repository without the mark of its kind, unless it is a data set without files."""
     from huggingface_hub import errors as hub
 
     try:
         with open(api.hf_hub_download(repo, kind.mark, revision=revision, repo_type=kind.type), "rb") as file:
-            ours = kind.word in file.read(files.MAX_JSON)
+            ours = kind.word in file.read(MAX_JSON)
     except hub.RemoteEntryNotFoundError:
         names = {file.rfilename for file in _info(api, repo, kind, revision=revision).siblings}
-        ours = kind is MODEL or names <= {".gitattributes", "README.md"}
+        ours = kind is MODEL or names <= {".gitattributes", CARD}
     if not ours:
         raise UsageError(
-            f"{repo}: holds another {kind.type} ({kind.mark} is not of {kind.said}s); choose another name, or ask for overwrite"
+            f"{repo}: holds another {kind.type} ({kind.mark} is not of {kind.noun}s); choose another name, or ask for overwrite"
         )
 
 
@@ -211,10 +211,10 @@ def _commit(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     info = _info(api, repo, kind, revision=revision, files_metadata=True)
-    there = {file.rfilename: file for file in info.siblings}
-    changed = [name for name, content in contents.items() if name not in there or not _same(content, there[name])]
-    gone = hub_format.NAMES if kind is MODEL else [name for name in there if kind.names.fullmatch(name)]
-    stale = [name for name in gone if name in there and name not in contents]
+    remote = {file.rfilename: file for file in info.siblings}
+    changed = [name for name, content in contents.items() if name not in remote or not _same(content, remote[name])]
+    own = NAMES if kind is MODEL else [name for name in remote if kind.names.fullmatch(name)]
+    stale = [name for name in own if name in remote and name not in contents]
     if tagged is not None and (tagged != info.sha or changed or stale):
         raise HubError(f"{repo}: the tag exists already, on commit {tagged[:8]}; choose another tag")
     if not changed and not stale:
@@ -231,7 +231,7 @@ def _commit(
         repo,
         [*operations, *(CommitOperationDelete(name) for name in stale)],
         repo_type=kind.type,
-        commit_message=message or f"{'Update' if kind.mark in there else 'Upload'} {_said(kind, contents)}",
+        commit_message=message or f"{'Update' if kind.mark in remote else 'Upload'} {_noun(kind, contents)}",
         revision=revision,
         parent_commit=info.sha,
         create_pr=create_pr,
@@ -239,24 +239,28 @@ def _commit(
     return Pushed(repo, done.oid, (), done.pr_url or done.commit_url)
 
 
-def _said(kind: Kind, contents: Mapping[str, bytes | Path]) -> str:
-    config = contents.get("config.json")
-    of_classifier = isinstance(config, bytes) and hub_format.is_classifier(files.parse_json(config, "config.json"))
-    return "image classifier" if of_classifier else kind.said
+def _noun(kind: Kind, contents: Mapping[str, bytes | Path]) -> str:
+    config = contents.get(CONFIG)
+    of_classifier = isinstance(config, bytes) and parse(config, CONFIG).classifier is not None
+    return "image classifier" if of_classifier else kind.noun
 
 
-def _same(content: bytes | Path, there: Any) -> bool:
-    """Whether the Hub holds these bytes: by sha256 in large file storage, by git's blob id elsewhere."""
-    if there.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
+def _same(content: bytes | Path, remote: Any) -> bool:
+    """Whether a file on the Hub has these bytes, by sha256 in large file storage and by git's blob id elsewhere."""
+    if remote.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
         return False
-    if there.lfs is not None:
-        return bool(there.lfs.sha256 == files.sha256(content))
+    if remote.lfs is not None:
+        return bool(remote.lfs.sha256 == sha256(content))
     content = content if isinstance(content, bytes) else content.read_bytes()
-    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest())
+    return bool(remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest())
 
 
 class Background:
-    """Pushes in a thread, the newest only, and never raises: a Hub that is down costs a line in the log and nothing else."""
+    """Pushes in a thread, only the newest contents, and never raises: a failed push is one line in the log.
+
+    Args:
+        send: function of contents and commit message that pushes.
+    """
 
     def __init__(self, send: Callable[[Mapping[str, bytes], str], Pushed]) -> None:
         self.send = send
@@ -266,7 +270,7 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def submit(self, contents: Mapping[str, bytes], message: str) -> None:
-        """Push `contents` soon; what is still waiting is replaced."""
+        """Push `contents` soon; contents that still wait are dropped."""
         with self._change:
             self._next = contents, message
             if self._thread is None:
@@ -274,7 +278,7 @@ class Background:
                 self._thread.start()
 
     def finish(self, seconds: float) -> bool:
-        """Wait for what was submitted; whether the last of it is on the Hub."""
+        """Wait for submitted contents; whether the newest is on the Hub."""
         with self._change:
             self._change.wait_for(lambda: self._thread is None, seconds)
             return self._thread is None and self.error is None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..core.files import sha256
 from ..core.package import resource
 from ..errors import UsageError, did_you_mean
-from .format import read_config
+from .folder import read_folder
+from .format import CONFIG
 
 __all__ = ["describe", "entry", "list_encoders", "local_folder", "write_manifest"]
 
@@ -46,36 +47,34 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def local_folder(name: str) -> Path | None:
-    """Where the encoder ships with the package, weights included; None when only the Hub has it."""
+    """The shipped folder of an encoder, with weights; None if only the Hub has it."""
     folder = resource("hub") / name
     return folder if (folder / "model.safetensors").is_file() else None
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """The manifest's record of a published folder."""
-    config = (folder / "config.json").read_bytes()
-    parsed = read_config(folder)
-    block = parsed["rlpjepa_zoo"]
-    info, results = block["info"], block["info"].get("results", {})
+    model = read_folder(folder)
+    results = model.info.get("results") or {}
     return {
-        "architecture": parsed["architecture"],
-        "data": info.get("data"),
-        "dim": block["projector"]["dim"],
-        "density": info.get("density", {}).get("eval"),
+        "architecture": model.architecture,
+        "data": model.info.get("data"),
+        "dim": None if model.projector is None else model.projector.dim,
+        "density": (model.info.get("density") or {}).get("eval"),
         **{key: results[key] for key in ("knn_z", "linear_z", "knn_features", "linear_features") if key in results},
-        "megabytes": round(sum(entry["size"] for entry in block["files"].values()) / 1e6, 2),
-        "sha256": hashlib.sha256(config).hexdigest(),
+        "megabytes": round(sum(entry["size"] for entry in model.files.values()) / 1e6, 2),
+        "sha256": sha256(folder / CONFIG),
         "repo": None,
         "commit": None,
     }
 
 
 def write_manifest(root: Path) -> None:
-    """Describe every published folder below hub/ in hub/manifest.json; what is known of Hub repositories is kept."""
+    """Describe every published folder below hub/ in hub/manifest.json; repositories and commits already listed there are kept."""
     path = root / "manifest.json"
-    known = json.loads(path.read_text())["encoders"] if path.is_file() else {}
-    found = {folder.parent.name: describe(folder.parent) for folder in sorted(root.glob("*/config.json"))}
-    for name, record in found.items():
-        record |= {key: known.get(name, {}).get(key) for key in ("repo", "commit")}
-    path.write_text(json.dumps({"format": 1, "encoders": found}, indent=1) + "\n")
+    listed = json.loads(path.read_text())["encoders"] if path.is_file() else {}
+    encoders = {config.parent.name: describe(config.parent) for config in sorted(root.glob(f"*/{CONFIG}"))}
+    for name, record in encoders.items():
+        record |= {key: listed.get(name, {}).get(key) for key in ("repo", "commit")}
+    path.write_text(json.dumps({"format": 1, "encoders": encoders}, indent=1) + "\n")
     _manifest.cache_clear()

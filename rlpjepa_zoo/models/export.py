@@ -1,4 +1,4 @@
-"""The whole encoder in one file for other programs: ``.onnx`` for ONNX Runtime and its kin, ``.pt2`` for PyTorch without this package.
+"""Export an encoder to one file for other programs: ``.onnx`` for ONNX Runtime, ``.pt2`` for PyTorch without this package.
 
     input   images    float32 (batch, 3, H, W), preprocessed as the metadata says; any batch size >= 1
     output  z         float32 (batch, D), >= 0 with exact zeros
@@ -6,10 +6,12 @@
 
 Metadata, all strings: `architecture`, `fingerprint`, `preprocess` (JSON: size, mean, std, interpolation, crop_pct; see
 `rlpjepa_zoo.data.preprocess.Preprocess`) and `versions` (JSON). Another program reads them from
-`session.get_modelmeta().custom_metadata_map`, or by `found = {"preprocess": ""}; torch.export.load(path, extra_files=found)`.
+`session.get_modelmeta().custom_metadata_map`, or by `metadata = {"preprocess": ""}; torch.export.load(path, extra_files=metadata)`.
 
-Neither file holds a pickle: the .pt2 is raw tensors and JSON, and its sample inputs, which torch would pickle, are left out. That is true
-of files written here; `torch.export.load` itself unpickles whatever a file asks it to, so open only files you trust.
+Neither file holds a pickle: the .pt2 is raw tensors and JSON, without the sample inputs that torch would pickle. This holds for files
+written here; `torch.export.load` unpickles any pickle in a file, so open only files you trust.
+
+To add a format, write a class with the methods of `ExportFormat` and register it under its suffix in `EXPORT_FORMATS`.
 """
 
 from __future__ import annotations
@@ -23,18 +25,19 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core import files, rng
-from ..core import package as _package
+from ..core.package import versions
+from ..core.registry import Registry
 from ..errors import ModelError, NonFiniteError, UsageError, ZooError, first_line
 from . import golden
 from .encoder import SparseEncoder
 
-__all__ = ["export"]
+__all__ = ["EXPORT_FORMATS", "ExportFormat", "export"]
 
 OUTPUTS = ["z", "features"]
 TOLERANCE, SAME_ZERO = 1e-4, 1e-5
@@ -42,11 +45,11 @@ MAX_ONNX = 2**31 - 2**24  # bytes of weights: protobuf stops at 2 GiB, and the g
 
 
 def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write backbone, projector and ReLU, in evaluation mode, to one self-contained file, described in the module; returns its path.
+    """Write backbone, projector and ReLU, in evaluation mode, to one self-contained file; the module describes it. Returns its path.
 
-    Before the file takes its name it is reopened and compared, in float32 on the CPU, with the encoder on the golden images and noise, in
-    batches of 1, 2 and 7. Each output may differ by 1e-4 * max(1, its largest value), and z must be zero where the encoder's is and
-    nowhere else, but for values below 1e-5 of the largest. The encoder itself is not touched.
+    Before the file is renamed to its path it is opened and compared, in float32 on the CPU, with the encoder on the golden images and noise,
+    in batches of 1, 2 and 7. Each output may differ by 1e-4 * max(1, its largest value), and z must have the encoder's zeros, except for
+    values below 1e-5 of the largest. The encoder itself is not changed.
 
     Args:
         encoder: any device, any mode, float32 weights.
@@ -68,29 +71,35 @@ def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False)
         {'z': (5, 16), 'features': (5, 96)}
     """
     path = Path(path)
-    _check(encoder, path)
+    if path.suffix not in EXPORT_FORMATS:
+        raise UsageError(f"{path}: expected a file ending in {' or '.join(EXPORT_FORMATS)}")
+    format, state = EXPORT_FORMATS[path.suffix], encoder.state_dict()
+    _check_weights(state)
+    format.check(path, state)
     with files.whole_file(path) as aside, torch.no_grad(), torch.autocast("cpu", enabled=False):
         if path.exists() and not (overwrite and path.is_file()):
             raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
-        aside.touch()  # a folder that cannot be written is found before the minutes of tracing
+        aside.touch()  # a read-only folder fails here, before the minutes of tracing
         with _refusing(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
             twin = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
             images = golden.make(twin.encoder)["inputs"]
             more = torch.randn(5, *images.shape[1:], generator=rng.generator(0, "export"))
             batches = [images[:1], images, torch.cat([images, more])]
             expected = [twin(x) for x in batches]
-            noise = io.StringIO()  # torch prints whole graphs when it fails; the error below says why
-            with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
-                data = _convert(twin, images, path.suffix)
+            output = io.StringIO()  # torch prints whole graphs when it fails; the error below gives the reason
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                data = format.convert(_trace(twin, images), _metadata(twin.encoder))
         files.write_durably(aside, data)
         with _refusing(f"{path}: the exported file does not open or run"):
-            given = list(map(_open(aside), batches))
+            given = list(map(format.open(aside), batches))
         for got, want in zip(given, expected, strict=True):
             _compare(got, want, path)
     return path
 
 
-class _Both(nn.Module):  # its argument and its keys become the names in the file
+class _Both(nn.Module):
+    """Both outputs of an encoder. Names of the argument and of the keys become the names in the file."""
+
     def __init__(self, encoder: SparseEncoder) -> None:
         super().__init__()
         self.encoder = encoder
@@ -102,7 +111,7 @@ class _Both(nn.Module):  # its argument and its keys become the names in the fil
 
 @contextlib.contextmanager
 def _refusing(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a `ModelError` that starts with `what`."""
+    """Turn any exception inside the block into a `ModelError` that starts with `what`."""
     try:
         yield
     except ZooError:
@@ -114,16 +123,58 @@ def _refusing(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {first_line(cause)}") from error
 
 
-def _check(encoder: SparseEncoder, path: Path) -> None:
-    if path.suffix not in (".onnx", ".pt2"):
-        raise UsageError(f"{path}: expected a file ending in .onnx or .pt2")
-    state = encoder.state_dict()
+def _check_weights(state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise UsageError(f"{name} is {tensor.dtype}; encoders are exported in float32, so call .float() first")
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{name} holds NaN or infinity; an encoder like that is not exported")
-    if path.suffix == ".onnx":
+
+
+def _trace(twin: _Both, example: Tensor) -> Any:
+    """The program of an encoder. `example` holds two images, because torch treats a size of 1 as a constant."""
+    program = torch.export.export(twin, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths and source lines of this machine
+    return program
+
+
+def _metadata(encoder: SparseEncoder) -> dict[str, str]:
+    return {
+        "architecture": encoder.config.architecture,
+        "fingerprint": encoder.fingerprint(),
+        "preprocess": json.dumps(dataclasses.asdict(encoder.config.preprocess)),
+        "versions": json.dumps(versions()),
+    }
+
+
+# --- the formats ---------------------------------------------------------------------------------------------------------------------
+
+
+class ExportFormat(Protocol):
+    """One kind of file."""
+
+    def check(self, path: Path, state: dict[str, Tensor]) -> None:
+        """Refuse what the format cannot do, before any work: `UsageError`."""
+
+    def convert(self, program: Any, metadata: dict[str, str]) -> bytes:
+        """Content of the file, from a `torch.export.ExportedProgram` with one input, images, and the outputs `OUTPUTS`."""
+        raise NotImplementedError
+
+    def open(self, file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+        """A function from images to outputs, which runs the file."""
+        raise NotImplementedError
+
+
+EXPORT_FORMATS: Registry[ExportFormat] = Registry("export format")
+"""Formats by file suffix."""
+
+
+class Onnx:
+    """``.onnx``, for ONNX Runtime."""
+
+    def check(self, path: Path, state: dict[str, Tensor]) -> None:
         if (total := sum(tensor.nbytes for tensor in state.values())) > MAX_ONNX:
             raise UsageError(f"{path}: {total / 1e9:.3g} GB of weights, one ONNX file holds {MAX_ONNX / 1e9:.3g} GB; export to .pt2")
         try:
@@ -132,52 +183,54 @@ def _check(encoder: SparseEncoder, path: Path) -> None:
         except ImportError as error:
             raise UsageError(f"{path}: needs {package} ({first_line(error)}): pip install 'rlpjepa-zoo[export]'") from error
 
-
-def _convert(twin: _Both, example: Tensor, suffix: str) -> bytes:
-    """The file's content. `example` holds two images: torch takes a size of 1 for a constant."""
-    metadata = {
-        "architecture": twin.encoder.config.architecture,
-        "fingerprint": twin.encoder.fingerprint(),
-        "preprocess": json.dumps(dataclasses.asdict(twin.encoder.config.preprocess)),
-        "versions": json.dumps(_package.versions()),
-    }
-    program = torch.export.export(twin, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths and source lines of this machine
-    if suffix == ".onnx":
+    def convert(self, program: Any, metadata: dict[str, str]) -> bytes:
         import onnx
 
         axes = {"images": {0: "batch"}}
         made = torch.onnx.export(program, input_names=["images"], output_names=OUTPUTS, dynamic_shapes=axes, dynamo=True, verbose=False)
         proto = cast(torch.onnx.ONNXProgram, made).model_proto
         onnx.helper.set_model_props(proto, metadata)
-        return proto.SerializeToString()
-    program.example_inputs = None  # torch would pickle them
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files=metadata)
-    with zipfile.ZipFile(buffer) as archive:
-        for member in archive.infolist():
-            sample = "/sample_inputs/" in member.filename and member.file_size > 0
-            if sample or (member.filename.endswith("_config.json") and b'"use_pickle": true' in archive.read(member)):
-                raise ModelError(f"torch {torch.__version__} puts a pickle into this .pt2 ({member.filename}); export to .onnx")
-    return buffer.getvalue()
+        return bytes(proto.SerializeToString())
+
+    def open(self, file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return lambda x: dict(zip(OUTPUTS, map(torch.from_numpy, session.run(OUTPUTS, {"images": x.numpy()})), strict=True))
 
 
-def _open(file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The file as a function of a batch."""
-    if file.suffix == ".pt2":
+class Pt2:
+    """``.pt2``, for PyTorch without this package."""
+
+    def check(self, path: Path, state: dict[str, Tensor]) -> None:
+        pass
+
+    def convert(self, program: Any, metadata: dict[str, str]) -> bytes:
+        program.example_inputs = None  # torch would pickle them
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files=metadata)
+        with zipfile.ZipFile(buffer) as archive:
+            for member in archive.infolist():
+                sample = "/sample_inputs/" in member.filename and member.file_size > 0
+                if sample or (member.filename.endswith("_config.json") and b'"use_pickle": true' in archive.read(member)):
+                    raise ModelError(f"torch {torch.__version__} puts a pickle into this .pt2 ({member.filename}); export to .onnx")
+        return buffer.getvalue()
+
+    def open(self, file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
         return cast(Callable[[Tensor], dict[str, Tensor]], torch.export.load(file).module())
-    import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda x: dict(zip(OUTPUTS, map(torch.from_numpy, session.run(OUTPUTS, {"images": x.numpy()})), strict=True))
+
+EXPORT_FORMATS.register(".onnx")(Onnx())
+EXPORT_FORMATS.register(".pt2")(Pt2())
+
+
+# --- the comparison ------------------------------------------------------------------------------------------------------------------
 
 
 def _compare(given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Refuse a file that does not give what the encoder gives."""
+    """Refuse a file with other outputs than the encoder."""
     for name in OUTPUTS:
         got, want = given[name], wanted[name]
         if got.shape != want.shape:

@@ -1,4 +1,4 @@
-"""Making encoders: any timm backbone with a fresh rectified projector. An untrusted config.json is checked before it costs memory."""
+"""Create encoders: any timm backbone with a new rectified projector. Untrusted config.json files are checked before memory is used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ import timm
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
-from ..core import files as _files
+from ..core.files import MAX_JSON, parse_json, tensor_shapes
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
-from ..hub import download as hub
+from ..hub.download import fetch
+from ..hub.format import BACKBONE, CONFIG
 from .encoder import EncoderConfig, SparseEncoder, make_projector
+
+__all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "refused_arguments", "validate_arguments"]
+
+BUILDING = threading.Lock()
+"""Held while a model is built with a seeded global generator and a changed default dtype, which all threads share."""
 
 
 def create_encoder(
@@ -33,7 +39,7 @@ def create_encoder(
     preprocess: Preprocess | None = None,
     **timm_kwargs: Any,
 ) -> SparseEncoder:
-    """A timm backbone with a fresh rectified projector, in training mode.
+    """A timm backbone with a new rectified projector, in training mode.
 
     Args:
         name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
@@ -43,7 +49,7 @@ def create_encoder(
         pretrained: load timm's weights for the name.
         projector_depth: linear layers of the projector, >= 1.
         freeze_backbone: no gradient, and evaluation mode, for the backbone.
-        preprocess: evaluation preprocessing; what timm says of the backbone when None.
+        preprocess: evaluation preprocessing; timm's for the backbone when None.
         timm_kwargs: arguments of `timm.create_model`, such as ``img_size=32, patch_size=4``.
 
     Raises:
@@ -61,7 +67,7 @@ def create_encoder(
     features = int(backbone.head_hidden_size)
     try:
         preprocess = preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size"))
-    except (KeyError, TypeError, ValueError) as error:  # of a stranger's config.json
+    except (KeyError, TypeError, ValueError) as error:  # of an untrusted config.json
         raise ModelError(f"backbone '{name}': its preprocessing cannot be used: {first_line(error)}") from error
     config = EncoderConfig(
         architecture=backbone.pretrained_cfg.get("architecture", name),
@@ -80,8 +86,8 @@ def _backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
     try:
-        where, overlay = _weights(name, pretrained, timm_kwargs)
-        return timm.create_model(where, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **timm_kwargs)
+        timm_name, overlay = _locate_weights(name, pretrained, timm_kwargs)
+        return timm.create_model(timm_name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **timm_kwargs)
     except ZooError:
         raise
     except Exception as error:
@@ -89,12 +95,12 @@ def _backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
         raise ModelError(f"backbone '{name}' with {arguments[:200]}: {first_line(error)}") from error
 
 
-def _weights(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    """timm's name to build, and where its weights are: safetensors on this machine, never a pickle."""
-    files = ["config.json", "model.safetensors"] if pretrained else ["config.json"]
+def _locate_weights(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    """The name to build, and an overlay of timm's configuration that points to weights in a local safetensors file, never a pickle."""
+    files = [CONFIG, BACKBONE] if pretrained else [CONFIG]
     if name.startswith("hf-hub:"):
         repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-        name = f"local-dir:{hub.fetch(repo, files, revision or None)}"
+        name = f"local-dir:{fetch(repo, files, revision or None)}"
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")).expanduser()
         for file in files:
@@ -104,49 +110,58 @@ def _weights(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> tuple[
         return f"local-dir:{path}", None
     if not pretrained:
         return name, None
-    found = timm.models.get_pretrained_cfg(name)
-    if found is None or not found.has_weights:
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
         raise ModelError(f"backbone '{name}' has no pretrained weights in timm; use pretrained=False")
-    if not found.hf_hub_id:
-        raise ModelError(f"backbone '{name}': its weights are published as a pickle only ({found.url}), which is refused; use another tag")
-    file = found.hf_hub_filename or "pytorch_model.bin"
-    known = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
-    file = known.get(file) or re.sub(r"\.bin$", ".safetensors", file)
-    repo, _, revision = found.hf_hub_id.partition("@")
-    return name, {"file": str(hub.fetch(repo, [file], revision or None) / file), "custom_load": False}
+    if not config.hf_hub_id:
+        raise ModelError(f"backbone '{name}': its weights are published as a pickle only ({config.url}), which is refused; use another tag")
+    file = config.hf_hub_filename or "pytorch_model.bin"
+    safetensors = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+    file = safetensors.get(file) or re.sub(r"\.bin$", ".safetensors", file)
+    repo, _, revision = config.hf_hub_id.partition("@")
+    return name, {"file": str(fetch(repo, [file], revision or None) / file), "custom_load": False}
 
 
 def _validate_untrusted_config(path: Path, pretrained: bool, timm_kwargs: dict[str, Any]) -> None:
-    """Refuse what a timm model's config.json should not ask for, and what its weights cannot hold."""
-    where = f"{path}/config.json"
-    with open(path / "config.json", "rb") as file:
-        config = _files.parse_json(file.read(_files.MAX_JSON + 1), where)
+    """Refuse a timm model's config.json with unsafe arguments, or with many more parameters than its weights file holds."""
+    where = f"{path}/{CONFIG}"
+    with open(path / CONFIG, "rb") as file:
+        config = parse_json(file.read(MAX_JSON + 1), where)
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(architecture, str) or ":" in architecture or not timm.is_model(architecture.split(".")[0]):
         raise ModelError(f"{where}: architecture {architecture!r} is not a timm model")
     arguments = config.get("model_args") or {}
-    _check_arguments(arguments, where, allowed={"num_classes"})
+    validate_arguments(arguments, where, allowed={"num_classes"})
     if {**arguments, **timm_kwargs}.get("global_pool", "avg") in ("", None, False):
         raise ModelError(f"{where}: global_pool is empty; the projector needs pooled features, so give one, such as global_pool='avg'")
     if pretrained:
-        tensors = _files.tensor_shapes(path / "model.safetensors")
+        tensors = tensor_shapes(path / BACKBONE)
         options = {k: v for k, v in {**arguments, **timm_kwargs}.items() if k != "num_classes"}
-        with _bounded(len(tensors), where), torch.device("meta"):
+        with bounded_construction(len(tensors), where), torch.device("meta"):
             skeleton = timm.create_model(architecture, num_classes=0, **options)
-        held = sum(math.prod(shape) for _, shape in tensors.values())
+        saved = sum(math.prod(shape) for _, shape in tensors.values())
         asked = sum(p.numel() for p in skeleton.parameters())
-        if asked > 4 * held:
-            raise ModelError(f"{where}: asks for {asked:,} parameters, model.safetensors holds {held:,}")
+        if asked > 4 * saved:
+            raise ModelError(f"{where}: asks for {asked:,} parameters, model.safetensors holds {saved:,}")
 
 
-def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) -> None:
-    """Arguments and values that a real backbone may have: short texts and lists, numbers of a sane size."""
+def validate_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) -> None:
+    """Check untrusted arguments of a backbone: known kinds of names, short strings and lists, numbers within limits.
+
+    Args:
+        arguments: `model_args` of a config.json.
+        where: path of the file, for error messages.
+        allowed: reserved names that are accepted.
+
+    Raises:
+        ModelError: another argument or value; the message names it.
+    """
     if not isinstance(arguments, dict):
         raise ModelError(f"{where}: model_args: expected an object, got {type(arguments).__name__}")
     if taken := set(refused_arguments(arguments)) - set(allowed):
         raise ModelError(f"{where}: model_args: '{min(taken)}' is not an argument of a backbone")
     for key, value in _leaves(arguments, "model_args"):
-        top = next((top for word, top in _TOPS.items() if re.search(word, key)), 16384)
+        top = next((top for word, top in _LIMITS.items() if re.search(word, key)), 16384)
         if isinstance(value, str) and not re.fullmatch(r"[\w.+-]{0,64}", value):
             raise ModelError(f"{where}: {key}: expected a short plain name, got {value[:40]!r}")
         if isinstance(value, int | float) and not -1 <= value <= top:
@@ -154,7 +169,7 @@ def _check_arguments(arguments: Any, where: str, allowed: Iterable[str] = ()) ->
 
 
 def refused_arguments(arguments: Iterable[str]) -> list[str]:
-    """Which of some names belong to `create_encoder` or to timm's own machinery (what is loaded, from where), not to a backbone; sorted.
+    """The names that are arguments of `create_encoder` or of timm's loading code, not of a backbone; sorted.
 
     Example:
         >>> refused_arguments(["img_size", "checkpoint_path", "dim"])
@@ -166,15 +181,13 @@ def refused_arguments(arguments: Iterable[str]) -> list[str]:
     return sorted(reserved & set(arguments))
 
 
-_TOPS = {"depth|layers|blocks": 256, "window": 64}
-"""Words in the names of arguments that mean loops, and the most that a real backbone asks for."""
-
-
-_BUILDING = threading.Lock()
+_LIMITS = {"depth|layers|blocks": 256, "window": 64}
+"""Largest values of arguments that count layers or set window sizes, by words in their names; real backbones stay below."""
 
 
 @contextmanager
-def _float32() -> Iterator[None]:
+def float32_default() -> Iterator[None]:
+    """float32 as torch's default dtype inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -184,18 +197,26 @@ def _float32() -> Iterator[None]:
 
 
 @contextmanager
-def _bounded(tensors: int, where: str) -> Iterator[None]:
-    """Stop building a network as soon as it has more parameters than there are tensors for, or very many modules."""
+def bounded_construction(tensors: int, where: str) -> Iterator[None]:
+    """Stop the construction of a network inside the block at the first parameter beyond the limit.
+
+    Args:
+        tensors: in the weight files; the network may have one parameter tensor more, and 50 modules for each.
+        where: path of the config.json, for the error message.
+
+    Raises:
+        ModelError: more parameters or modules.
+    """
     me, left = threading.get_ident(), {"parameters": tensors + 1, "modules": 50 * tensors + 1000}
 
     def count(what: str) -> Callable[..., None]:
-        def seen(*_: Any) -> None:
+        def registered(*_: Any) -> None:
             if threading.get_ident() == me:
                 left[what] -= 1
                 if left[what] < 0:
                     raise ModelError(f"{where}: model_args ask for more {what} than the files hold tensors ({tensors}) for")
 
-        return seen
+        return registered
 
     hooks = [
         register_module_parameter_registration_hook(count("parameters")),
@@ -209,6 +230,7 @@ def _bounded(tensors: int, where: str) -> Iterator[None]:
 
 
 def _leaves(value: Any, where: str, depth: int = 0) -> Iterable[tuple[str, Any]]:
+    """The values inside nested lists and objects, with their keys."""
     if depth > 4 or (isinstance(value, dict | list) and len(value) > 128):
         raise ModelError(f"{where}: nested more than 4 deep, or longer than 128")
     if isinstance(value, dict | list):

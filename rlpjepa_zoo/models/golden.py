@@ -1,4 +1,4 @@
-"""Golden codes: two images and what an encoder makes of them travel with its weights, so that loading proves its own numbers."""
+"""Golden codes: two images with their codes are saved with the weights, and loading compares the codes it computes with them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ __all__ = ["check", "check_header", "make"]
 
 
 SHARE, MARGIN = 4, 8
-"""Golden images are larger than the input by a fourth, and wider than that by 8 pixels, so that resizing and cropping show."""
+"""Golden images are a fourth larger than the input and 8 pixels wider, so that differences in resizing and cropping are detected."""
 
 
 @torch.no_grad()
 def make(encoder: Any) -> dict[str, Tensor]:
-    """Two images (one smooth, one noise) larger than the input and not square, and what the encoder makes of them in float32."""
+    """Two images (one smooth, one noise), larger than the input and not square, with inputs, features and codes in float32.
+
+    Args:
+        encoder: a `PublishedModel`; of a classifier, features are the input of its linear layer and codes its logits.
+
+    Returns:
+        images (2, H, W, 3) uint8, inputs (2, 3, H, W), features (2, F), codes (2, D).
+    """
     encoder = copy.deepcopy(encoder).float().cpu()  # on a GPU, TF32 convolutions differ by more than loading allows
     height, width = (s + s // SHARE for s in encoder.config.preprocess.size)
     rows, columns = np.mgrid[0:height, 0 : width + MARGIN] / max(height, width)
@@ -38,31 +45,38 @@ def make(encoder: Any) -> dict[str, Tensor]:
 def _evaluate(encoder: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     with encoder.evaluating(), torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         features = encoder.features(inputs.to(encoder.device))
-        last = encoder.head if hasattr(encoder, "head") else encoder.projector  # logits; or codes
-        z = last(features)  # before a dial, which would make a difference in rounding one of zero or not
+        z = encoder.outputs(features)  # before a dial, which turns a rounding difference into a value that is zero or not
     return features.float().cpu(), z.float().cpu()
 
 
-def check_header(found: dict[str, tuple[str, tuple[int, ...]]], config: Any, where: Path) -> None:
-    """Names, dtypes and shapes, from the file's header alone: what `make` writes, for at most four images."""
-    (height, width), n = config.preprocess.size, found.get("images", ("", (0,)))[1][:1]
+def check_header(header: dict[str, tuple[str, tuple[int, ...]]], config: Any, where: Path) -> None:
+    """Compare names, dtypes and shapes in a file header with those that `make` writes, for one to four images.
+
+    Raises:
+        ModelError: they differ.
+    """
+    (height, width), n = config.preprocess.size, header.get("images", ("", (0,)))[1][:1]
     expected = {
         "images": ("U8", (*n, height + height // SHARE, width + width // SHARE + MARGIN, 3)),
         "inputs": ("F32", (*n, 3, height, width)),
         "features": ("F32", (*n, config.features)),
         "codes": ("F32", (*n, config.dim)),
     }
-    if set(found) != set(expected):
-        raise ModelError(f"{where}: expected the tensors {', '.join(expected)}, got {', '.join(sorted(found)[:6]) or 'none'}")
+    if set(header) != set(expected):
+        raise ModelError(f"{where}: expected the tensors {', '.join(expected)}, got {', '.join(sorted(header)[:6]) or 'none'}")
     for name, wanted in expected.items():
-        if found[name] != wanted or not n or not 1 <= n[0] <= 4:
+        if header[name] != wanted or not n or not 1 <= n[0] <= 4:
             raise ModelError(
-                f"{where}: {name}: expected {wanted[0]} of shape {wanted[1]} with 1 to 4 rows, got {found[name][0]} of {found[name][1]}"
+                f"{where}: {name}: expected {wanted[0]} of shape {wanted[1]} with 1 to 4 rows, got {header[name][0]} of {header[name][1]}"
             )
 
 
 def check(encoder: Any, golden: dict[str, Tensor], where: Path) -> None:
-    """Refuse an encoder that does not reproduce its codes, and say which station differs; `check_header` comes first."""
+    """Compare the numbers that a loaded model computes with its golden numbers; call `check_header` first.
+
+    Raises:
+        ModelError: preprocessing, features or codes differ; the message names the first of them.
+    """
     try:
         _check(encoder, golden, where)
     except ModelError:
@@ -75,7 +89,7 @@ def _check(encoder: Any, golden: dict[str, Tensor], where: Path) -> None:
     pixels = golden["images"]
     inputs = torch.stack([encoder.transform(Image.fromarray(p.numpy())) for p in pixels])
     features, z = _evaluate(encoder, golden["inputs"])
-    for station, got, expected, tolerance in (
+    for step, got, expected, tolerance in (
         ("preprocessing", inputs, golden["inputs"], 0.05),  # two grey levels of 255: decoders and resizers differ by that
         ("backbone features", features, golden["features"], 1e-3),
         ("codes", z, golden["codes"], 1e-3),
@@ -83,5 +97,5 @@ def _check(encoder: Any, golden: dict[str, Tensor], where: Path) -> None:
         error = float((got - expected).abs().max()) / max(1.0, float(expected.abs().max()))
         if not error <= tolerance:
             raise ModelError(
-                f"{where}: {station} differ from the saved ones by {error:.2g} (allowed {tolerance:g}); other versions of torch, timm or Pillow?"
+                f"{where}: {step} differ from the saved ones by {error:.2g} (allowed {tolerance:g}); other versions of torch, timm or Pillow?"
             )

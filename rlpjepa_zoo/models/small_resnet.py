@@ -1,4 +1,4 @@
-"""ResNets for small images, registered in timm: a 3x3 stem of stride 1 and no max-pooling, which no timm option gives.
+"""ResNets for small images, registered with timm: a 3x3 stem of stride 1 and no max-pooling, which no timm option gives.
 
 Importing this module makes `timm.create_model("resnet18_small")` work; without it plain timm does not know the names.
 """
@@ -18,7 +18,7 @@ class SmallImageResNet(ResNet):
     """timm's ResNet with the CIFAR stem.
 
     Args:
-        stem_padding: 1 keeps the resolution (32 -> 32, last map 4x4); 2 is what the code of Rectified LpJEPA does (32 -> 34, last map 5x5).
+        stem_padding: 1 keeps the resolution (32 -> 32, last map 4x4); 2 is the value in the code of Rectified LpJEPA (32 -> 34, last map 5x5).
         kwargs: those of `timm.models.resnet.ResNet`.
     """
 

@@ -14,8 +14,8 @@ from ..data.images import Images
 from ..data.sources import Source
 from ..errors import ModelError
 from ..hub import card
-from ..hub import format as hub_format
-from ..hub import push as publish
+from ..hub.folder import read_folder, write_folder
+from ..hub.push import Background, Pushed, push
 from ..models.encoder import SparseEncoder
 from .run_dir import read_metrics
 
@@ -91,20 +91,20 @@ class Publication:
         self.recipe, self.out, self.kind = recipe, out, kind
         self.path = out / kind
         self.name = recipe.hub.repo or f"local-dir:{self.path}"
-        self.pusher = publish.Background(self._push) if recipe.hub.repo is not None else None
+        self.pusher = Background(self._push) if recipe.hub.repo is not None else None
 
     def write(self, model: Any, info: dict[str, Any], step: int, total: int, again: bool = False) -> None:
         """Publish the model (with `fingerprint` and `contents`) as it is; `again`: what is there stays if it is of this step, results written into its card included."""
         contents = self._of_step(model, step) if again else None
         if contents is None:
             contents = model.contents(self.recipe.shareable(), info, self.name)
-            hub_format.write_folder(self.path, contents)
+            write_folder(self.path, contents)
         if self.pusher is not None:
             self.pusher.submit(contents, f"Step {step} of {total}")
 
     def copy_as(self, name: str, chosen: str) -> None:
         """A second copy of what was published last, beside it, whose card says how it was chosen."""
-        hub_format.write_folder(self.out / name, card.rewritten(self.path, f"local-dir:{self.out / name}", chosen=chosen))
+        write_folder(self.out / name, card.rewritten(self.path, f"local-dir:{self.out / name}", chosen=chosen))
 
     def finish(self) -> None:
         """Wait a while for the last push; say how to make up for it if it did not arrive."""
@@ -121,14 +121,12 @@ class Publication:
         """The published files if they are whole, of these weights and of this step."""
         try:
             contents = card.rewritten(self.path, self.name)
-            block = hub_format.read_config(self.path)[hub_format.BLOCK]
-            same = block["fingerprint"] == model.fingerprint() and block["info"]["training"]["steps"] == step
+            published = read_folder(self.path)
+            same = published.fingerprint == model.fingerprint() and published.info["training"]["steps"] == step
         except (ModelError, KeyError, TypeError):  # stopped between the last checkpoint and the last publication
             return None
         return contents if same else None
 
-    def _push(self, contents: Mapping[str, bytes], message: str) -> publish.Pushed:
+    def _push(self, contents: Mapping[str, bytes], message: str) -> Pushed:
         options = self.recipe.hub
-        return publish.push(
-            contents, str(options.repo), private=options.private, new_private=True, revision=options.revision, message=message
-        )
+        return push(contents, str(options.repo), private=options.private, new_private=True, revision=options.revision, message=message)

@@ -27,7 +27,7 @@ from rlpjepa_zoo.data.sources import open_images
 from rlpjepa_zoo.embedding.extract import Extraction, extract
 from rlpjepa_zoo.embedding.manifest import provenance
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal, UsageError
-from rlpjepa_zoo.models.encoder import OutputOptions
+from rlpjepa_zoo.models.inference import OutputOptions
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
 N = 30

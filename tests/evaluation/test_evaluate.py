@@ -20,7 +20,7 @@ from rlpjepa_zoo.evaluation.encoding import encode
 from rlpjepa_zoo.evaluation.evaluate import _other_encoder, evaluate, with_results
 from rlpjepa_zoo.evaluation.probes.knn import knn_accuracy
 from rlpjepa_zoo.hub import card, card_figures
-from rlpjepa_zoo.hub.format import BLOCK, read_config
+from rlpjepa_zoo.hub.folder import read_folder
 from rlpjepa_zoo.models.encoder import SparseEncoder
 
 
@@ -264,5 +264,4 @@ def test_accuracy_picture_depends_on_the_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", rz.list_encoders())
 def test_shipped_results_give_the_shipped_cards(name: str) -> None:
     folder = Path(__file__).parents[2] / "hub" / name
-    config = read_config(folder)
-    assert card.render(config, config[BLOCK]["name"], ("training.png", "accuracy.png")) == (folder / "README.md").read_text()
+    assert card.render(read_folder(folder), ("training.png", "accuracy.png")) == (folder / "README.md").read_text()

@@ -117,7 +117,7 @@ def config_of(path):
         ("resnet10_small_narrow", {"stem_padding": 2}),
     ],
 )
-def test_a_loaded_encoder_gives_the_same_bits(tmp_path, name, options):
+def test_loaded_encoder_gives_the_same_bits(tmp_path, name, options):
     enc = make(name, **options)
     loaded = load_encoder(enc.save_pretrained(tmp_path / "enc"))
     x = batch()
@@ -131,7 +131,7 @@ def test_a_loaded_encoder_gives_the_same_bits(tmp_path, name, options):
     assert not any(module.training for module in loaded.modules())
 
 
-def test_a_second_round_trip_writes_the_same_files(published, tmp_path):
+def test_second_round_trip_writes_the_same_files(published, tmp_path):
     loaded = load_encoder(published)
     assert loaded.config.info == INFO
     again = loaded.save_pretrained(tmp_path / "again", recipe=RECIPE)
@@ -148,14 +148,14 @@ def test_saving_changes_neither_mode_nor_weights(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in enc.state_dict().items())
 
 
-def test_an_encoder_in_channels_last_order_is_saved_like_any_other(tmp_path, encoder, published):
+def test_channels_last_weights_are_saved_with_the_same_bytes(tmp_path, encoder, published):
     enc = make().to(memory_format=torch.channels_last)
     path = enc.save_pretrained(tmp_path / "enc")
     assert (path / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
     assert load_encoder(path).fingerprint() == encoder.fingerprint() == enc.fingerprint()
 
 
-def test_an_encoder_on_a_plain_timm_folder_can_be_saved_and_loaded(tmp_path, encoder):
+def test_encoder_on_a_plain_timm_folder_can_be_saved_and_loaded(tmp_path, encoder):
     import timm
 
     timm.models.save_for_hf(encoder.backbone, tmp_path / "plain", safe_serialization=True)
@@ -206,7 +206,7 @@ def test_no_file_is_a_pickle_or_an_archive(published):
             assert data.decode().isprintable() or data.decode().replace("\n", "").isprintable()
 
 
-def test_model_safetensors_is_the_bare_backbone_and_head_the_projector(published, encoder):
+def test_model_file_is_the_backbone_and_head_file_the_projector(published, encoder):
     for name, module in (("model", encoder.backbone), ("head", encoder.projector)):
         saved = safetensors.torch.load_file(published / f"{name}.safetensors")
         assert saved.keys() == module.state_dict().keys()
@@ -222,7 +222,7 @@ def test_golden_codes_are_those_of_the_golden_images(published, encoder):
     assert 0 < e.l0 < 1
 
 
-def test_the_folder_holds_no_path_of_this_machine(published):
+def test_folder_holds_no_path_of_this_machine(published):
     for path in published.iterdir():
         assert str(published.parent).encode() not in path.read_bytes()
         assert os.fsencode(Path.home()) + b"/" not in path.read_bytes()
@@ -276,7 +276,7 @@ def elsewhere(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext3"])
-def test_plain_timm_opens_the_folder_with_the_same_features_and_preprocessing(elsewhere, name):
+def test_plain_timm_opens_it_with_equal_features_and_preprocessing(elsewhere, name):
     _, report, expected, found = elsewhere
     assert report["imported"] == []
     np.testing.assert_array_equal(found[name], expected[name])
@@ -284,7 +284,7 @@ def test_plain_timm_opens_the_folder_with_the_same_features_and_preprocessing(el
     assert report[name] == [[3, *want.size], list(want.mean), list(want.std), want.interpolation, want.crop_pct]
 
 
-def test_plain_timm_refuses_a_small_resnet_until_ours_is_imported_and_the_card_says_so(elsewhere):
+def test_small_resnet_needs_this_package_and_the_card_says_so(elsewhere):
     root, report, expected, found = elsewhere
     assert "resnet10_small_narrow" in report["refusal"]
     np.testing.assert_array_equal(found["resnet10_small_narrow"], expected["resnet10_small_narrow"])
@@ -294,7 +294,7 @@ def test_plain_timm_refuses_a_small_resnet_until_ours_is_imported_and_the_card_s
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext3"])
-def test_transformers_opens_the_folder_with_the_same_pooled_features(elsewhere, name):
+def test_transformers_opens_it_with_equal_pooled_features(elsewhere, name):
     from transformers import AutoModel
 
     root, _, expected, _ = elsewhere
@@ -327,14 +327,14 @@ def test_any_flipped_bit_in_config_json_is_refused(copy):
                 load_encoder(copy)
 
 
-def test_the_format_cannot_be_lowered_to_escape_the_sha256(copy):
+def test_lowering_the_format_does_not_avoid_the_sha256(copy):
     text = (copy / "config.json").read_text()
     (copy / "config.json").write_text(text.replace('"format": 2', '"format": 1').replace('"asked": 0.31', '"asked": 0.32'))
     with refused(ModelError, match="its own sha256"):
         load_encoder(copy)
 
 
-def test_a_frozen_folder_of_format_1_still_loads_with_its_codes():
+def test_folder_of_format_1_loads_with_its_codes():
     frozen = Path(__file__).parents[1] / "frozen" / "format1"
     enc = load_encoder(frozen)
     golden = safetensors.torch.load_file(frozen / "golden.safetensors")
@@ -347,14 +347,14 @@ def test_a_frozen_folder_of_format_1_still_loads_with_its_codes():
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_missing_file_is_refused_by_name(copy, name):
+def test_missing_file_is_refused_by_name(copy, name):
     (copy / name).unlink()
     with refused(ModelError, match=name):
         load_encoder(copy)
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_a_folder_in_place_of_a_file_is_refused_by_name(copy, name):
+def test_folder_in_place_of_a_file_is_refused_by_name(copy, name):
     (copy / name).unlink()
     (copy / name).mkdir()
     with refused(ModelError, match=name):
@@ -363,7 +363,7 @@ def test_a_folder_in_place_of_a_file_is_refused_by_name(copy, name):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "head.safetensors", "golden.safetensors"])
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_truncated_tensor_file_is_refused_by_name_even_with_a_fitting_sha256(copy, name, sealed):
+def test_truncated_tensor_file_is_refused_by_name(copy, name, sealed):
     whole = (copy / name).read_bytes()
     for cut in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
         (copy / name).write_bytes(whole[:cut])
@@ -374,7 +374,7 @@ def test_a_truncated_tensor_file_is_refused_by_name_even_with_a_fitting_sha256(c
 
 
 @pytest.mark.parametrize("content", [b"\x80\x04N.", b"PK\x03\x04", b"{}", b"\xff" * 64], ids=repr)
-def test_what_is_no_safetensors_file_is_refused_by_content(copy, content):
+def test_file_that_is_not_safetensors_is_refused_by_content(copy, content):
     (copy / "head.safetensors").write_bytes(content)
     reseal(copy)
     with refused(ModelError, match="head.safetensors"):
@@ -420,7 +420,7 @@ def test_missing_extra_misshapen_and_nan_tensors_are_refused_by_name(published, 
             load_encoder(path)
 
 
-def test_a_tensor_of_another_type_is_refused(copy):
+def test_tensor_of_another_type_is_refused(copy):
     with tensors(copy, "head.safetensors") as content:
         content["0.weight"] = content["0.weight"].to(torch.int32)
     with refused(ModelError):
@@ -428,7 +428,7 @@ def test_a_tensor_of_another_type_is_refused(copy):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_an_encoder_of_another_precision_loads_again_or_is_refused_when_saving(tmp_path, dtype):
+def test_other_precision_loads_again_or_is_refused_when_saving(tmp_path, dtype):
     enc = make().to(dtype)
     try:
         path = enc.save_pretrained(tmp_path / "enc")
@@ -452,28 +452,28 @@ def test_weights_and_head_of_another_encoder_are_refused(copy, tmp_path):
 @pytest.mark.parametrize(
     ("key", "station"), [("codes", "codes"), ("features", "backbone features"), ("inputs", "preprocessing"), ("images", "preprocessing")]
 )
-def test_altered_golden_tensors_are_refused_by_station(copy, key, station):
+def test_changed_golden_tensors_are_refused_by_processing_step(copy, key, station):
     with tensors(copy, "golden.safetensors") as golden:
         golden[key] = 255 - golden[key] if key == "images" else golden[key] + 0.1 * golden[key].abs().max()
     with refused(ModelError, match=f"golden.safetensors: {station} differ"):
         load_encoder(copy)
 
 
-def test_an_altered_backbone_weight_is_noticed_by_the_golden_codes(copy):
+def test_golden_codes_detect_a_changed_backbone_weight(copy):
     with tensors(copy, "model.safetensors") as content:
         content["conv1.0.weight"] *= 1.05
     with refused(ModelError, match="golden.safetensors: backbone features differ"):
         load_encoder(copy)
 
 
-def test_an_altered_projector_weight_is_noticed_by_the_golden_codes(copy):
+def test_golden_codes_detect_a_changed_projector_weight(copy):
     with tensors(copy, "head.safetensors") as content:
         content["6.weight"] *= 1.05
     with refused(ModelError, match="golden.safetensors: codes differ"):
         load_encoder(copy)
 
 
-def test_another_normalisation_is_noticed_by_the_golden_codes(copy):
+def test_golden_codes_detect_another_normalisation(copy):
     with config_of(copy) as config:
         config["rlpjepa_zoo"]["preprocess"]["std"] = [0.1, 0.25, 0.3]
     with refused(ModelError, match="golden.safetensors: preprocessing differ"):
@@ -495,7 +495,7 @@ def test_another_normalisation_is_noticed_by_the_golden_codes(copy):
     ],
     ids=["no codes", "no images", "one code", "nan", "float images", "flat images", "grey inputs", "integer inputs", "no rows"],
 )
-def test_a_malformed_golden_file_is_refused_by_name(copy, change):
+def test_malformed_golden_file_is_refused_by_name(copy, change):
     with tensors(copy, "golden.safetensors") as golden:
         change(golden)
     with refused(ModelError, match="golden.safetensors"):
@@ -514,13 +514,13 @@ def test_a_malformed_golden_file_is_refused_by_name(copy, change):
     ],
     ids=lambda t: repr(t[:24]),
 )  # fmt: skip
-def test_a_config_that_is_not_strict_json_is_refused(copy, text):
+def test_config_that_is_not_strict_json_is_refused(copy, text):
     (copy / "config.json").write_bytes(text)
     with refused(ModelError, match="config.json"):
         load_encoder(copy)
 
 
-def test_not_a_number_is_refused_inside_an_otherwise_good_config(copy):
+def test_nan_in_a_valid_config_is_refused(copy):
     text = (copy / "config.json").read_text()
     (copy / "config.json").write_text(text.replace('"asked": 0.31', '"asked": NaN'))
     with refused(ModelError, match="config.json: .*NaN"):
@@ -535,7 +535,7 @@ def test_another_format_is_refused(copy, value):
         load_encoder(copy)
 
 
-def test_a_plain_timm_folder_is_refused_with_a_mend_that_works(tmp_path, encoder):
+def test_plain_timm_folder_is_refused_with_a_mend_that_works(tmp_path, encoder):
     import timm
 
     timm.models.save_for_hf(encoder.backbone, tmp_path / "plain", safe_serialization=True)
@@ -573,7 +573,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("place", "value"), [(place, value) for place, values in HOSTILE.items() for value in values], ids=repr)
-def test_a_config_with_a_wrong_type_or_a_hostile_value_is_refused(copy, place, value):
+def test_config_with_a_wrong_type_or_hostile_value_is_refused(copy, place, value):
     with config_of(copy) as config:
         *way, last = place.replace("block", "rlpjepa_zoo").split(".")
         at = config
@@ -585,14 +585,14 @@ def test_a_config_with_a_wrong_type_or_a_hostile_value_is_refused(copy, place, v
 
 
 @pytest.mark.parametrize("scheme", ["local-dir:", "hf-hub:"])
-def test_the_architecture_in_a_config_cannot_point_to_another_model(copy, published, scheme):
+def test_architecture_cannot_point_to_another_model(copy, published, scheme):
     with config_of(copy) as config:
         config["architecture"] = f"{scheme}{published}" if scheme == "local-dir:" else "hf-hub:someone/else"
     with refused(ModelError, match="architecture"):
         load_encoder(copy)
 
 
-def test_a_file_that_is_not_listed_with_its_sha256_is_refused(copy):
+def test_file_that_is_not_listed_with_its_sha256_is_refused(copy):
     with config_of(copy) as config:
         del config["rlpjepa_zoo"]["files"]["head.safetensors"]
     with refused(ModelError, match="head.safetensors is not listed"):
@@ -602,14 +602,14 @@ def test_a_file_that_is_not_listed_with_its_sha256_is_refused(copy):
 # --- sources -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_can_be_given_as_path_text_and_local_dir(published, encoder, monkeypatch):
+def test_folder_is_accepted_as_path_text_and_local_dir(published, encoder, monkeypatch):
     monkeypatch.chdir(published.parent)
     monkeypatch.setenv("HOME", str(published.parent))
     for source in (published, str(published), f"local-dir:{published}", "enc", Path("enc"), "local-dir:enc", "./enc/", "~/enc"):
         assert load_encoder(source).fingerprint() == encoder.fingerprint()
 
 
-def test_the_device_is_the_one_asked_for(published):
+def test_encoder_is_loaded_to_the_given_device(published):
     assert load_encoder(published, device=torch.device("cpu")).device.type == "cpu"
     assert load_encoder(published, device="meta").device.type == "meta"
 
@@ -619,25 +619,25 @@ def zoo_names(monkeypatch):
     monkeypatch.setattr(rlpjepa_zoo.hub.zoo, "_manifest", lambda: {"cifar10-resnet18": {"repo": "someone/x"}, "digits-vit": {}})
 
 
-def test_an_unknown_name_is_refused_with_the_nearest(zoo_names):
+def test_unknown_name_is_refused_with_the_nearest(zoo_names):
     with refused(UsageError, match="Did you mean 'cifar10-resnet18'"):
         load_encoder("cifar10-resnet81")
     with refused(UsageError, match="cifar10-resnet18, digits-vit"):
         load_encoder("something")
 
 
-def test_a_missing_folder_is_refused(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
     for source in (tmp_path / "none", str(tmp_path / "none"), f"local-dir:{tmp_path / 'none'}", "./none/here", "local-dir:owner/repo"):
         with refused(UsageError, ModelError, match="none|owner/repo"):
             load_encoder(source)
 
 
-def test_a_path_object_never_means_a_repository():
+def test_path_object_is_never_a_repository():
     with refused(UsageError, ModelError, match="runs/missing"):
         load_encoder(Path("runs/missing"))
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_empty_folder_is_refused(tmp_path):
     with refused(ModelError, match="no config.json"):
         load_encoder(tmp_path)
 
@@ -652,7 +652,7 @@ def test_malformed_sources_are_refused(source):
 
 
 @pytest.mark.parametrize("source", ["owner/repo", "hf-hub:owner/repo", "hf-hub:owner/repo@main", "owner/repo@v1"])
-def test_a_repository_that_is_not_in_the_cache_is_a_hub_error_offline(source, tmp_path):
+def test_offline_repository_outside_the_cache_is_a_hub_error(source, tmp_path):
     with refused(HubError, match="owner/repo"):
         load_encoder(source, cache_dir=tmp_path)
 
@@ -665,7 +665,7 @@ def full(*_, **__):
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.rename", "timm.models.save_for_hf"])
-def test_an_interrupted_first_save_leaves_nothing(monkeypatch, tmp_path, encoder, step):
+def test_interrupted_first_save_leaves_nothing(monkeypatch, tmp_path, encoder, step):
     with monkeypatch.context() as patch:
         patch.setattr(step, full)
         with refused(OutputError, match="No space left"):
@@ -674,7 +674,7 @@ def test_an_interrupted_first_save_leaves_nothing(monkeypatch, tmp_path, encoder
     assert load_encoder(encoder.save_pretrained(tmp_path / "enc")).fingerprint() == encoder.fingerprint()
 
 
-def test_a_write_that_fails_in_the_middle_leaves_the_old_folder_as_it_was(monkeypatch, copy, encoder):
+def test_failed_write_leaves_the_old_folder_unchanged(monkeypatch, copy, encoder):
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     calls = []
     monkeypatch.setattr(os, "fsync", lambda handle: full() if len(calls) == 3 else calls.append(handle))
@@ -685,7 +685,7 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_folder_as_it_was(monkey
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
-def test_a_half_replaced_folder_does_not_load(monkeypatch, copy, after):
+def test_half_replaced_folder_does_not_load(monkeypatch, copy, after):
     replace, calls = os.replace, []
 
     def failing(source, target):
@@ -703,7 +703,7 @@ def test_a_half_replaced_folder_does_not_load(monkeypatch, copy, after):
         load_encoder(copy)
 
 
-def test_saving_again_keeps_foreign_files_and_replaces_ours(copy):
+def test_saving_again_keeps_other_files(copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "sub").mkdir()
     other = make(projector_depth=1)
@@ -719,7 +719,7 @@ def test_missing_parents_are_made(tmp_path, encoder):
     assert load_encoder(path).fingerprint() == encoder.fingerprint()
 
 
-def test_the_current_folder_can_be_saved_into(tmp_path, monkeypatch, encoder):
+def test_current_folder_can_be_saved_into(tmp_path, monkeypatch, encoder):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     encoder.save_pretrained(".")
@@ -727,7 +727,7 @@ def test_the_current_folder_can_be_saved_into(tmp_path, monkeypatch, encoder):
     assert os.listdir(tmp_path) == ["here"]
 
 
-def test_a_path_that_cannot_be_a_folder_is_an_output_error(tmp_path, encoder):
+def test_path_that_cannot_be_a_folder_is_an_output_error(tmp_path, encoder):
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file", tmp_path / "file" / "enc", tmp_path / ("x" * 300)):
         with refused(OutputError, match="cannot write"):
@@ -736,13 +736,13 @@ def test_a_path_that_cannot_be_a_folder_is_an_output_error(tmp_path, encoder):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_backbone_whose_arguments_cannot_be_written_is_refused_when_saving(tmp_path):
+def test_backbone_argument_that_is_not_json_is_refused_when_saving(tmp_path):
     with refused(UsageError, match="act_layer"):
         make(act_layer=torch.nn.SiLU).save_pretrained(tmp_path / "enc")
     assert os.listdir(tmp_path) == []
 
 
-def test_an_encoder_that_is_not_finite_is_not_saved(copy):
+def test_encoder_with_infinite_weights_is_not_saved(copy):
     before = (copy / "config.json").read_bytes()
     enc = make()
     enc.projector[1].running_var[0] = float("inf")
@@ -752,7 +752,7 @@ def test_an_encoder_that_is_not_finite_is_not_saved(copy):
 
 
 @pytest.mark.parametrize("info", [{"loss": float("nan")}, {"array": np.zeros(2)}], ids=["nan", "array"])
-def test_a_record_that_is_not_json_is_refused_and_nothing_is_written(tmp_path, encoder, info):
+def test_info_that_is_not_json_is_refused_and_nothing_is_written(tmp_path, encoder, info):
     with pytest.raises((UsageError, NonFiniteError)):
         encoder.save_pretrained(tmp_path / "enc", info=info)
     assert os.listdir(tmp_path) == []
@@ -761,7 +761,7 @@ def test_a_record_that_is_not_json_is_refused_and_nothing_is_written(tmp_path, e
 # --- strict JSON ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_parse_json_takes_what_is_json():
+def test_parse_json_accepts_json():
     value = {"a": [1, 2.5, None, True, "é\n"], "b": {"a": {}}}
     assert files.parse_json(json.dumps(value, ensure_ascii=False).encode(), "x") == value
 
@@ -788,7 +788,7 @@ def test_front_matter_is_yaml_and_names_library_task_and_licence(published):
     assert {"timm", "rlpjepa_zoo", "sparse"} <= set(data["tags"])
 
 
-def test_the_hub_client_reads_the_results_from_the_model_index(published):
+def test_hub_client_reads_the_results_from_the_model_index(published):
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(published / "README.md")
@@ -796,7 +796,7 @@ def test_the_hub_client_reads_the_results_from_the_model_index(published):
     assert found == {("kNN, sparse embedding z", 0.7125, "digits"), ("linear probe, dense backbone features", 0.8, "digits")}
 
 
-def test_the_card_states_target_density_results_and_how_to_load(published):
+def test_card_states_target_density_results_and_how_to_load(published):
     _, text = front_matter(published)
     for part in ("p = 1, mu = -0.5, sigma = 0.7071", "| 0.310 | 0.303 | 0.290 | - |", "71.2 %", "80.0 %", "one seed", "- epochs: 3"):
         assert part in text
@@ -804,7 +804,7 @@ def test_the_card_states_target_density_results_and_how_to_load(published):
     assert "recipe.yaml" in text
 
 
-def test_the_card_of_an_untrained_encoder_says_so_and_claims_no_results(elsewhere):
+def test_card_of_an_untrained_encoder_claims_no_results(elsewhere):
     data, text = front_matter(elsewhere[0] / "test_resnet")
     assert "model-index" not in data
     assert "not trained" in text
@@ -812,7 +812,7 @@ def test_the_card_of_an_untrained_encoder_says_so_and_claims_no_results(elsewher
     assert "## Density" not in text
 
 
-def test_a_folder_with_somebody_elses_readme_is_left_alone(tmp_path):
+def test_folder_with_a_foreign_readme_is_not_changed(tmp_path):
     (tmp_path / "README.md").write_text("my notes")
     with refused(UsageError, match="README.md"):
         create_encoder("test_resnet", dim=8).save_pretrained(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import settled
+from published import config_of
 from refusals import refused
 
 import rlpjepa_zoo as rz
@@ -21,7 +22,7 @@ from rlpjepa_zoo.sparse.topk import Dial, keep_largest
 
 
 @given(st.integers(0, 5), st.integers(1, 12), st.integers(1, 14), st.integers(0, 10**6))
-def test_largest_values_are_those_that_a_sort_finds_and_ties_go_to_the_lower_column(rows: int, dim: int, k: int, seed: int) -> None:
+def test_keep_largest_equals_a_sort_and_ties_keep_the_lower_column(rows: int, dim: int, k: int, seed: int) -> None:
     z = torch.randint(0, 4, (rows, dim), generator=torch.Generator().manual_seed(seed)).float()  # many ties and zeros
     expected = torch.zeros_like(z)
     for row, values in enumerate(z.tolist()):
@@ -31,14 +32,14 @@ def test_largest_values_are_those_that_a_sort_finds_and_ties_go_to_the_lower_col
     assert SparseEmbeddings.from_dense(expected) == SparseEmbeddings.from_dense(z).top_k(k)
 
 
-def test_the_gradient_is_that_of_what_stays() -> None:
+def test_gradient_is_that_of_the_kept_values() -> None:
     z = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
     keep_largest(z, 2).sum().backward()
     assert z.grad is not None and z.grad.tolist() == [[1.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("mode", ["top_k", "threshold"])
-def test_the_asked_density_is_reached_on_unseen_images(mode: str) -> None:
+def test_asked_density_is_reached_on_unseen_images(mode: str) -> None:
     source = open_source(Recipe.load("digits").data)
     enc = rz.load_encoder("test_resnet.digits")
     assert source.eval is not None
@@ -51,7 +52,7 @@ def test_the_asked_density_is_reached_on_unseen_images(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["top_k", "threshold"])
-def test_the_dial_is_saved_with_the_encoder(tmp_path: Path, mode: str) -> None:
+def test_dial_is_saved_with_the_encoder(tmp_path: Path, mode: str) -> None:
     enc = settled()
     enc.config.info["results"] = {"knn_z": 0.9, "n_train": 5}
     assert "90.0 %" in enc.contents()["README.md"].decode()
@@ -69,7 +70,7 @@ def test_the_dial_is_saved_with_the_encoder(tmp_path: Path, mode: str) -> None:
     assert plain["rlpjepa_zoo"]["format"] == 2 and "dial" not in plain["rlpjepa_zoo"]
 
 
-def test_one_encoder_behind_two_dials_shares_its_weights() -> None:
+def test_encoders_with_different_dials_share_weights() -> None:
     enc = settled().eval()
     twin = enc.with_budget(2)
     x = torch.randn(5, 3, 32, 32)
@@ -77,7 +78,7 @@ def test_one_encoder_behind_two_dials_shares_its_weights() -> None:
     assert twin.backbone is enc.backbone and enc.config.dial is None
 
 
-def test_the_fingerprint_is_hashed_again_when_a_weight_changes() -> None:
+def test_fingerprint_is_recomputed_when_a_weight_changes() -> None:
     enc = settled()
     first = enc.fingerprint()
     assert enc.fingerprint() == first
@@ -91,7 +92,7 @@ def test_the_fingerprint_is_hashed_again_when_a_weight_changes() -> None:
     assert enc.fingerprint() == first
 
 
-def test_what_a_dial_cannot_do_is_refused() -> None:
+def test_impossible_dials_are_refused() -> None:
     enc = settled()
     images = torch.randn(16, 3, 32, 32)
     for call in (
@@ -113,24 +114,21 @@ def test_what_a_dial_cannot_do_is_refused() -> None:
     "dial", [3, [], {}, {"mode": "top_k"}, {"mode": "top_k", "value": 1.5}, {"mode": "x", "value": 1}, {"mode": "top_k", "value": 0},
              {"mode": "threshold", "value": -1.0}, {"mode": "top_k", "value": 3, "more": 1}, {"mode": "top_k", "value": True}]
 )  # fmt: skip
-def test_a_strangers_dial_is_checked(tmp_path: Path, dial: object) -> None:
-    from rlpjepa_zoo.hub import format as hub_format
-
+def test_untrusted_dial_is_checked(tmp_path: Path, dial: object) -> None:
     path = settled().with_budget(3).save_pretrained(tmp_path / "enc")
-    config, contents = hub_format.snapshot(path)
-    config[hub_format.BLOCK]["dial"] = dial
-    hub_format.write_folder(path, hub_format.seal(contents, config))
+    with config_of(path) as config:
+        config["rlpjepa_zoo"]["dial"] = dial
     with refused(ModelError, match="dial"):
         rz.load_encoder(path)
 
 
-def test_the_command_writes_an_encoder_behind_a_dial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dial_command_writes_an_encoder_with_a_dial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["dial", "test_resnet.digits", "--density", "0.05", "--out", str(tmp_path / "sparser")]) == 0
     assert "each image keeps its 13 largest values of 256" in capsys.readouterr().out
     assert rz.load_encoder(tmp_path / "sparser").config.dial == Dial("top_k", 13, 0.05)
 
 
-def test_an_exported_encoder_keeps_its_dial(tmp_path: Path) -> None:
+def test_exported_encoder_keeps_its_dial(tmp_path: Path) -> None:
     import onnxruntime
 
     from rlpjepa_zoo.models.export import export

@@ -47,7 +47,7 @@ def unchanged(module, before):
 
 
 @backbones
-def test_codes_are_non_negative_with_exact_zeros_and_features_have_the_configured_width(name, options, size):
+def test_codes_are_sparse_and_features_have_the_configured_width(name, options, size):
     enc = make(name, dim=64, **options)
     enc.eval()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_codes_are_non_negative_with_exact_zeros_and_features_have_the_configure
 
 
 @backbones
-def test_forward_features_and_projector_agree_with_each_other_and_with_timm(name, options, size):
+def test_forward_features_and_projector_agree_with_timm(name, options, size):
     import timm
 
     enc = make(name, **options).eval()
@@ -82,19 +82,19 @@ def test_gradient_reaches_every_parameter():
     assert enc.backbone.conv1[0].weight.grad.abs().sum() > 0
 
 
-def test_a_new_encoder_is_in_training_mode_and_on_the_cpu():
+def test_new_encoder_is_in_training_mode_and_on_the_cpu():
     enc = make()
     assert all(module.training for module in enc.modules())
     assert enc.device == torch.device("cpu")
 
 
-def test_the_same_global_seed_gives_the_same_weights_and_another_does_not():
+def test_global_seed_determines_the_weights():
     first, second = make(), make()
     assert first.fingerprint() == second.fingerprint()
     assert first.fingerprint() != create_encoder("test_resnet", dim=24, hidden_dim=20, preprocess=SMALL).fingerprint()
 
 
-def test_fingerprint_sees_one_weight_one_buffer_and_the_preprocessing():
+def test_fingerprint_depends_on_weights_buffers_and_preprocessing():
     reference = make().fingerprint()
     weight, buffer = make(), make()
     weight.projector[0].weight.data.view(-1)[7] += 1e-6
@@ -135,7 +135,7 @@ def test_projector_does_not_overwrite_the_features():
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "resnet10_small_narrow"])
-def test_a_frozen_backbone_gets_no_gradient_and_keeps_its_buffers_while_the_projector_learns(name):
+def test_frozen_backbone_is_unchanged_while_the_projector_learns(name):
     enc = make(name, freeze_backbone=True).train()
     before, head = snapshot(enc.backbone), snapshot(enc.projector)
     x = batch(64, n=8)
@@ -150,7 +150,7 @@ def test_a_frozen_backbone_gets_no_gradient_and_keeps_its_buffers_while_the_proj
     assert not torch.equal(enc.projector[1].running_mean, head["1.running_mean"])
 
 
-def test_without_freezing_the_buffers_of_the_backbone_move():
+def test_buffers_of_an_unfrozen_backbone_change():
     enc = make()
     before = snapshot(enc.backbone)
     enc(batch(n=8))
@@ -164,7 +164,7 @@ def test_without_freezing_the_buffers_of_the_backbone_move():
     ("name", "nearest"),
     [("resnet81", "resnet18"), ("resnet18_smal", "resnet18_small"), ("vit_tiny_patch16_225.x", "vit_tiny_patch16_224")],
 )
-def test_an_unknown_backbone_is_refused_with_the_nearest_name(name, nearest):
+def test_unknown_backbone_is_refused_with_the_nearest_name(name, nearest):
     with refused(ModelError, match=f"Did you mean '{nearest}'"):
         create_encoder(name)
 
@@ -173,7 +173,7 @@ NO_BACKBONES = ["", "os.system", "torch.nn.Linear", "../x", "test_resnet.no_such
 
 
 @pytest.mark.parametrize("name", NO_BACKBONES)
-def test_names_that_are_no_backbone_are_refused(name):
+def test_invalid_backbone_names_are_refused(name):
     with refused(ModelError):
         create_encoder(name)
 
@@ -196,7 +196,7 @@ def test_names_that_are_no_backbone_are_refused(name):
     ],
     ids=repr,
 )
-def test_bad_timm_arguments_are_refused_in_one_line_naming_the_argument(name, options):
+def test_invalid_timm_arguments_are_refused_by_name(name, options):
     with refused(ModelError, match=next(iter(options))):
         create_encoder(name, **options)
 
@@ -232,7 +232,7 @@ def test_input_of_a_wrong_shape_or_type_is_refused(x):
 
 @pytest.mark.parametrize("name", ["resnet10_small_narrow", "resnet18_small", "resnet50_small"])
 @pytest.mark.parametrize(("padding", "side"), [(1, 4), (2, 5)])
-def test_the_last_map_of_a_32_pixel_image(name, padding, side):
+def test_last_feature_map_of_a_32_pixel_image(name, padding, side):
     backbone = make(name, stem_padding=padding).backbone.eval()
     with torch.no_grad():
         assert backbone.forward_features(batch(n=1)).shape[-2:] == (side, side)
@@ -263,7 +263,7 @@ def test_resnet18_small_counts_by_hand():
     assert 27 * 64 + 2 * 64 + stages == 11_168_832
 
 
-def test_reported_reductions_are_the_real_ones():
+def test_reported_reductions_are_correct():
     backbone = make("resnet18_small").backbone.eval()
     maps = {}
     for info in backbone.feature_info:
@@ -290,7 +290,7 @@ def test_transform_takes_odd_sizes(size):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "vit_tiny_patch16_224"])
-def test_the_preprocessing_follows_the_image_size_asked_of_a_vit(name):
+def test_preprocessing_follows_the_image_size_of_a_vit(name):
     enc = make(name, preprocess=None, depth=1, **VIT)
     assert enc.config.preprocess.size == (32, 32)
     assert enc.embed([Image.new("RGB", (40, 50))]).shape == (1, 24)
@@ -371,7 +371,7 @@ def test_embed_restores_the_mode_after_an_error(tmp_path):
     assert enc.training
 
 
-def test_embed_leaves_the_global_random_state_alone(pictures):
+def test_embed_does_not_change_the_global_random_state(pictures):
     enc = make()
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -380,7 +380,7 @@ def test_embed_leaves_the_global_random_state_alone(pictures):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_training_goes_on_after_embed(pictures):
+def test_training_continues_after_embed(pictures):
     enc = make()
     enc.embed(pictures)
     enc(batch(n=4)).sum().backward()
@@ -403,7 +403,7 @@ def test_bad_options_are_refused(pictures, options):
         make().embed(pictures, **options)
 
 
-def test_meta_names_the_encoder_and_other_encoders_do_not_mix(pictures):
+def test_meta_names_the_encoder_and_other_encoders_are_refused(pictures):
     enc, other = make(), make(projector_depth=2)
     a, b = enc.embed(pictures), other.embed(pictures)
     assert a.meta == {"model": enc.fingerprint(), "architecture": "test_resnet"}
@@ -420,7 +420,7 @@ def test_weights_that_are_not_finite_are_reported(pictures, where, value):
         enc.embed(pictures)
 
 
-def test_progress_goes_to_stderr_and_silence_is_the_default(pictures, capfd):
+def test_progress_is_shown_on_stderr_only_when_asked(pictures, capfd):
     enc = make()
     enc.embed(pictures)
     assert capfd.readouterr() == ("", "")
@@ -473,7 +473,7 @@ def test_one_file_and_one_image_give_one_row(image_folder, pictures):
     assert enc.embed(pictures[0]).shape == (1, 24)
 
 
-def test_an_empty_list_and_an_empty_tensor_give_no_rows():
+def test_empty_list_and_an_empty_tensor_give_no_rows():
     enc = make()
     for source in ([], torch.zeros(0, 3, 32, 32)):
         e = enc.embed(source)
@@ -489,13 +489,13 @@ def partly_damaged(image_folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_stops_by_default_and_is_named(partly_damaged, workers):
+def test_unreadable_image_is_an_error_that_names_it(partly_damaged, workers):
     with refused(DataError, match=r"^blue/01\.png: .*on_error='skip'"):
         make().embed(partly_damaged, num_workers=workers)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_unreadable_images_can_be_skipped_and_are_recorded(partly_damaged, batch_size):
+def test_unreadable_images_can_be_skipped_and_are_listed(partly_damaged, batch_size):
     enc, failures = make(), []
     e = enc.embed(partly_damaged, batch_size=batch_size, on_error="skip", failures=failures)
     damaged = ["blue/01.png", "blue/02.png", "blue/05.png"]
@@ -506,7 +506,7 @@ def test_unreadable_images_can_be_skipped_and_are_recorded(partly_damaged, batch
     assert len(enc.embed(partly_damaged, batch_size=batch_size, on_error="skip")) == 37
 
 
-def test_when_every_image_is_skipped_there_are_no_rows(tmp_path):
+def test_no_readable_image_gives_no_rows(tmp_path):
     (tmp_path / "x.png").touch()
     failures = []
     e = make().embed(tmp_path, on_error="skip", failures=failures)
@@ -514,7 +514,7 @@ def test_when_every_image_is_skipped_there_are_no_rows(tmp_path):
     assert len(failures) == 1
 
 
-def test_a_broken_row_of_a_dataset_is_skipped_by_number(pictures):
+def test_broken_row_of_a_dataset_is_skipped_by_number(pictures):
     buffer = io.BytesIO()
     pictures[0].save(buffer, "PNG")
     good = {"bytes": buffer.getvalue(), "path": None}
@@ -526,7 +526,7 @@ def test_a_broken_row_of_a_dataset_is_skipped_by_number(pictures):
     assert [row for row, _ in failures] == [1, 2]
 
 
-def test_a_truncated_pil_image_counts_as_unreadable(tmp_path, pictures):
+def test_truncated_pil_image_is_unreadable(tmp_path, pictures):
     pictures[4].save(tmp_path / "x.jpg")
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:700])
     with refused(DataError):
@@ -546,7 +546,7 @@ def test_tensor_and_files_of_the_same_images_give_the_same_codes(image_folder):
     np.testing.assert_array_equal(enc.embed(x).to_dense(), enc.embed(files).to_dense())
 
 
-def test_an_error_among_workers_leaves_no_process_behind(image_folder):
+def test_error_in_a_worker_leaves_no_process(image_folder):
     import multiprocessing
 
     (image_folder / "red" / "05.png").write_bytes(b"broken")

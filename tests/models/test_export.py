@@ -82,7 +82,7 @@ def encoder():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_file_gives_the_encoders_numbers_and_zeros_for_any_batch(exported, case, suffix):
+def test_file_gives_the_encoders_outputs_for_any_batch(exported, case, suffix):
     enc, files = exported(case)
     for n in (1, 2, 7):
         x = images(enc, n)
@@ -97,7 +97,7 @@ def test_the_file_gives_the_encoders_numbers_and_zeros_for_any_batch(exported, c
         assert 0.1 < float((wanted.z == 0).float().mean()) < 0.9  # else equal zeros would say little
 
 
-def test_evaluation_mode_is_exported_whatever_the_encoders_mode(exported):
+def test_evaluation_mode_is_exported_from_any_mode(exported):
     enc, files = exported("resnet")
     x = images(enc, 7)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_names_and_shapes_in_the_onnx_file(exported):
     onnx.checker.check_model(str(files[".onnx"]), full_check=True)
 
 
-def test_the_pt2_file_runs_without_this_package_and_timm(exported):
+def test_pt2_file_runs_without_this_package_and_timm(exported):
     _, files = exported("vit")
     code = (
         "import sys, torch\ntorch.set_num_threads(1)\n"
@@ -128,7 +128,7 @@ def test_the_pt2_file_runs_without_this_package_and_timm(exported):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_the_metadata_says_how_to_preprocess_and_which_encoder_it_is(exported, suffix):
+def test_metadata_holds_preprocessing_and_fingerprint(exported, suffix):
     enc, files = exported("resnet")
     found = metadata(files[suffix])
     assert found["architecture"] == "test_resnet" and found["fingerprint"] == enc.fingerprint()
@@ -161,7 +161,7 @@ def test_no_member_of_the_pt2_file_is_a_pickle(exported):
         assert pickles(exported(case)[1][".pt2"].read_bytes()) == []
 
 
-def test_the_scan_finds_pickles_where_they_are():
+def test_pickle_scan_finds_pickles():
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), buffer)
     assert [name.split("/", 1)[1] for name in pickles(buffer.getvalue())] == ["data/sample_inputs/model.pt/archive/data.pkl"]
@@ -179,7 +179,7 @@ def test_opening_the_pt2_file_unpickles_nothing(exported, monkeypatch):
     assert run(exported("vit")[1][".pt2"], torch.zeros(1, 3, 32, 32))["z"].shape == (1, 24)
 
 
-def test_a_torch_that_would_pickle_is_refused(tmp_path, encoder, monkeypatch):
+def test_torch_that_would_pickle_is_refused(tmp_path, encoder, monkeypatch):
     save = torch.export.save
 
     def pickling(program, *args, **kwargs):
@@ -204,7 +204,7 @@ def test_no_path_of_this_machine_is_in_the_file(exported, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_mode_weights_gradients_random_state_and_standard_output_stay(tmp_path, capfd, suffix):
+def test_export_changes_no_mode_weight_gradient_or_random_state(tmp_path, capfd, suffix):
     enc = make("resnet10_small_narrow", freeze_backbone=True)
     enc.projector[1].eval()
     enc(images(enc, 4)).sum().backward()
@@ -222,7 +222,7 @@ def test_mode_weights_gradients_random_state_and_standard_output_stay(tmp_path, 
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_surroundings_of_the_call_and_order_in_memory_do_not_matter(tmp_path, encoder, recwarn):
+def test_autocast_and_memory_format_do_not_change_the_file(tmp_path, encoder, recwarn):
     x = images(encoder, 3)
     plain = run(export(encoder, tmp_path / "plain.pt2"), x)["z"]
     with torch.inference_mode():
@@ -238,7 +238,7 @@ def test_surroundings_of_the_call_and_order_in_memory_do_not_matter(tmp_path, en
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_encoder_on_a_gpu_stays_there_and_its_file_runs_on_the_cpu(tmp_path, suffix):
+def test_encoder_on_a_gpu_stays_there_and_its_file_runs_on_the_cpu(tmp_path, suffix):
     enc = make().cuda()
     path = export(enc, tmp_path / f"enc{suffix}")
     assert {p.device.type for p in enc.state_dict().values()} == {"cuda"}
@@ -251,13 +251,13 @@ def test_an_encoder_on_a_gpu_stays_there_and_its_file_runs_on_the_cpu(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["enc.pt", "enc.onnx.gz", "enc", "enc.ONNX", ".pt2"])
-def test_another_ending_is_refused(tmp_path, encoder, name):
+def test_unknown_suffix_is_refused(tmp_path, encoder, name):
     with refused(UsageError, match=r"\.onnx or \.pt2"):
         export(encoder, tmp_path / name)
     assert os.listdir(tmp_path) == []
 
 
-def test_an_existing_file_is_replaced_only_when_asked(tmp_path, encoder):
+def test_existing_file_is_replaced_only_when_asked(tmp_path, encoder):
     path = tmp_path / "enc.pt2"
     path.write_text("kept")
     with refused(UsageError, match="exists"):
@@ -272,7 +272,7 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, encoder):
         export(encoder, tmp_path / "folder.pt2", overwrite=True)
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, encoder):
+def test_path_that_cannot_be_written_is_refused(tmp_path, encoder):
     (tmp_path / "file").write_text("kept")
     for path in (tmp_path / "file" / "enc.pt2", tmp_path / "missing" / "enc.pt2", tmp_path / ("x" * 300 + ".pt2")):
         with refused(OutputError, match="cannot write"):
@@ -280,7 +280,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, encoder):
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_full_disk_leaves_nothing_and_the_old_file(tmp_path, encoder, monkeypatch):
+def test_full_disk_leaves_only_the_old_file(tmp_path, encoder, monkeypatch):
     def full(path, data):
         path.write_bytes(data[:100])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -313,27 +313,27 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_a_file_that_gives_other_numbers_is_refused_and_the_old_one_kept(tmp_path, encoder, monkeypatch, kind):
+def test_file_with_other_outputs_is_refused_and_the_old_file_kept(tmp_path, encoder, monkeypatch, kind):
     change, match = SPOILT[kind]
     (tmp_path / "enc.pt2").write_text("kept")
-    monkeypatch.setattr(module, "_open", spoiled(change))
+    monkeypatch.setattr(module.EXPORT_FORMATS[".pt2"], "open", spoiled(change))
     with refused(ModelError, match=match):
         export(encoder, tmp_path / "enc.pt2", overwrite=True)
     assert os.listdir(tmp_path) == ["enc.pt2"] and (tmp_path / "enc.pt2").read_text() == "kept"
 
 
-def test_a_difference_of_rounding_passes(tmp_path, encoder, monkeypatch):
+def test_rounding_differences_are_accepted(tmp_path, encoder, monkeypatch):
     def rounded(out):
         z = out["z"]
         return {**out, "z": torch.where(z == 0, 1e-6 * z.max(), z * (1 + 1e-6))}
 
-    monkeypatch.setattr(module, "_open", spoiled(rounded))
+    monkeypatch.setattr(module.EXPORT_FORMATS[".pt2"], "open", spoiled(rounded))
     assert export(encoder, tmp_path / "enc.pt2").is_file()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_does_not_open_is_refused(tmp_path, encoder, monkeypatch, suffix):
-    monkeypatch.setattr(module, "_convert", lambda *_: b"no model")
+def test_file_that_does_not_open_is_refused(tmp_path, encoder, monkeypatch, suffix):
+    monkeypatch.setattr(module.EXPORT_FORMATS[suffix], "convert", lambda *_: b"no model")
     with refused(ModelError, match="does not open"):
         export(encoder, tmp_path / f"enc{suffix}")
     assert os.listdir(tmp_path) == []
@@ -376,7 +376,7 @@ class Unknown(OnePerBatch):
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [(OnePerBatch, ".pt2"), (OnePerBatch, ".onnx"), (Unknown, ".onnx")])
-def test_an_architecture_that_cannot_be_exported_is_refused_with_the_reason(tmp_path, capfd, kind, suffix):
+def test_unexportable_architecture_is_refused_with_the_reason(tmp_path, capfd, kind, suffix):
     enc = make("resnet10_small_narrow")
     enc.backbone = kind(enc.backbone)
     with refused(ModelError, match=rf"'resnet10_small_narrow' cannot be exported to {suffix}: \w.{{10}}") as info:
@@ -386,7 +386,7 @@ def test_an_architecture_that_cannot_be_exported_is_refused_with_the_reason(tmp_
     assert out == "" and "def forward" not in err  # torch prints whole graphs
 
 
-def test_a_model_that_wants_one_batch_size_is_refused(tmp_path):
+def test_model_with_a_fixed_batch_size_is_refused(tmp_path):
     class Fixed(OnePerBatch):
         def forward(self, x):
             return self.inside(x) + torch.arange(2).view(2, 1) if len(x) == 2 else self.inside(x)

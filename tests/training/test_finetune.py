@@ -1,6 +1,7 @@
 """Fine-tuning: losses, rates and draws against independent ones, exact resume, and a folder that plain timm opens."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -498,25 +499,28 @@ def test_one_flipped_byte_anywhere_is_found(tmp_path: Path, input: str) -> None:
 
 
 def test_a_folder_whose_golden_logits_are_not_its_own_is_refused(tmp_path: Path) -> None:
-    from rlpjepa_zoo.hub.format import BLOCK, seal, snapshot, write_folder
+    from published import config_of, reseal
 
     a = make_classifier(settled("test_resnet"), ["cat", "dog"]).eval()
     b = make_classifier(settled("test_resnet"), ["cat", "dog"]).eval()
     with torch.no_grad():
         b.head.bias += 1
     one, other = a.save_pretrained(tmp_path / "a"), b.save_pretrained(tmp_path / "b")
-    config, contents = snapshot(one)
-    mixed = seal({**contents, "golden.safetensors": (other / "golden.safetensors").read_bytes()}, config)
+    mixed = Path(shutil.copytree(one, tmp_path / "mixed"))
+    shutil.copy(other / "golden.safetensors", mixed)
+    reseal(mixed)
     with refused(ModelError, match="codes differ from the saved ones"):
-        rz.load_classifier(write_folder(tmp_path / "mixed", mixed))
+        rz.load_classifier(mixed)
     for block, said in (
         ({"classes": ["cat"]}, "classifier.classes"),
         ({"classes": list("abc")}, "expected F32"),
         ({"input": "z"}, "classifier.input"),
     ):
-        changed = {**config, BLOCK: {**config[BLOCK], "classifier": {**config[BLOCK]["classifier"], **block}}}
+        changed = Path(shutil.copytree(one, tmp_path / f"changed{said}"))
+        with config_of(changed) as config:
+            config["rlpjepa_zoo"]["classifier"] |= block
         with refused(ModelError, match=said):
-            rz.load_classifier(write_folder(tmp_path / f"changed{said}", seal(contents, changed)))
+            rz.load_classifier(changed)
 
 
 def test_encoders_and_classifiers_are_not_taken_for_each_other(tmp_path: Path, whole: Path) -> None:

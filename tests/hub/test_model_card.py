@@ -1,0 +1,108 @@
+"""The card of a published encoder: its content, rewriting it, and info that it cannot show."""
+
+import os
+
+import pytest
+from published import read_config
+from refusals import refused
+from tiny_hub import INFO, REPO
+
+import rlpjepa_zoo as rz
+from rlpjepa_zoo.errors import ModelError, UsageError
+from rlpjepa_zoo.hub import card, download
+from rlpjepa_zoo.hub.folder import write_folder
+
+
+def test_card_edited_on_the_hub_is_refused_with_a_mend(published, run):
+    published.put(REPO, {"README.md": published.files(REPO)["README.md"] + b"more"})
+    with refused(ModelError, match="README.md: differs.*edited on the Hub: its owner must push again"):
+        rz.load_encoder(REPO)
+    assert run("card", download.resolve(REPO), "--write")[0] == 2
+
+
+def test_card_on_the_hub_names_its_repository_and_figures(published, encoder):
+    text = published.files(REPO)["README.md"].decode()
+    assert f'rz.load_encoder("{REPO}")' in text
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
+    assert "| 0.310 | 0.303 | 0.290 | 0.300 |" in text
+    assert "(training.png)" in text and "(accuracy.png)" in text
+    assert "| active dimensions | 1 | 2 | 4 |" in text and "| kNN | 20.0 % | 40.0 % | 60.0 % |" in text
+    assert "n_test" not in text and "10 test images; made-up figures" in text
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-feature-extraction", "apache-2.0")
+    assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7)]
+
+
+def test_rewriting_the_card_leaves_other_files_unchanged(tmp_path, encoder):
+    path = encoder.save_pretrained(tmp_path / "enc", info=INFO, recipe="name: tiny\n")
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    (path / "README.md").write_text("edited by hand")
+    with refused(ModelError, match=r"README.md: differs.*rlpjepa card .* --write"):
+        rz.load_encoder(path)
+    write_folder(path, card.rewritten(path, "owner/repo"))
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    contents = card.rewritten(path, "owner/other")
+    assert {name for name, content in contents.items() if content != before[name]} == {"README.md", "config.json"}
+    (path / "head.safetensors").write_bytes(b"x")
+    with refused(ModelError, match="head.safetensors: differs"):
+        card.rewritten(path, "owner/other")
+
+
+def test_notes_and_licence_are_kept(tmp_path, encoder):
+    path = encoder.save_pretrained(tmp_path / "enc", info=INFO)
+    write_folder(path, card.rewritten(path, "owner/x", license="mit", notes="## Why\n\nBecause of *birds*."))
+    text = (path / "README.md").read_text()
+    assert "Because of *birds*." in text and "license: mit" in text
+    assert read_config(path)["pretrained_cfg"]["license"] == "mit"
+    write_folder(path, card.rewritten(path, "owner/y"))
+    assert "Because of *birds*." in (path / "README.md").read_text()
+    assert rz.load_encoder(path).config.info["license"] == "mit"
+    with refused(UsageError, match="info.license"):
+        card.rewritten(path, "owner/y", license="my own")
+
+
+@pytest.mark.parametrize(
+    ("info", "match"),
+    [
+        ({"target": "x"}, "info.target"), ({"density": "12%"}, "info.density"), ({"results": {"knn_z": "0.9"}}, "info.results.knn_z"),
+        ({"training": [1]}, "info.training"), ({"results": {"curve": {"active": "x"}}}, "info.results.curve.active"),
+        ({"x": "y" * (1 << 20)}, "limit"), ({1: 1, "1": 2}, "info"), ({"density": {"asked": float("nan")}}, "info.density.asked"),
+    ],
+)  # fmt: skip
+def test_invalid_info_is_refused_when_saving(tmp_path, encoder, info, match):
+    with refused(UsageError, match=match):
+        encoder.save_pretrained(tmp_path / "enc", info=info)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "info", [{"results": None}, {"history": [{"step": 1}]}, {"density": {}}, {"target": None}, {"data": None}], ids=str
+)
+def test_incomplete_info_gives_an_incomplete_card(tmp_path, encoder, info):
+    path = encoder.save_pretrained(tmp_path / "enc", info={**INFO, **info})
+    rz.load_encoder(path)
+
+
+def test_card_states_missed_density_and_better_pixels(encoder, tmp_path):
+    results = {"knn_z": 0.5, "knn_pixels": 0.6}
+    path = encoder.save_pretrained(tmp_path / "enc", info={**INFO, "density": {"asked": 0.1, "eval": 0.25}, "results": results})
+    text = (path / "README.md").read_text()
+    assert "The density asked for, 0.1, was **missed**: 0.25" in text and "Raw pixels do better" in text
+    assert "split: test" not in text  # nobody said that these were test images
+
+
+def test_card_command(local, run, tmp_path):
+    code, out, _ = run("card", local)
+    assert code == 0 and out == (local / "encoder" / "README.md").read_text()
+    assert 'rz.load_encoder("a/b")' in run("card", local, "--name", "a/b")[1]
+    assert run("card", local, "--out", tmp_path / "shown")[0] == 0
+    assert {p.name for p in (tmp_path / "shown").iterdir()} == {"README.md", "training.png", "accuracy.png"}
+    (local / "encoder" / "README.md").write_text("edited")
+    assert run("card", local, "--write", "--name", "a/b")[0] == 0
+    assert 'rz.load_encoder("a/b")' in (local / "encoder" / "README.md").read_text()
+    rz.load_encoder(local)
+    assert run("card", local, "--write", "--out", tmp_path)[0] == 2
+    (tmp_path / "file").write_text("x")
+    assert run("card", local, "--out", tmp_path / "file")[0] == 6

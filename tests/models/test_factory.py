@@ -1,0 +1,81 @@
+"""Untrusted configurations of backbones are refused before memory is used."""
+
+import json
+import time
+
+import pytest
+import timm
+import torch
+from published import config_of
+from refusals import refused
+from tiny_hub import INFO, REPO, make
+
+import rlpjepa_zoo as rz
+from rlpjepa_zoo.errors import ModelError
+from rlpjepa_zoo.hub.folder import write_folder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def contents(encoder):
+    return encoder.contents(name=REPO, recipe="name: tiny\n", info=INFO)
+
+
+BOMBS = {
+    "dpn68": {"k_sec": [65536, 4, 20, 3]},
+    "dla34": {"levels": [1, 1, 30, 2, 2, 1]},
+    "focalnet_tiny_srf": {"focal_levels": [16000] * 4},
+    "tiny_vit_5m_224": {"window_sizes": [7, 7, 400, 7]},
+    "davit_tiny": {"depths": [256] * 60},
+    "swin_tiny_patch4_window7_224": {"depths": [256] * 20},
+    "test_vit": {"depth": 200, "embed_dim": 16384},
+    "hieradet_small": {"stages": [4000, 2, 3, 2]},
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.parametrize("ours", [True, False])
+def test_config_larger_than_its_files_is_refused_at_once(tmp_path, contents, name, ours):
+    path = write_folder(tmp_path / "enc", contents)
+    with config_of(path) as config:
+        config |= {"architecture": name, "model_args": BOMBS[name]}
+        if not ours:
+            del config["rlpjepa_zoo"]
+    started = time.monotonic()
+    with refused(ModelError):
+        rz.load_encoder(path) if ours else rz.create_encoder(f"local-dir:{path}", pretrained=True)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.slow
+def test_every_timm_architecture_builds_without_memory():
+    failed = []
+    for name in timm.list_models():
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, num_classes=0)
+        except Exception as error:
+            failed.append((name, error))
+    assert failed == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_args": {"features_only": True}}, {"model_args": {"global_pool": ""}}, {"model_args": {"pretrained_strict": False}},
+        {"pretrained_cfg": {"input_size": [3, 99999, 99999]}}, {"pretrained_cfg": {"mean": "x"}}, {"pretrained_cfg": {"crop_pct": [1]}},
+        {"architecture": "hf-hub:a/b"}, {"architecture": None}, {"model_args": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_untrusted_timm_config_is_checked(tmp_path, change):
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=0), tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {**change, "pretrained_cfg": config["pretrained_cfg"] | change.get("pretrained_cfg", {})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with refused(ModelError):
+        rz.create_encoder(f"local-dir:{tmp_path}", pretrained=True)

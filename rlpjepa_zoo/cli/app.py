@@ -82,7 +82,7 @@ def train(
 ) -> None:
     """Pretrain an encoder by a recipe; also under `accelerate launch -m rlpjepa_zoo train ...` and torchrun."""
     from ..config.pretrain import Recipe
-    from ..training.pretrain import train as run
+    from ..training.tasks.pretrain import train as run
 
     resolved = Recipe.load(recipe, overrides or [])
     _go("encoder", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
@@ -113,7 +113,7 @@ def finetune(
 ) -> None:
     """Make an encoder a classifier of labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
     from ..config.finetune import TuningRecipe
-    from ..training.finetune import finetune as run
+    from ..training.tasks.finetune import finetune as run
 
     resolved = TuningRecipe.load(recipe, overrides or [])
     _go("classifier", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
@@ -138,7 +138,8 @@ def _facts(recipe: Any) -> dict[str, Any]:
     import torch
 
     from ..errors import RecipeError
-    from ..training.online_probes import build_encoder, build_objective, unlike_pretraining
+    from ..training.tasks.encoders import build_encoder, preprocessing_warnings
+    from ..training.tasks.pretrain import build_objective
 
     mu, sigma = recipe.target.law()
     empty = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
@@ -149,7 +150,7 @@ def _facts(recipe: Any) -> dict[str, Any]:
             encoder.eval()(torch.empty(2, 3, side, side))
         except Exception as error:
             raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
-    for sentence in unlike_pretraining(recipe, encoder):
+    for sentence in preprocessing_warnings(recipe, encoder):
         logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
     return {
         "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
@@ -166,9 +167,9 @@ def _facts_of_tuning(recipe: Any) -> tuple[Any, dict[str, Any]]:
     """The recipe with what it leaves to the encoder it starts from, which is loaded, and derived numbers."""
     import dataclasses
 
-    from ..training.finetune import start_encoder
+    from ..training.tasks.encoders import start_encoder
 
-    encoder = start_encoder(recipe)
+    encoder = start_encoder(recipe.start, recipe.seed)
     return recipe.settled(dataclasses.asdict(encoder.config.preprocess)), {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..evaluation.evaluate import accuracy_table, evaluate, with_results
 from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
-from ..training.pretrain import train
+from ..training.tasks.pretrain import train
 from .plots import overview
 
 

@@ -25,7 +25,7 @@ from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputErro
 from ..evaluation import diagnostics
 from ..evaluation.metrics import alarms
 from ..models.pretrained import load_encoder
-from ..training.run_dir import Run, is_number, read_run
+from ..training.run_dir import RunFiles, is_number, read_run
 from .sections import Codes, render
 
 __all__ = ["report", "write"]
@@ -91,7 +91,7 @@ def write(
 # --- measuring ------------------------------------------------------------------------------------------------------------------------
 
 
-def _moved(run: Run, overrides: Sequence[str]) -> Recipe:
+def _moved(run: RunFiles, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         part, _, key = override.partition("=")[0].partition(".")
         if part != "data" or key not in _OPENING:
@@ -100,7 +100,7 @@ def _moved(run: Run, overrides: Sequence[str]) -> Recipe:
     return Recipe.load(run.path / "recipe.yaml", ["hub={}", *overrides])
 
 
-def _embed(run: Run, moved: Recipe, most: int, batch_size: int, num_workers: int, device: str, progress: bool) -> Codes:
+def _embed(run: RunFiles, moved: Recipe, most: int, batch_size: int, num_workers: int, device: str, progress: bool) -> Codes:
     """Embeddings of evaluation images by the published encoder."""
     folder = run.path / "encoder"
     if not folder.is_dir():
@@ -131,7 +131,7 @@ def _embed(run: Run, moved: Recipe, most: int, batch_size: int, num_workers: int
 # --- figures --------------------------------------------------------------------------------------------------------------------------
 
 
-def _steps(run: Run, info: dict[str, Any]) -> int:
+def _steps(run: RunFiles, info: dict[str, Any]) -> int:
     """Steps of the whole run: from the number of its images where that is recorded, else from the epochs that its rows count."""
     seen = (info.get("training") or {}).get("images") or run.recipe.data.length
     if isinstance(seen, int):
@@ -140,7 +140,7 @@ def _steps(run: Run, info: dict[str, Any]) -> int:
     return max(1, round(run.recipe.train.epochs * round(row["step"] / row["epoch"]))) if row else int(run.rows[-1]["step"])
 
 
-def _figures(run: Run, codes: Codes | None) -> dict[str, Any]:
+def _figures(run: RunFiles, codes: Codes | None) -> dict[str, Any]:
     """The main figures, JSON-able; None where a thing was not measured."""
     theory = run.recipe.target.density_in_theory()
     info = codes.info if codes is not None else run.info
@@ -167,7 +167,7 @@ def _figures(run: Run, codes: Codes | None) -> dict[str, Any]:
     return found
 
 
-def _scored(run: Run, codes: Codes | None) -> int | None:
+def _scored(run: RunFiles, codes: Codes | None) -> int | None:
     """How many images the run's own evaluation looked at, where that is known."""
     if codes is not None:
         return min(run.recipe.probe.eval_images if codes.split == "evaluation" else run.recipe.probe.bank, codes.of)

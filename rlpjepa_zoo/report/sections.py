@@ -13,7 +13,7 @@ from ..evaluation import diagnostics
 from ..evaluation.diagnostics import Array
 from ..evaluation.evaluate import knn_accuracy
 from ..hub.card_figures import ACCENT, INK, SECOND
-from ..training.run_dir import Run
+from ..training.run_dir import RunFiles
 from . import charts, html, plots
 from .charts import Level, Line
 from .html import Html, Key, figure, section, tag
@@ -42,7 +42,7 @@ class Codes(NamedTuple):
         return f"n = {len(self.z):,} {self.split} images"
 
 
-def render(run: Run, codes: Codes | None, missing: str, figures: dict[str, Any], command: str) -> str:
+def render(run: RunFiles, codes: Codes | None, missing: str, figures: dict[str, Any], command: str) -> str:
     """The page.
 
     Args:
@@ -70,7 +70,7 @@ def _three(value: float) -> str:
 # --- what the folder says -------------------------------------------------------------------------------------------------------------
 
 
-def _header(run: Run, codes: Codes | None, missing: str, figures: dict[str, Any]) -> Html:
+def _header(run: RunFiles, codes: Codes | None, missing: str, figures: dict[str, Any]) -> Html:
     recipe, step, steps = run.recipe, figures["step"], figures["steps"]
     status = (
         f"finished after {step:,} steps"
@@ -95,7 +95,7 @@ def _header(run: Run, codes: Codes | None, missing: str, figures: dict[str, Any]
     )  # fmt: skip
 
 
-def _keys(run: Run, codes: Codes | None, figures: dict[str, Any]) -> list[Key]:
+def _keys(run: RunFiles, codes: Codes | None, figures: dict[str, Any]) -> list[Key]:
     target, asked = run.recipe.target, figures["density_asked"]
     mu, sigma = target.law()
     law = f"P(Y > 0) of the law p = {target.p:g}, mu = {mu:.4g}, sigma = {sigma:.4g}"
@@ -131,7 +131,7 @@ def _keys(run: Run, codes: Codes | None, figures: dict[str, Any]) -> list[Key]:
     return found
 
 
-def _curves(run: Run, figures: dict[str, Any]) -> Html:
+def _curves(run: RunFiles, figures: dict[str, Any]) -> Html:
     """One small drawing per quantity; those that the run did not measure are left out."""
 
     def line(key: str, label: str, color: str = ACCENT, kind: str = "train") -> list[Line]:
@@ -171,7 +171,7 @@ def _curves(run: Run, figures: dict[str, Any]) -> Html:
     return section("Training", tag("div", *shown, class_="grid"))
 
 
-def _scored(run: Run, figures: dict[str, Any]) -> str:
+def _scored(run: RunFiles, figures: dict[str, Any]) -> str:
     """How many images the run's own evaluation looked at, or at most can have."""
     return f"n = {figures['scored']:,}" if figures["scored"] else f"n ≤ {max(run.recipe.probe.eval_images, run.recipe.probe.bank):,}"
 
@@ -183,7 +183,7 @@ def _spoken(title: str, lines: list[Line]) -> str:
     )
 
 
-def _origin(run: Run, codes: Codes | None, command: str) -> Html:
+def _origin(run: RunFiles, codes: Codes | None, command: str) -> Html:
     info = codes.info if codes is not None else run.info
     facts = [(str(key), str(value)) for key, value in (info.get("training") or {}).items()]
     versions = run.summary.get("versions") or info.get("versions") or {}

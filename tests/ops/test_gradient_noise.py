@@ -11,7 +11,7 @@ from rlpjepa_zoo.errors import RecipeError
 from rlpjepa_zoo.ops.directions import directions
 from rlpjepa_zoo.ops.gradient_noise import directions_needed, gradient_error, matched
 from rlpjepa_zoo.report.bench_loss import states
-from rlpjepa_zoo.training.online_probes import PAPER_ERROR, build_objective
+from rlpjepa_zoo.training.tasks.pretrain import PAPER_ERROR, build_objective
 
 BATCH, DIM = 24, 64
 

@@ -28,9 +28,8 @@ from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.report import charts, report
 from rlpjepa_zoo.report import html as page
 from rlpjepa_zoo.report.report import write
-from rlpjepa_zoo.training.pretrain import train
-from rlpjepa_zoo.training.publisher import history
-from rlpjepa_zoo.training.run_dir import read_run
+from rlpjepa_zoo.training.run_dir import history, read_run
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 TINY = [
     "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "objective.num_directions=64",

@@ -26,8 +26,8 @@ from rlpjepa_zoo.core.files import lock
 from rlpjepa_zoo.errors import ModelError, OutputError, UsageError
 from rlpjepa_zoo.training import checkpoint
 from rlpjepa_zoo.training.checkpoint import Checkpoint, latest, optimizer_state, restore_optimizer, save
-from rlpjepa_zoo.training.optim import make_optimizer, set_learning_rates
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.optim import build_optimizer, set_learning_rates
+from rlpjepa_zoo.training.tasks.pretrain import param_groups, train
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
 
@@ -83,9 +83,13 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+def optimizer_of(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    return build_optimizer(recipe.optim.name, param_groups(net, None, recipe), recipe.optim)
+
+
 def advance(net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe, span: range) -> None:
     for step in span:
-        set_learning_rates(optimizer, recipe, step, 20, 2)
+        set_learning_rates(optimizer, recipe.optim, step, 20, 2)
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         net(x).square().mean().backward()
@@ -96,9 +100,9 @@ def advance(net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe, span: ra
 def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
     recipe = Recipe.load("digits", [f"optim.name={name}", "optim.lr=0.05", "optim.warmup_epochs=2", "train.epochs=10"])
     unbroken = Net()
-    advance(unbroken, make_optimizer(unbroken, None, recipe), recipe, range(12))
+    advance(unbroken, optimizer_of(unbroken, recipe), recipe, range(12))
     first = Net()
-    optimizer = make_optimizer(first, None, recipe)
+    optimizer = optimizer_of(first, recipe)
     advance(first, optimizer, recipe, range(7))
     tensors, scalars = optimizer_state(optimizer)
     assert tensors and json.loads(json.dumps(scalars)) == scalars
@@ -106,7 +110,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> 
     found, _ = latest(tmp_path)
     assert found is not None and equal(found.model, dict(first.state_dict())) and equal(found.optimizer, tensors)
     second = Net()
-    again = make_optimizer(second, None, recipe)
+    again = optimizer_of(second, recipe)
     second.load_state_dict(found.model)
     restore_optimizer(again, found.optimizer, found.state["optimizer"])
     assert equal(optimizer_state(again)[0], tensors)
@@ -114,13 +118,13 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> 
     assert equal(dict(second.state_dict()), dict(unbroken.state_dict()))
     forgotten = Net()
     forgotten.load_state_dict(found.model)
-    advance(forgotten, make_optimizer(forgotten, None, recipe), recipe, range(7, 12))
+    advance(forgotten, optimizer_of(forgotten, recipe), recipe, range(7, 12))
     assert not equal(dict(forgotten.state_dict()), dict(unbroken.state_dict()))
 
 
 def test_optimizer_state_of_more_parameters_is_refused() -> None:
     net = Net()
-    optimizer = make_optimizer(net, None, Recipe.load("digits"))
+    optimizer = optimizer_of(net, Recipe.load("digits"))
     with refused(ModelError, "optimizer state"):
         restore_optimizer(optimizer, {"99.exp_avg": torch.zeros(3)}, {})
 

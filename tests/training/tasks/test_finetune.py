@@ -26,16 +26,18 @@ from rlpjepa_zoo.config.finetune import Lora, TuningRecipe, load_any
 from rlpjepa_zoo.config.load import list_recipes
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import distributed
-from rlpjepa_zoo.core import rng as streams
+from rlpjepa_zoo.core.rng import key
 from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.sources import Source, open_source
 from rlpjepa_zoo.errors import DataError, ModelError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.classifier import make_classifier
-from rlpjepa_zoo.training import finetune as tuning
+from rlpjepa_zoo.training import setup
 from rlpjepa_zoo.training.checkpoint import latest
-from rlpjepa_zoo.training.finetune import choose, finetune
-from rlpjepa_zoo.training.online_probes import build_encoder
-from rlpjepa_zoo.training.optim import make_tuner
+from rlpjepa_zoo.training.optim import build_optimizer
+from rlpjepa_zoo.training.tasks.encoders import build_encoder, start_encoder
+from rlpjepa_zoo.training.tasks.finetune import FinetuneTask, finetune, mix_images, param_groups, select_labelled, smoothed_cross_entropy
+from rlpjepa_zoo.training.tasks.lora import add_adapters
+from rlpjepa_zoo.training.trainer import Trainer
 
 TINY = [
     "data.limit=192", "views.rotate=0", "views.translate=0", "views.zoom=[1, 1]", "train.batch_size=64", "train.epochs=4", "train.log_every=1",
@@ -129,7 +131,7 @@ def test_arguments_that_are_not_the_backbones_are_refused_by_name(argument: str,
     monkeypatch.setattr("rlpjepa_zoo.models.factory._backbone", lambda *given, **options: pytest.fail("built"))
     name = argument.partition(":")[0]
     with refused(RecipeError, match=rf"start\.args\.{name}: is not an argument of a backbone"):
-        tuning.start_encoder(tiny("start.source=timm:test_vit", f"start.args={{{argument}}}"))
+        start_encoder(tiny("start.source=timm:test_vit", f"start.args={{{argument}}}").start, 0)
     with refused(RecipeError, match=rf"encoder\.args\.{name}: is not an argument of a backbone"):
         build_encoder(tiny_encoder(f"encoder.args={{{argument}}}"))
 
@@ -177,54 +179,54 @@ def some(labels: list[int]) -> Images:
 
 def test_so_many_of_each_class_are_drawn_by_the_seed_alone() -> None:
     images = some([0, 1, 2, -1] * 25)
-    drawn = choose(images, 7, seed=1)
+    drawn = select_labelled(images, 7, seed=1)
     assert np.bincount(drawn.labels).tolist() == [7, 7, 7] and len(set(drawn.ids)) == 21  # type: ignore[arg-type]
-    assert drawn.ids == choose(images, 7, seed=1).ids != choose(images, 7, seed=2).ids
+    assert drawn.ids == select_labelled(images, 7, seed=1).ids != select_labelled(images, 7, seed=2).ids
     with refused(DataError, match=r"data\.per_class: 26 images of each class are asked for, 'a' has 25"):
-        choose(images, 26, seed=1)
+        select_labelled(images, 26, seed=1)
 
 
 def test_images_without_a_label_are_left_out_and_none_at_all_is_refused() -> None:
-    assert choose(some([0, -1, 1, -1]), None, 0).ids == ["i0", "i2"]
+    assert select_labelled(some([0, -1, 1, -1]), None, 0).ids == ["i0", "i2"]
     for images in (some([-1, -1]), Images(lambda i: None, ["x"])):
         with refused(DataError, match="fine-tuning needs labelled images"):
-            choose(images, None, 0)
+            select_labelled(images, None, 0)
 
 
 def test_evaluation_images_of_no_training_class_are_refused_with_the_mend() -> None:
-    task = tuning._Tuning(tiny("train.best=null"))
-    for part, labels in ((some([-1, -1]), "-1"), (Images(lambda i: None, ["x", "y"]), "none")):
+    task = FinetuneTask(tiny("train.best=null"))
+    for held_out, labels in ((some([-1, -1]), "-1"), (Images(lambda i: None, ["x", "y"]), "none")):
         with refused(
             DataError, match=r"data\.eval_split: none of the 2 evaluation images has the label of a training class; name the classes"
         ):
-            task.accept(Source(some([0, 1, 2]), part, 3, 3))
-        assert labels and task.accept(Source(some([0, 1, 2]), None, 3, 3)).eval is None
+            task.select_images(Source(some([0, 1, 2]), held_out, 3, 3))
+        task.select_images(Source(some([0, 1, 2]), None, 3, 3))
+        assert labels and task.source.eval is None
 
 
 def test_the_alarm_compares_with_the_most_frequent_class_of_the_evaluation_images() -> None:
-    task = tuning._Tuning(tiny())
+    task = FinetuneTask(tiny())
     for labels, top1, wrong in (
         ([0, 1] * 50, 0.7, False), ([0, 1] * 50, 0.6, True), ([0] * 90 + [1] * 10, 0.93, True), ([0] * 90 + [1] * 10, 1.0, False),
         ([0, 1, 2] * 33, 0.52, False), ([0, 1, 2] * 33, 0.4, True),
     ):  # fmt: skip
-        task.accept(Source(some([0, 1, 2]), some(labels), 3, 3))
-        said = task.alarms({"top1": top1, "n_test": len(labels)})
-        assert bool(said) == wrong, (labels[:3], top1, said)
-        assert task.alarms({"top1": top1, "n_test": len(labels)}, still_training=True) == []
-    assert "top-1 0.400, and the most frequent class has a share of 0.333" in said[0]
+        task.select_images(Source(some([0, 1, 2]), some(labels), 3, 3))
+        alarms = task.alarms({"top1": top1, "n_test": len(labels)})
+        assert bool(alarms) == wrong, (labels[:3], top1, alarms)
+        assert task.alarms({"top1": top1, "n_test": len(labels)}, final=False) == []
+    assert "top-1 0.400, and the most frequent class has a share of 0.333" in alarms[0]
 
 
 def test_rows_without_a_label_are_counted_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from rlpjepa_zoo.training import trainer as engine
 
     def some_without(data, seed):  # type: ignore[no-untyped-def]
         source = open_source(data, seed)
         source.train.labels[:50] = -1
         return source
 
-    monkeypatch.setattr(engine, "open_source", some_without)
+    monkeypatch.setattr(setup, "open_source", some_without)
     with caplog.at_level("INFO", "rlpjepa_zoo"):
         finetune(tiny("train.epochs=2", "classifier.linear_epochs=0"), tmp_path / "run", progress=False)
     assert "50 of 192 training images have no label and are left out" in caplog.text
@@ -244,26 +246,24 @@ def oracle(scores: np.ndarray, shares: np.ndarray, smoothing: float) -> float:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("half", [False, True])
 def test_the_loss_is_smoothed_cross_entropy_in_float32(rng: np.random.Generator, smoothing: float, half: bool) -> None:
-    task = tuning._Tuning(tiny(f"classifier.label_smoothing={smoothing}"))
     scores, labels = rng.normal(0, 3, (11, 10)), rng.integers(0, 10, 11)
     given = torch.tensor(scores, dtype=torch.bfloat16 if half else torch.float32)
-    found = task.loss(tuning._Scores(given, torch.tensor(labels), torch.tensor(labels)), 0).total
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(oracle(given.double().numpy(), np.eye(10)[labels], smoothing), rel=1e-5)
+    loss = smoothed_cross_entropy(given, torch.tensor(labels), smoothing)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(oracle(given.double().numpy(), np.eye(10)[labels], smoothing), rel=1e-5)
 
 
 def test_mixed_images_and_their_targets_share_their_weight_and_are_drawn_by_the_step(rng: np.random.Generator) -> None:
-    recipe = tiny("classifier.mixup=0.8")
     x, labels = torch.tensor(rng.normal(size=(6, 3, 4, 4)), dtype=torch.float32), torch.tensor([0, 1, 2, 3, 4, 5])
     before = torch.get_rng_state()
-    images, targets = tuning.mixed(x, labels, 10, recipe, step=3)
+    images, targets = mix_images(x, labels, 10, 0.8, 0, seed=0, step=3)
     assert torch.equal(torch.get_rng_state(), before)
     weight = float(targets[0, 0])
     partner = [int(targets[i].double().numpy().argsort()[-2 if weight >= 0.5 else -1]) for i in range(6)]
     for i, j in enumerate(partner):
         assert targets[i].sum() == pytest.approx(1) and i != j
         assert torch.allclose(images[i], weight * x[i] + (1 - weight) * x[j], atol=1e-6)
-    again, other = tuning.mixed(x, labels, 10, recipe, step=3), tuning.mixed(x, labels, 10, recipe, step=4)
+    again, other = mix_images(x, labels, 10, 0.8, 0, seed=0, step=3), mix_images(x, labels, 10, 0.8, 0, seed=0, step=4)
     assert torch.equal(again[0], images) and not torch.equal(other[0], images)
 
 
@@ -271,7 +271,7 @@ def test_a_cut_image_holds_as_many_pixels_of_the_other_as_its_target_says(rng: n
     x, labels = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 16, 16).contiguous(), torch.arange(5)
     seen = []
     for step in range(4):
-        images, targets = tuning.mixed(x, labels, 5, tiny("classifier.cutmix=1"), step)
+        images, targets = mix_images(x, labels, 5, 0, 1, 0, step)
         for i in range(5):
             shares = torch.stack([(images[i, 0] == c).double().mean() for c in range(5)])
             assert torch.allclose(shares, targets[i].double(), atol=1e-6)
@@ -281,7 +281,7 @@ def test_a_cut_image_holds_as_many_pixels_of_the_other_as_its_target_says(rng: n
 
 def test_without_mixing_labels_stay_as_they_are() -> None:
     x, labels = torch.zeros(2, 3, 4, 4), torch.tensor([1, 0])
-    images, targets = tuning.mixed(x, labels, 3, tiny(), 0)
+    images, targets = mix_images(x, labels, 3, 0, 0, 0, 0)
     assert images is x and targets is labels
 
 
@@ -291,7 +291,7 @@ def test_without_mixing_labels_stay_as_they_are() -> None:
 def test_rates_fall_by_the_layer_and_the_linear_layer_has_its_own(vit: Path) -> None:
     recipe = tiny("optim.lr=0.008", "optim.layer_decay=0.5", "optim.head_lr=3", "optim.weight_decay=0.1")
     classifier = make_classifier(rz.load_encoder(vit), list("abc"), "z")
-    optimizer = make_tuner(classifier.head, classifier.backbone, classifier.projector, recipe)
+    optimizer = build_optimizer(recipe.optim.name, param_groups(classifier, recipe.lr, recipe.optim), recipe.optim)
     named = {id(p): name for name, p in classifier.named_parameters()}
     found = {named[id(p)]: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert set(found) == set(named.values())
@@ -308,10 +308,9 @@ def test_rates_fall_by_the_layer_and_the_linear_layer_has_its_own(vit: Path) -> 
 
 
 def test_the_body_is_frozen_for_the_linear_epochs_and_then_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlpjepa_zoo.training import trainer as engine
 
     seen: list[tuple[Tensor, Tensor]] = []
-    right = engine.Run._update
+    right = Trainer._update
 
     def update(self, *given):  # type: ignore[no-untyped-def]
         found = right(self, *given)
@@ -319,7 +318,7 @@ def test_the_body_is_frozen_for_the_linear_epochs_and_then_learns(tmp_path: Path
         seen.append((torch.cat([v.flatten().double() for k, v in state.items() if k.startswith("backbone")]), state["head.weight"].clone()))
         return found
 
-    monkeypatch.setattr(engine.Run, "_update", update)
+    monkeypatch.setattr(Trainer, "_update", update)
     finetune(tiny("classifier.linear_epochs=2"), tmp_path / "run", progress=False)
     assert all(torch.equal(body, seen[0][0]) for body, _ in seen[:6]) and not torch.equal(
         seen[6][0], seen[5][0]
@@ -378,8 +377,8 @@ def test_the_card_of_the_best_says_that_it_was_chosen_on_the_images_it_is_measur
 
 
 def test_fresh_weights_are_those_of_the_seed_and_not_of_the_encoder(vit: Path) -> None:
-    given, a, b, c = (tuning.start_encoder(tiny(f"start.source={vit}", *more)) for more in (
-        [], ["start.random=true"], ["start.random=true"], ["start.random=true", "seed=1"]))  # fmt: skip
+    given, a, b, c = (start_encoder(recipe.start, recipe.seed) for recipe in (tiny(f"start.source={vit}", *more) for more in (
+        [], ["start.random=true"], ["start.random=true"], ["start.random=true", "seed=1"])))  # fmt: skip
     assert given.fingerprint() == rz.load_encoder(vit).fingerprint() != a.fingerprint() == b.fingerprint() != c.fingerprint()
     assert a.config.model_args == given.config.model_args and a.config.preprocess == given.config.preprocess
 
@@ -621,8 +620,8 @@ def test_adapters_learn_alone_and_are_merged_before_publishing(vit: Path, tmp_pa
     assert found.keys() == start.keys()
     changed = {k for k in found if not torch.equal(found[k], start[k])}
     assert changed == {k for k in found if k.endswith("qkv.weight")}
-    for key in changed:
-        assert int(torch.linalg.matrix_rank((found[key] - start[key]).double(), rtol=1e-4)) <= 2
+    for name in changed:
+        assert int(torch.linalg.matrix_rank((found[name] - start[name]).double(), rtol=1e-4)) <= 2
     with monkeypatch.context() as patch:
         stop_after(patch, 5, signal.SIGTERM)
         with pytest.raises(StoppedBySignal):
@@ -644,7 +643,7 @@ def test_convolutions_of_several_groups_get_no_adapter_and_are_refused_when_name
 
     def adapted(**options: Any) -> set[str]:
         holder: Any = SimpleNamespace(backbone=Net(), projector=None)
-        tuning.with_adapters(holder, Lora(rank=2, **options))
+        add_adapters(holder, Lora(rank=2, **options))
         return {name.partition(".lora_")[0] for name, _ in holder.backbone.named_parameters() if "lora_" in name}
 
     assert adapted() == {"conv", "block.last"}
@@ -663,4 +662,4 @@ def test_without_peft_adapters_are_refused_with_the_mend(tmp_path: Path, monkeyp
 
 
 def test_streams_named_here_are_their_own() -> None:
-    assert len({streams.key(0, purpose) for purpose in ("init", "init-head", "init-adapters", "mix", "per_class", "limit", "order")}) == 7
+    assert len({key(0, purpose) for purpose in ("init", "init-head", "init-adapters", "mix", "per_class", "limit", "order")}) == 7

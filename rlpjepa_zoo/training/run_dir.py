@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm.auto import tqdm
+
 from ..config.pretrain import Recipe
-from ..core import files
+from ..core import distributed, files
 from ..errors import DataError, OutputError, UsageError
 
 __all__ = ["BadImages", "RunFiles", "RunLog", "history", "is_number", "read_metrics", "read_run", "run_id"]
@@ -51,7 +53,7 @@ class RunLog:
     def __init__(self, out: Path, main: bool, track: Callable[[dict[str, Any], int], None] | None = None) -> None:
         self.out, self.main, self.track = out, main, track
         self.bar: Any = None
-        """Progress bar above which evaluations are printed."""
+        """Progress bar, above which evaluations are printed."""
         self._warned: set[str] = set()
 
     def open(self, recipe: str, step: int | None, bad: Mapping[int, str]) -> None:
@@ -82,6 +84,11 @@ class RunLog:
                     (self.out / name).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
+
+    def progress_bar(self, title: str, done: int, total: int, hidden: bool) -> Any:
+        """A context with a progress bar on stderr that counts images."""
+        self.bar = tqdm(total=total, initial=done, unit="image", unit_scale=True, desc=title, disable=hidden, mininterval=0.5)
+        return self.bar
 
     def row(self, values: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl; non-finite numbers become null. A full disk or a tracker that fails is a warning, not an error.
@@ -140,31 +147,33 @@ class BadImages:
 
     Args:
         run_log: where they are written.
-        images: number of training images (of an epoch, for a stream).
+        images: number of training images, of one epoch for a stream.
         max_fraction: `train.max_bad_fraction`.
+        stream_steps: of a stream, the number of steps of an epoch; its images are counted in each epoch.
     """
 
-    def __init__(self, run_log: RunLog, images: int, max_fraction: float) -> None:
-        self.run_log, self.images, self.max_fraction = run_log, images, max_fraction
+    def __init__(self, run_log: RunLog, images: int, max_fraction: float, stream_steps: int | None = None) -> None:
+        self.run_log, self.images, self.max_fraction, self.stream_steps = run_log, images, max_fraction, stream_steps
         self.reasons: dict[int, str] = {}
         self.error: DataError | None = None
         """Set when more images are unreadable than the recipe allows."""
 
-    def add(self, bad: Iterable[tuple[int, str]], epochs: int = 1) -> None:
-        """Add (row, reason) pairs.
-
-        Args:
-            bad: unreadable images; those that are known are ignored.
-            epochs: of a stream, whose images are counted in each epoch.
-        """
+    def add(self, bad: Iterable[tuple[int, str]], step: int) -> None:
+        """Add the (row, reason) of images that were unreadable by some step; known rows are ignored."""
         new = [entry for entry in bad if entry[0] not in self.reasons]
         for row, reason in new:
             self.reasons[row] = reason
             self.run_log.bad_image(row, reason, quiet=len(self.reasons) > _NAMED)
+        epochs = -(-step // self.stream_steps) if self.stream_steps is not None else 1
         if new and len(self.reasons) > self.max_fraction * self.images * max(1, epochs):
             allowed = f"train.max_bad_fraction = {self.max_fraction:g}"
             counted = f"{len(self.reasons)} of {self.images} images cannot be read"
             self.error = DataError(f"{counted}, more than {allowed}; see {self.run_log.out / 'bad_images.jsonl'}")
+
+    def share(self, step: int) -> None:
+        """Add the images that other ranks could not read. All ranks call it."""
+        for bad in distributed.gather_objects(list(self.reasons.items())):
+            self.add(bad, step)
 
 
 # --- reading -----------------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ..core import distributed
 from ..data.sources import Source, open_source
 from ..errors import HubError, OutputError, RecipeError, ZooError, first_line
 from .checkpoint import optimizer_state, restore_optimizer
+from .run_dir import run_id
 
 __all__ = ["TrainedModel", "clear_errors", "finish_trackers", "hardware", "open_images", "start_accelerator", "start_trackers"]
 
@@ -141,16 +142,14 @@ def _explained(error: BaseException, options: Train, memory_keys: Sequence[str])
 # --- trackers ----------------------------------------------------------------------------------------------------------------------------
 
 
-def start_trackers(
-    accelerator: Accelerator, names: Sequence[str], values: Mapping[str, Any], out: Path, title: str, run_id: str, step: int
-) -> None:
-    """Start the trackers of a run. A resumed run continues in the tracker's own run, found by its id.
+def start_trackers(accelerator: Accelerator, names: Sequence[str], values: Mapping[str, Any], out: Path, step: int) -> None:
+    """Start the trackers of a run. A resumed run continues in the tracker's own run, found by the id in the run directory.
 
     Args:
+        accelerator: of the run.
         names: `train.trackers`.
         values: all values of the recipe by dotted key.
         out: run directory.
-        title, run_id: title and id of the run.
         step: number of steps already made.
 
     Raises:
@@ -158,8 +157,10 @@ def start_trackers(
     """
     if not names:
         return
+    identifier = run_id(out) if accelerator.is_main_process else ""
+    title = f"{values['name']}-{identifier[:6]}"
     options: dict[str, dict[str, Any]] = {
-        "wandb": {"id": run_id, "resume": "allow", "name": title, "dir": str(out)},
+        "wandb": {"id": identifier, "resume": "allow", "name": title, "dir": str(out)},
         "trackio": {"name": title, "resume": "allow"},
         "tensorboard": {"purge_step": step + 1},
     }

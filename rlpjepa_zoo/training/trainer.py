@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..config.sections import Plan
 from ..core import distributed, files, package, rng
 from ..core.signals import Interrupts
-from ..data.images import Images
-from ..data.loader import Batch, Batches, decoded, make_loader, rows_loader, steps_of_an_epoch
+from ..data.loader import Batch, Batches, make_loader, rows_loader, steps_of_an_epoch
 from ..data.sources import fingerprint
 from ..data.views import Augment
 from ..errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal
@@ -36,9 +34,9 @@ from .nonfinite import NonFiniteGuard
 from .optim import OPTIMIZERS, build_optimizer, set_learning_rates
 from .publisher import Publisher
 from .resume import check_images, check_recipe, check_same_on_all_ranks, environment, find_checkpoint, warn_of_other_environment
-from .run_dir import BadImages, RunLog, run_id
+from .run_dir import BadImages, RunLog
 from .setup import TrainedModel, clear_errors, finish_trackers, hardware, open_images, start_accelerator, start_trackers
-from .tasks.feature_cache import cache_views
+from .tasks.feature_cache import cache_views, decode_small_sets
 from .tasks.task import Step, Task, largest_over_ranks
 
 __all__ = ["Trainer", "run_task"]
@@ -89,7 +87,8 @@ class Trainer:
             self.total, _ = self.recipe.steps(task.source.length)
         step = saved.step if saved is not None else 0
         check_same_on_all_ranks(step, task.source.length, self.data, task.core.fingerprint(), self.recipe.flat())
-        self._decode_images()
+        if self.recipe.train.epochs > 1:
+            task.source = decode_small_sets(task.source, self.recipe.data.cache_gb, progress)
         self.core, self.source = task.core, task.source
         self.augment = Augment(self.recipe.views, self.recipe.data, self.recipe.seed)
         options = self.recipe.train
@@ -106,7 +105,8 @@ class Trainer:
         """Step and time of the last checkpoint, and of the last row of the log."""
         self.publisher = Publisher(out, task.name, self.recipe.hub, self.recipe.shareable())
         self.run_log = RunLog(out, self.main, accelerator.log if options.trackers else None)
-        self.bad = BadImages(self.run_log, self.source.length, options.max_bad_fraction)
+        stream_steps = self.per_epoch if self.recipe.data.streaming else None
+        self.bad = BadImages(self.run_log, self.source.length, options.max_bad_fraction, stream_steps)
         if saved is not None:
             check_images(saved.state, self.source.length, self.data, allow_change, out)
             self._restore(saved)
@@ -114,17 +114,7 @@ class Trainer:
             if self.main:
                 checkpoint.check_space(out, self.trained.checkpoint_bytes(OPTIMIZERS[self.recipe.optim.name].moments))
             self.run_log.open(self.recipe.dump(), saved and saved.step, self.bad.reasons)
-            name = run_id(out) if self.main and options.trackers else ""
-            title = f"{self.recipe.name}-{name[:6]}"
-            start_trackers(accelerator, options.trackers, self.recipe.flat(), out, title, name, self.step)
-
-    def _decode_images(self) -> None:
-        """Keep small sets of images decoded in memory."""
-        source = self.task.source
-        if isinstance(source.train, Images) and self.recipe.train.epochs > 1:
-            most = self.recipe.data.cache_gb * 2**30
-            held_out = source.eval and decoded(source.eval, most, self.progress)
-            self.task.source = source._replace(train=decoded(source.train, most, self.progress), eval=held_out)
+            start_trackers(accelerator, options.trackers, self.recipe.flat(), out, self.step)
 
     # --- the loop ------------------------------------------------------------------------------------------------------------------------
 
@@ -141,8 +131,9 @@ class Trainer:
         self.trained.wrapped.train()
         self._announce()
         self.saved_at = self.logged_at = (self.step, time.monotonic())
-        with self.signals, Batches(loader) as batches, self._progress_bar() as bar:
-            self.run_log.bar = bar
+        size = recipe.train.batch_size
+        progress_bar = self.run_log.progress_bar(recipe.name, self.step * size, self.total * size, not self.progress)
+        with self.signals, Batches(loader) as batches, progress_bar:
             while self.step < self.total:
                 started = time.monotonic()
                 batch = self._next(batches)
@@ -154,8 +145,8 @@ class Trainer:
                 norm = self._update(output, batch)
                 self.step += 1
                 self.seconds += time.monotonic() - started
-                bar.update(recipe.train.batch_size)
-                self._note_bad(batch.bad)
+                progress_bar.update(size)
+                self.bad.add(batch.bad, self.step)
 
                 last = self.step == self.total
                 if last or self.step % recipe.train.log_every == 0:
@@ -175,7 +166,7 @@ class Trainer:
             raise RecipeError("encoder.cached_views: not for sharded weights; use data parallelism, or set it to null")
         autocast, memory_format = self.accelerator.autocast, self.trained.memory_format
         features, bad = cache_views(self.core, self.source, self.task.recipe, autocast, memory_format, self.progress)
-        self._note_bad(bad)
+        self.bad.add(bad, self.step)
         return rows_loader(features, self.source.length, self.recipe, steps, rank, world)
 
     def _next(self, batches: Batches) -> Batch:
@@ -284,7 +275,7 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        self._share_bad()
+        self.bad.share(self.step)
         if self.main or self.trained.sharded:
             model, optimizer, scalars = self.trained.state()
         with distributed.fail_together():
@@ -328,18 +319,13 @@ class Trainer:
             f"; resumed at step {self.step}" if self.step else "",
         )  # fmt: skip
 
-    def _progress_bar(self) -> Any:
-        size, hidden = self.recipe.train.batch_size, not self.progress
-        total, done = self.total * size, self.step * size
-        return tqdm(total=total, initial=done, unit="image", unit_scale=True, desc=self.recipe.name, disable=hidden, mininterval=0.5)
-
     def _log_step(self, output: Step, lr: float, norm: float) -> None:
         """Write the row of a step; raises if the task says that the run cannot go on."""
         rate = (self.step - self.logged_at[0]) * self.recipe.train.batch_size / max(1e-9, time.monotonic() - self.logged_at[1])
         self.logged_at = (self.step, time.monotonic())
         numbers, failure = output.log()
         row: dict[str, Any] = {"kind": "train", **numbers, "lr": lr, "grad_norm": norm, "images_per_second": rate}
-        self._share_bad()
+        self.bad.share(self.step)
         row |= {k: v for k, v in (("bad_images", len(self.bad.reasons)), ("skipped", self.guard.skipped)) if v}
         self._log(row)
         if failure is not None:
@@ -352,12 +338,3 @@ class Trainer:
 
     def _log(self, row: dict[str, Any]) -> None:
         self.run_log.row({"step": self.step, "epoch": round(self.step / self.per_epoch, 4), **row})
-
-    def _note_bad(self, bad: Iterable[tuple[int, str]]) -> None:
-        """Count unreadable images; too many end the run before the next step."""
-        self.bad.add(bad, -(-self.step // self.per_epoch) if self.recipe.data.streaming else 1)
-
-    def _share_bad(self) -> None:
-        """Tell every rank which images the others could not read."""
-        for bad in distributed.gather_objects(list(self.bad.reasons.items())):
-            self._note_bad(bad)

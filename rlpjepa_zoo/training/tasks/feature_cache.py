@@ -1,4 +1,4 @@
-"""Batches of features instead of images: a frozen backbone encodes many random views of each image once; each step draws those it needs."""
+"""What a run keeps in memory: decoded images, and features of random views that a frozen backbone has encoded once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from tqdm.auto import tqdm
 
 from ...config.pretrain import Recipe
 from ...core import distributed, rng
-from ...data.loader import Batch, Batches, views_of
+from ...data.images import Images
+from ...data.loader import Batch, Batches, decoded, views_of
 from ...data.sources import Source
 from ...errors import DataError, RecipeError
 from .task import Autocast
 
-__all__ = ["CachedViews", "cache_views"]
+__all__ = ["CachedViews", "cache_views", "decode_small_sets"]
 
 log = logging.getLogger("rlpjepa_zoo")
+
+
+def decode_small_sets(source: Source, gigabytes: float, progress: bool) -> Source:
+    """Images for training and evaluation, each decoded in memory if it needs at most so many gigabytes; streams stay as they are."""
+    if not isinstance(source.train, Images):
+        return source
+    held_out = source.eval and decoded(source.eval, gigabytes * 2**30, progress)
+    return source._replace(train=decoded(source.train, gigabytes * 2**30, progress), eval=held_out)
 
 
 class CachedViews(Dataset[Batch]):

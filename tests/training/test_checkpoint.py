@@ -66,7 +66,7 @@ def test_every_dtype_and_odd_value_comes_back_bit_for_bit(tmp_path: Path) -> Non
     assert same(found, saved) and damaged == []
 
 
-def test_a_long_list_of_bad_images_comes_back(tmp_path: Path) -> None:
+def test_long_list_of_bad_images_comes_back(tmp_path: Path) -> None:
     state = {"bad": {str(row): f"images/{row:07d}.jpg: cannot be read as an image (image file is truncated)" for row in range(20000)}}
     saved = made(3)._replace(state=state)
     save(tmp_path, saved)
@@ -97,7 +97,7 @@ def advance(net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe, span: ra
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])
-def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
+def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
     recipe = Recipe.load("digits", [f"optim.name={name}", "optim.lr=0.05", "optim.warmup_epochs=2", "train.epochs=10"])
     unbroken = Net()
     advance(unbroken, optimizer_of(unbroken, recipe), recipe, range(12))
@@ -146,7 +146,7 @@ def test_saving_a_step_again_keeps_it_and_its_predecessor(tmp_path: Path) -> Non
     assert steps(tmp_path) == ["step-00000001", "step-00000002"] and same(latest(tmp_path)[0], made(2))
 
 
-def test_saving_a_damaged_step_again_mends_it(tmp_path: Path) -> None:
+def test_saving_a_damaged_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, made(1))
     save(tmp_path, made(2))
     (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"x")
@@ -155,7 +155,7 @@ def test_saving_a_damaged_step_again_mends_it(tmp_path: Path) -> None:
     assert same(found, made(2)) and damaged == []
 
 
-def test_what_is_saved_after_falling_back_is_not_removed_in_favour_of_damaged_ones(tmp_path: Path) -> None:
+def test_checkpoint_saved_after_falling_back_is_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save(tmp_path, made(step), keep=4)
     for step in (30, 40):
@@ -195,7 +195,7 @@ def two(run: Path) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str, kind: str) -> None:
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, name: str, kind: str) -> None:
     newest = two(tmp_path)
     DAMAGE[kind](newest / name)
     found, damaged = latest(tmp_path)
@@ -203,7 +203,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path,
     assert len(damaged) == 1 and str(newest) in damaged[0] and len(damaged[0].splitlines()) == 1
 
 
-def test_every_single_bit_flip_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+def test_every_bit_flip_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     manifest = two(tmp_path) / "MANIFEST.json"
     data = manifest.read_bytes()
     for place in range(len(data)):
@@ -212,7 +212,7 @@ def test_every_single_bit_flip_of_a_manifest_is_noticed(tmp_path: Path) -> None:
         assert same(found, made(1)) and len(damaged) == 1, place
 
 
-def test_an_empty_folder_or_a_file_by_the_name_of_a_step_gives_way(tmp_path: Path) -> None:
+def test_empty_folder_or_file_named_as_a_step_is_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.rmtree(newest)
     newest.mkdir()
@@ -221,20 +221,20 @@ def test_an_empty_folder_or_a_file_by_the_name_of_a_step_gives_way(tmp_path: Pat
     assert same(found, made(1)) and len(damaged) == 2 and "step-00000003" in damaged[0]
 
 
-def test_a_checkpoint_under_the_name_of_another_step_gives_way(tmp_path: Path) -> None:
+def test_checkpoint_named_as_another_step_is_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.copytree(newest, newest.parent / "step-00000003")
     found, damaged = latest(tmp_path)
     assert same(found, made(2)) and "not the manifest of step 3" in damaged[0]
 
 
-def test_files_mixed_from_two_steps_give_way(tmp_path: Path) -> None:
+def test_files_mixed_from_two_steps_are_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.copy(tmp_path / "checkpoints/step-00000001/optimizer.safetensors", newest / "optimizer.safetensors")
     assert same(latest(tmp_path)[0], made(1))
 
 
-def test_manifests_with_other_contents_give_way(tmp_path: Path) -> None:
+def test_manifests_with_other_contents_are_passed_over(tmp_path: Path) -> None:
     manifest = two(tmp_path) / "MANIFEST.json"
     good = json.loads(manifest.read_bytes())
     extra = {**good["files"], "../../evil": good["files"]["state.json"]}
@@ -251,7 +251,7 @@ def test_manifests_with_other_contents_give_way(tmp_path: Path) -> None:
         assert same(latest(tmp_path)[0], made(1))
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_by_its_number(tmp_path: Path) -> None:
+def test_newer_checkpoint_format_is_refused_by_its_number(tmp_path: Path) -> None:
     two(tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
         manifest = path / "MANIFEST.json"
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_by_its_number(tmp_path: Path)
         latest(tmp_path)
 
 
-def test_when_all_are_damaged_nothing_is_started_anew(tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     newest = two(tmp_path)
     flip(newest / "model.safetensors")
     (newest.parent / "step-00000001/MANIFEST.json").unlink()
@@ -287,7 +287,7 @@ def test_foreign_entries_are_ignored_and_left_alone(tmp_path: Path) -> None:
     assert all((home / name / "MANIFEST.json").is_file() for name in (*FOREIGN, ".hidden")) and (home / "notes.txt").read_text() == "mine"
 
 
-def test_what_a_killed_run_left_is_swept_under_the_lock_and_nothing_else(tmp_path: Path) -> None:
+def test_lock_removes_only_leftovers_of_a_killed_run(tmp_path: Path) -> None:
     two(tmp_path)
     home = tmp_path / "checkpoints"
     for name in (".tmp-00000003-4711", ".del-step-00000001-4711", *FOREIGN):
@@ -344,20 +344,20 @@ def calls_survived(run: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: 
 
 
 @pytest.mark.parametrize(("name", "calls"), [("fsync", 6), ("rename", 2), ("mkdir", 1), ("open", 2)])
-def test_a_full_disk_at_any_call_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
+def test_full_disk_at_any_call_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
     assert calls_survived(tmp_path / "run", monkeypatch, name, 3, [made(1), made(2)]) >= calls
 
 
 @pytest.mark.parametrize("name", ["fsync", "rename"])
 @pytest.mark.parametrize("before", [[1], [1, 2]])
-def test_a_full_disk_while_a_step_is_saved_again_leaves_a_checkpoint(
+def test_full_disk_while_a_step_is_saved_again_leaves_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: list[int]
 ) -> None:
     calls_survived(tmp_path / "run", monkeypatch, name, before[-1], [made(step) for step in before])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_written_half_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_partly_written_file_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     two(tmp_path)
     original = checkpoint.write_durably
 
@@ -375,7 +375,7 @@ def test_a_file_written_half_leaves_the_older_checkpoints(tmp_path: Path, monkey
     assert same(latest(tmp_path)[0], made(3))
 
 
-def test_a_write_that_the_system_refuses_leaves_the_older_checkpoints(tmp_path: Path) -> None:
+def test_refused_write_leaves_the_older_checkpoints(tmp_path: Path) -> None:
     two(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -389,7 +389,7 @@ def test_a_write_that_the_system_refuses_leaves_the_older_checkpoints(tmp_path: 
     assert steps(tmp_path) == ["step-00000001", "step-00000002"] and same(latest(tmp_path)[0], made(2))
 
 
-def test_files_are_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_rename_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -409,7 +409,7 @@ def test_files_are_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_pat
     assert events[published + 1] == "checkpoints"
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_run_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with refused(OutputError, "step-00000001"):
         save(tmp_path / "file" / "run", made(1))
@@ -436,7 +436,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_checkpoint_of_a_run_holds_no_pickle_and_no_random_state(tmp_path: Path) -> None:
+def test_checkpoint_holds_no_pickle_and_no_random_state(tmp_path: Path) -> None:
     small = [
         "data.limit=64", "train.batch_size=32", "train.epochs=1", "optim.warmup_epochs=0.5", "train.num_workers=0", "train.precision=no",
         "encoder.dim=16", "objective.num_directions=32", "probe.bank=32", "probe.eval_images=32",
@@ -472,7 +472,7 @@ def holder(run: Path) -> Iterator[int]:
         os.close(tell)
 
 
-def test_a_second_holder_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
+def test_second_holder_is_refused_with_the_first_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("a longer line that an earlier holder left " * 3)
     with holder(tmp_path / "run") as child:
@@ -482,14 +482,14 @@ def test_a_second_holder_is_refused_by_the_name_of_the_first(tmp_path: Path) -> 
             pass
 
 
-def test_a_killed_holder_frees_the_folder_at_once(tmp_path: Path) -> None:
+def test_killed_holder_releases_the_lock_at_once(tmp_path: Path) -> None:
     with holder(tmp_path):
         pass
     with lock(tmp_path), refused(UsageError, f"process {os.getpid()} on"), lock(tmp_path):
         pytest.fail("two holders")
 
 
-def test_a_refused_holder_does_not_disturb_the_first(tmp_path: Path) -> None:
+def test_refused_holder_does_not_disturb_the_first(tmp_path: Path) -> None:
     with holder(tmp_path) as child:
         (tmp_path / "checkpoints" / ".tmp-00000001-1").mkdir(parents=True)
         for _ in range(3):
@@ -498,7 +498,7 @@ def test_a_refused_holder_does_not_disturb_the_first(tmp_path: Path) -> None:
         assert (tmp_path / "checkpoints" / ".tmp-00000001-1").is_dir()
 
 
-def test_the_folder_is_free_after_the_holder_leaves_or_fails(tmp_path: Path) -> None:
+def test_lock_is_released_after_success_or_failure(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), lock(tmp_path):
             raise ZeroDivisionError
@@ -509,7 +509,7 @@ def test_the_folder_is_free_after_the_holder_leaves_or_fails(tmp_path: Path) -> 
 # --- kills --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_at_any_instant_leaves_a_newest_checkpoint_that_verifies(tmp_path: Path) -> None:
+def test_kill_at_any_instant_leaves_a_valid_newest_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, made(1))
     started = time.monotonic()
     save(tmp_path, made(2))

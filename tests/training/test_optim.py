@@ -60,7 +60,7 @@ def first_step(options: Recipe, scale: float = 1.0) -> tuple[Net, dict[str, torc
 
 
 @pytest.mark.parametrize(("warmup", "total", "peak"), [(10, 100, 0.3), (2, 7, 1.0), (195 * 10, 195 * 1000, 0.03)])
-def test_schedule_starts_at_the_start_peaks_at_the_last_warmup_step_and_ends_near_zero(warmup: int, total: int, peak: float) -> None:
+def test_schedule_peaks_at_the_last_warmup_step_and_ends_near_zero(warmup: int, total: int, peak: float) -> None:
     assert learning_rate(0, peak, warmup, total) == 3e-5
     assert learning_rate(warmup - 1, peak, warmup, total) == pytest.approx(peak, rel=1e-12)
     assert learning_rate(warmup, peak, warmup, total) == pytest.approx(peak, rel=1e-12)
@@ -68,7 +68,7 @@ def test_schedule_starts_at_the_start_peaks_at_the_last_warmup_step_and_ends_nea
     assert 0 < learning_rate(total - 1, peak, warmup, total) < peak * 2.5 / (total - warmup) ** 2 * 1.01
 
 
-def test_schedule_rises_in_equal_increments_then_falls_along_half_a_cosine() -> None:
+def test_schedule_rises_linearly_then_falls_as_half_a_cosine() -> None:
     rates = [learning_rate(s, 0.2, 11, 111) for s in range(112)]
     assert np.allclose(np.diff(rates[:11]), (0.2 - 3e-5) / 10, rtol=1e-12)
     assert all(a > b for a, b in zip(rates[11:], rates[12:], strict=False))
@@ -82,7 +82,7 @@ def test_schedule_ends_at_the_final_rate_and_stays_there() -> None:
     assert all(learning_rate(s, 1.0, 5, 50, final=0.01) >= 0.01 for s in range(5, 60))
 
 
-def test_schedule_without_or_with_one_step_of_warmup_begins_at_the_peak() -> None:
+def test_schedule_with_at_most_one_warmup_step_starts_at_the_peak() -> None:
     assert learning_rate(0, 0.5, 0, 10) == 0.5 and learning_rate(0, 0.5, 1, 10) == 0.5 and learning_rate(1, 0.5, 1, 10) == 0.5
 
 
@@ -135,7 +135,7 @@ def test_clipped_lars_step_is_the_rate_times_gradient_and_decay() -> None:
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.5])
-def test_lars_leaves_one_dimensional_parameters_to_plain_momentum(lr: float) -> None:
+def test_lars_takes_plain_momentum_steps_for_vectors(lr: float) -> None:
     net, options = Net(), lars(lr, "optim.weight_decay=0.3", "optim.trust_coefficient=1e-6", "optim.momentum=0.8")
     start = net.bias.detach().clone()
     optimizer = optimizer_of(net, None, options)
@@ -153,7 +153,7 @@ def test_lars_without_decay_still_scales_weights_by_trust() -> None:
 
 
 @pytest.mark.parametrize(("scale", "regime"), [(0.01, "clipped"), (0.2, "mixed"), (50.0, "unclipped")])
-def test_lars_follows_an_independent_float64_implementation_for_20_steps(scale: float, regime: str) -> None:
+def test_lars_matches_a_float64_implementation_for_20_steps(scale: float, regime: str) -> None:
     options = lars(0.3, "optim.weight_decay=1e-2", "optim.trust_coefficient=0.02", "optim.momentum=0.9", "optim.warmup_start_lr=1e-3")
     net = Net()
     optimizer = optimizer_of(net, None, options)
@@ -277,7 +277,7 @@ def test_frozen_backbone_is_in_no_group(name: str) -> None:
     assert inside >= {id(p) for p in encoder.projector.parameters()}
 
 
-def test_a_single_rectified_layer_on_a_frozen_backbone_has_no_empty_group() -> None:
+def test_single_layer_on_a_frozen_backbone_has_no_empty_group() -> None:
     encoder = create_encoder("test_resnet", dim=8, hidden_dim=8, projector_depth=1, freeze_backbone=True)
     optimizer = optimizer_of(encoder, None, recipe())
     assert sorted(len(group["params"]) for group in optimizer.param_groups) == [1, 1]

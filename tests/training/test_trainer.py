@@ -93,7 +93,7 @@ def test_resume_without_optimizer_state_is_not_bit_equal(unbroken: Path, tmp_pat
         stop_after(patch, 4)
         with pytest.raises(StoppedBySignal):
             train(tiny(), run, progress=False)
-    monkeypatch.setattr("rlpjepa_zoo.training.checkpoint.restore_optimizer", lambda *a: None)
+    monkeypatch.setattr("rlpjepa_zoo.training.setup.restore_optimizer", lambda *a: None)
     train(tiny(), run, resume=True, progress=False)
     assert rows(run)[:4] == rows(unbroken)[:4] and rows(run) != rows(unbroken)
 

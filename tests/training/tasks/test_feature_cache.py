@@ -9,11 +9,10 @@ from models import settled
 from refusals import refused
 from runs import codes, of_folder, rows, stop_after, tiny
 
-from rlpjepa_zoo.cli.app import run as cli
 from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.optim import build_optimizer, set_learning_rates
-from rlpjepa_zoo.training.tasks.encoders import build_encoder, preprocessing_warnings
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
 from rlpjepa_zoo.training.tasks.feature_cache import CachedViews
 from rlpjepa_zoo.training.tasks.pretrain import param_groups, train
 
@@ -118,23 +117,6 @@ def test_unreadable_images_are_counted_once_and_replaced(image_folder: Path, tmp
 def test_contradictory_keys_are_refused_by_name(more: list[str], said: str) -> None:
     with refused(RecipeError, match=said):
         tiny(*more)
-
-
-def test_preprocessing_unlike_that_of_the_backbone_is_a_warning(backbone: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It was saved with mean 0.5, 0.4, 0.3, std 0.2, 0.25, 0.3 and bilinear."""
-    alike = ["data.mean=[0.5, 0.4, 0.3]", "data.std=[0.2, 0.25, 0.3]", "data.interpolation=bilinear"]
-    build_encoder(tiny(backbone, "encoder.pretrained=true", *alike))
-    build_encoder(tiny(backbone, "encoder.pretrained=false"))
-    strange = settled()
-    strange.backbone.pretrained_cfg = {"mean": "x", "std": [None], "interpolation": 3}
-    assert len(preprocessing_warnings(tiny("encoder.pretrained=true"), strange)) == 1  # of a name in place of the mean
-    assert not caplog.records
-    build_encoder(tiny(backbone, "encoder.pretrained=true", "data.std=[0.2, 0.25, 0.3]", "data.interpolation=bicubic"))
-    said = [record.getMessage() for record in caplog.records]
-    assert [text.partition(":")[0] for text in said] == ["data.mean", "data.interpolation"]
-    assert "was pretrained with [0.5, 0.4, 0.3], the recipe has [" in said[0] and said[0].endswith("; give data.mean='[0.5, 0.4, 0.3]'")
-    assert cli(["check", "digits", backbone, "encoder.pretrained=true", *alike[:2], "data.interpolation=bicubic"]) == 0
-    assert caplog.records[-1].getMessage().startswith("data.interpolation") and len(caplog.records) == 3
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])

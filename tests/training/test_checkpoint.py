@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal round trips, and at every instant, whatever fails, at least one that verifies."""
+"""Checkpoints: bit-equal round trips; whatever fails, at least one checkpoint verifies at every instant."""
 
 import errno
 import json
@@ -62,8 +62,8 @@ def test_every_dtype_and_odd_value_comes_back_bit_for_bit(tmp_path: Path) -> Non
     state = {"text": "Größe\n\u2028", "big": 2**70, "small": 1e-300, "nested": {"list": [1, None, True, {"a": "b"}]}, "empty": {}}
     saved = Checkpoint(7, model, {}, state)
     assert save(tmp_path, saved) == tmp_path / "checkpoints" / "step-00000007"
-    found, damaged = latest(tmp_path)
-    assert same(found, saved) and damaged == []
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, saved) and damaged == []
 
 
 def test_long_list_of_bad_images_comes_back(tmp_path: Path) -> None:
@@ -107,17 +107,17 @@ def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, name: str) -> 
     tensors, scalars = optimizer_state(optimizer)
     assert tensors and json.loads(json.dumps(scalars)) == scalars
     save(tmp_path, Checkpoint(7, dict(first.state_dict()), tensors, {"optimizer": scalars}))
-    found, _ = latest(tmp_path)
-    assert found is not None and equal(found.model, dict(first.state_dict())) and equal(found.optimizer, tensors)
+    loaded, _ = latest(tmp_path)
+    assert loaded is not None and equal(loaded.model, dict(first.state_dict())) and equal(loaded.optimizer, tensors)
     second = Net()
     again = optimizer_of(second, recipe)
-    second.load_state_dict(found.model)
-    restore_optimizer(again, found.optimizer, found.state["optimizer"])
+    second.load_state_dict(loaded.model)
+    restore_optimizer(again, loaded.optimizer, loaded.state["optimizer"])
     assert equal(optimizer_state(again)[0], tensors)
     advance(second, again, recipe, range(7, 12))
     assert equal(dict(second.state_dict()), dict(unbroken.state_dict()))
     forgotten = Net()
-    forgotten.load_state_dict(found.model)
+    forgotten.load_state_dict(loaded.model)
     advance(forgotten, optimizer_of(forgotten, recipe), recipe, range(7, 12))
     assert not equal(dict(forgotten.state_dict()), dict(unbroken.state_dict()))
 
@@ -151,8 +151,8 @@ def test_saving_a_damaged_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, made(2))
     (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"x")
     save(tmp_path, made(2))
-    found, damaged = latest(tmp_path)
-    assert same(found, made(2)) and damaged == []
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(2)) and damaged == []
 
 
 def test_checkpoint_saved_after_falling_back_is_kept(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def two(run: Path) -> Path:
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, name: str, kind: str) -> None:
     newest = two(tmp_path)
     DAMAGE[kind](newest / name)
-    found, damaged = latest(tmp_path)
-    assert same(found, made(1))
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(1))
     assert len(damaged) == 1 and str(newest) in damaged[0] and len(damaged[0].splitlines()) == 1
 
 
@@ -208,8 +208,8 @@ def test_every_bit_flip_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     data = manifest.read_bytes()
     for place in range(len(data)):
         manifest.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-        found, damaged = latest(tmp_path)
-        assert same(found, made(1)) and len(damaged) == 1, place
+        loaded, damaged = latest(tmp_path)
+        assert same(loaded, made(1)) and len(damaged) == 1, place
 
 
 def test_empty_folder_or_file_named_as_a_step_is_passed_over(tmp_path: Path) -> None:
@@ -217,15 +217,15 @@ def test_empty_folder_or_file_named_as_a_step_is_passed_over(tmp_path: Path) -> 
     shutil.rmtree(newest)
     newest.mkdir()
     (newest.parent / "step-00000003").write_bytes(b"")
-    found, damaged = latest(tmp_path)
-    assert same(found, made(1)) and len(damaged) == 2 and "step-00000003" in damaged[0]
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(1)) and len(damaged) == 2 and "step-00000003" in damaged[0]
 
 
 def test_checkpoint_named_as_another_step_is_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.copytree(newest, newest.parent / "step-00000003")
-    found, damaged = latest(tmp_path)
-    assert same(found, made(2)) and "not the manifest of step 3" in damaged[0]
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(2)) and "not the manifest of step 3" in damaged[0]
 
 
 def test_files_mixed_from_two_steps_are_passed_over(tmp_path: Path) -> None:
@@ -332,9 +332,9 @@ def calls_survived(run: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: 
                 save(run, made(step))
             except OutputError as error:
                 assert "disk full (No space left on device" in str(error) and error.exit_code == 6 and len(str(error).splitlines()) == 1
-        found, damaged = latest(run)
-        newest = same(found, before[-1]) or same(found, made(step))
-        assert newest and damaged == [], f"call {at} of {name}: newest is {found and found.step} of {steps(run)}"
+        loaded, damaged = latest(run)
+        newest = same(loaded, before[-1]) or same(loaded, made(step))
+        assert newest and damaged == [], f"call {at} of {name}: newest is {loaded and loaded.step} of {steps(run)}"
         assert not any(entry.startswith(".tmp-") for entry in steps(run)), f"call {at} of {name}"
         if failing.left > 0:
             return at - 1
@@ -422,18 +422,18 @@ def test_run_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Parse every byte of every file as safetensors or JSON."""
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):
         data = file.read_bytes()
         if file.suffix == ".json":
-            found[file.name] = json.loads(data.decode("utf-8"))
+            parsed[file.name] = json.loads(data.decode("utf-8"))
         else:
             (length,) = struct.unpack("<Q", data[:8])
             header = json.loads(data[8 : 8 + length])
             header.pop("__metadata__", None)
             assert max((entry["data_offsets"][1] for entry in header.values()), default=0) == len(data) - 8 - length
-            found[file.name] = header
-    return found
+            parsed[file.name] = header
+    return parsed
 
 
 def test_checkpoint_holds_no_pickle_and_no_random_state(tmp_path: Path) -> None:
@@ -444,11 +444,11 @@ def test_checkpoint_holds_no_pickle_and_no_random_state(tmp_path: Path) -> None:
     train(Recipe.load("digits", small), tmp_path / "run", progress=False)
     names = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert not [n for n in names if Path(n).suffix not in (".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", "")], names
-    found = contents(tmp_path / "run/checkpoints/step-00000002")
-    assert sorted(found) == sorted(FILES)
-    words = [word for part in found.values() for word in part] + [key.partition(".")[2] for key in found["optimizer.safetensors"]]
+    parsed = contents(tmp_path / "run/checkpoints/step-00000002")
+    assert sorted(parsed) == sorted(FILES)
+    words = [word for part in parsed.values() for word in part] + [key.partition(".")[2] for key in parsed["optimizer.safetensors"]]
     assert not [w for w in words if any(hint in w.lower() for hint in ("rng", "random", "generator"))]
-    assert all(entry["dtype"] != "U8" for name in FILES[:2] for entry in found[name].values())
+    assert all(entry["dtype"] != "U8" for name in FILES[:2] for entry in parsed[name].values())
 
 
 # --- one run, one folder ------------------------------------------------------------------------------------------------------------
@@ -523,12 +523,12 @@ def test_kill_at_any_instant_leaves_a_valid_newest_checkpoint(tmp_path: Path) ->
     for kill in range(15):
         with forked(forever):
             time.sleep(0.002 + chance.uniform(0, 6 * one_save))
-        found, damaged = latest(tmp_path)
-        assert damaged == [] and found is not None and found.step >= newest, kill
-        assert same(found, made(found.step)), kill
+        loaded, damaged = latest(tmp_path)
+        assert damaged == [] and loaded is not None and loaded.step >= newest, kill
+        assert same(loaded, made(loaded.step)), kill
         assert sum(name.startswith("step-") for name in steps(tmp_path)) >= 2, kill
         leftovers += any(not name.startswith("step-") for name in steps(tmp_path))
-        newest = found.step
+        newest = loaded.step
         with lock(tmp_path):
             assert all(name.startswith("step-") for name in steps(tmp_path)), kill
     assert newest > 2 and leftovers > 0

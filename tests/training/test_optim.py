@@ -1,4 +1,4 @@
-"""The schedule is a function of the step, LARS is the reference's, and parameters land in the right groups."""
+"""The schedule is a function of the step, LARS equals the reference, and parameters are in the right groups."""
 
 import copy
 import math
@@ -206,9 +206,9 @@ def test_lars_at_rate_zero_moves_nothing() -> None:
 
 
 def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, object]:
-    found = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
-    assert len(found) == 1
-    return found[0]
+    groups = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+    assert len(groups) == 1
+    return groups[0]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])

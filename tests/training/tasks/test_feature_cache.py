@@ -1,4 +1,4 @@
-"""A frozen or nearly frozen backbone: features cached once train the projector as fresh ones do, and exactly so after a resume."""
+"""Frozen or slowly trained backbones: training on cached features equals training on fresh ones, also after a resume."""
 
 import json
 from pathlib import Path
@@ -38,9 +38,9 @@ def test_cached_features_give_the_losses_of_fresh_ones(backbone: str, tmp_path: 
 
 def test_published_encoder_is_complete_with_unchanged_backbone(backbone: str, tmp_path: Path) -> None:
     recipe = tiny(backbone, "encoder.pretrained=true", "encoder.cached_views=4", *FROZEN)
-    found, start = load_encoder(train(recipe, tmp_path / "run", progress=False)), load_encoder(backbone.partition(":")[2])
-    assert found.config.dim == 32 and found.config.recipe is not None
-    for a, b in zip(found.backbone.state_dict().values(), start.backbone.state_dict().values(), strict=True):
+    published, start = load_encoder(train(recipe, tmp_path / "run", progress=False)), load_encoder(backbone.partition(":")[2])
+    assert published.config.dim == 32 and published.config.recipe is not None
+    for a, b in zip(published.backbone.state_dict().values(), start.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -94,7 +94,7 @@ def test_unreadable_images_are_counted_once_and_replaced(image_folder: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["encoder.cached_views=4"], "encoder.cached_views: needs encoder.freeze_backbone=true"),
         (["encoder.cached_views=1", *FROZEN], "encoder.cached_views: 1 is fewer than views.count = 2"),
@@ -114,8 +114,8 @@ def test_unreadable_images_are_counted_once_and_replaced(image_folder: Path, tmp
         (["optim.backbone_lr=0.1", *FROZEN], "optim.backbone_lr: has no meaning with encoder.freeze_backbone=true"),
     ],
 )
-def test_contradictory_keys_are_refused_by_name(more: list[str], said: str) -> None:
-    with refused(RecipeError, match=said):
+def test_contradictory_keys_are_refused_by_name(more: list[str], message: str) -> None:
+    with refused(RecipeError, match=message):
         tiny(*more)
 
 

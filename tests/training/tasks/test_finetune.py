@@ -1,4 +1,4 @@
-"""Fine-tuning: losses, rates and draws against independent ones, exact resume, and a folder that plain timm opens."""
+"""Fine-tuning: losses, rates and draws against independent implementations, exact resuming, and the published folder."""
 
 import dataclasses
 import json
@@ -64,9 +64,9 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all that can be averaged, mixed and switched."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with averaged weights, MixUp, CutMix and a frozen first epoch."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
     finetune(
         tiny("train.ema=0.6", "classifier.mixup=0.4", "classifier.cutmix=1", "train.best=top1", "optim.lr=0.02", "optim.head_lr=5"),
         run,
@@ -97,7 +97,7 @@ def test_recipe_kind_follows_from_its_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("classifier.mixupp=1", "classifier.mixupp: unknown key. Did you mean 'mixup'"), ("encoder.dim=3", "encoder: unknown key"),
         ("optim.name=lars", "optim.name"), ("optim.layer_decay=1.5", "optim.layer_decay"), ("views.count=2", "views.count"),
@@ -108,8 +108,8 @@ def test_recipe_kind_follows_from_its_sections() -> None:
         ("optim.trust_coefficient=1", "optim.trust_coefficient"), ("train.best=knn_z", "train.best"), ("classifier.label_smoothing=1", "label_smoothing"),
     ],
 )  # fmt: skip
-def test_wrong_key_or_value_is_refused_by_name(override: str, said: str) -> None:
-    with refused(RecipeError, match=said.replace("(", r"\(")):
+def test_wrong_key_or_value_is_refused_by_name(override: str, message: str) -> None:
+    with refused(RecipeError, match=message.replace("(", r"\(")):
         tiny(override)
 
 
@@ -145,8 +145,8 @@ def test_z_of_a_timm_model_and_a_missing_source_are_refused(tmp_path: Path) -> N
 
 def test_recipe_takes_missing_preprocessing_from_the_encoder() -> None:
     recipe, preprocess = tiny("data.crop_pct=0.7"), settled().config.preprocess
-    found = recipe.settled(dataclasses.asdict(preprocess)).data
-    assert (found.image_size, found.mean, found.std, found.interpolation, found.crop_pct) == (
+    data = recipe.settled(dataclasses.asdict(preprocess)).data
+    assert (data.image_size, data.mean, data.std, data.interpolation, data.crop_pct) == (
         32,
         preprocess.mean,
         preprocess.std,
@@ -276,18 +276,18 @@ def test_rates_decay_by_layer_and_the_head_has_its_own(vit: Path) -> None:
     classifier = make_classifier(rz.load_encoder(vit), list("abc"), "z")
     optimizer = build_optimizer(recipe.optim.name, param_groups(classifier, recipe.lr, recipe.optim), recipe.optim)
     named = {id(p): name for name, p in classifier.named_parameters()}
-    found = {named[id(p)]: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    assert set(found) == set(named.values())
+    rates = {named[id(p)]: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(named.values())
     top = recipe.lr
-    assert found["head.weight"] == (pytest.approx(3 * top), 0.1) and found["head.bias"] == (pytest.approx(3 * top), 0)
-    assert found["projector.0.weight"] == (pytest.approx(top), 0.1)
+    assert rates["head.weight"] == (pytest.approx(3 * top), 0.1) and rates["head.bias"] == (pytest.approx(3 * top), 0)
+    assert rates["projector.0.weight"] == (pytest.approx(top), 0.1)
     depth = len(classifier.backbone.blocks)
     for i in range(depth):
         for part in ("attn.qkv.weight", "mlp.fc1.weight"):
-            assert found[f"backbone.blocks.{i}.{part}"] == (pytest.approx(top * 0.5 ** (depth - 1 - i)), 0.1)
-    assert found["backbone.norm.weight"] == (pytest.approx(top), 0)
-    assert found["backbone.patch_embed.proj.weight"][0] == pytest.approx(top * 0.5**depth)
-    assert found["backbone.pos_embed"][1] == 0  # which timm never decays
+            assert rates[f"backbone.blocks.{i}.{part}"] == (pytest.approx(top * 0.5 ** (depth - 1 - i)), 0.1)
+    assert rates["backbone.norm.weight"] == (pytest.approx(top), 0)
+    assert rates["backbone.patch_embed.proj.weight"][0] == pytest.approx(top * 0.5**depth)
+    assert rates["backbone.pos_embed"][1] == 0  # which timm never decays
 
 
 def test_backbone_is_frozen_in_the_linear_epochs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +296,10 @@ def test_backbone_is_frozen_in_the_linear_epochs_only(tmp_path: Path, monkeypatc
     right = Trainer._update
 
     def update(self, *given):  # type: ignore[no-untyped-def]
-        found = right(self, *given)
+        norm = right(self, *given)
         state = self.core.state_dict()
         seen.append((torch.cat([v.flatten().double() for k, v in state.items() if k.startswith("backbone")]), state["head.weight"].clone()))
-        return found
+        return norm
 
     monkeypatch.setattr(Trainer, "_update", update)
     finetune(tiny("classifier.linear_epochs=2"), tmp_path / "run", progress=False)
@@ -314,25 +314,27 @@ def test_linear_run_leaves_the_backbone_unchanged(tmp_path: Path) -> None:
         "classifier.train=linear", "classifier.linear_epochs=0", "optim.name=sgd", "optim.layer_decay=1", "start.input=z", "optim.lr=4"
     )
     finetune(recipe, tmp_path / "run", progress=False)
-    found, encoder = rz.load_classifier(tmp_path / "run"), rz.load_encoder("test_resnet.digits")
-    assert all(torch.equal(a, b) for a, b in zip(found.backbone.state_dict().values(), encoder.backbone.state_dict().values(), strict=True))
-    assert found.projector is not None and torch.equal(found.projector[0].weight, encoder.projector[0].weight)  # type: ignore[index]
-    assert found.config.info["results"]["top1"] > 0.5
+    classifier, encoder = rz.load_classifier(tmp_path / "run"), rz.load_encoder("test_resnet.digits")
+    assert all(
+        torch.equal(a, b) for a, b in zip(classifier.backbone.state_dict().values(), encoder.backbone.state_dict().values(), strict=True)
+    )
+    assert classifier.projector is not None and torch.equal(classifier.projector[0].weight, encoder.projector[0].weight)  # type: ignore[index]
+    assert classifier.config.info["results"]["top1"] > 0.5
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_run_learns_and_records_its_results(whole: Path) -> None:
-    found = rz.load_classifier(whole)
-    results, last = found.config.info["results"], rows(whole)[-1]
+def test_run_learns_and_records_its_results(finished: Path) -> None:
+    classifier = rz.load_classifier(finished)
+    results, last = classifier.config.info["results"], rows(finished)[-1]
     assert results["top1"] == last["top1"] > 0.5 and results["top5"] == last["top5"] >= results["top1"]
     assert (results["n_train"], results["n_test"]) == (192, 360)
-    assert {p.name for p in whole.iterdir()} >= {"classifier", "classifier-best", "recipe.yaml", "summary.json", "checkpoints"}
-    assert TuningRecipe.load(whole / "recipe.yaml").data.image_size == 32  # the preprocessing of the encoder is written down
+    assert {p.name for p in finished.iterdir()} >= {"classifier", "classifier-best", "recipe.yaml", "summary.json", "checkpoints"}
+    assert TuningRecipe.load(finished / "recipe.yaml").data.image_size == 32  # the preprocessing of the encoder is written down
     test = open_source(load_any("digits").data).eval
     assert test is not None and test.labels is not None
-    prediction = found.predict(test)
+    prediction = classifier.predict(test)
     assert prediction.ids == test.ids and prediction.probabilities.sum(1) == pytest.approx(1, abs=1e-5)
     assert np.mean([int(label) == y for label, y in zip(prediction.labels, test.labels, strict=True)]) == results["top1"]
     right = np.log(prediction.probabilities.astype(np.float64)[np.arange(360), test.labels])
@@ -340,23 +342,23 @@ def test_run_learns_and_records_its_results(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 7])
-def test_stopped_and_resumed_is_bit_equal(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    recipe, run = TuningRecipe.load(whole / "recipe.yaml"), tmp_path / "run"
+def test_stopped_and_resumed_is_bit_equal(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    recipe, run = TuningRecipe.load(finished / "recipe.yaml"), tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(StoppedBySignal):
             finetune(recipe, run, progress=False)
     assert latest(run)[0].step == step  # type: ignore[union-attr]
     with refused(RecipeError, match=r"classifier\.mixup: 0\.4 -> 0\.5"):
-        finetune(TuningRecipe.load(whole / "recipe.yaml", ["classifier.mixup=0.5"]), run, resume=True, progress=False)
+        finetune(TuningRecipe.load(finished / "recipe.yaml", ["classifier.mixup=0.5"]), run, resume=True, progress=False)
     finetune(recipe, run, resume=True, progress=False)
-    assert rows(run) == rows(whole) and torch.equal(logits(run), logits(whole))
-    assert torch.equal(logits(run / "classifier-best"), logits(whole / "classifier-best"))
+    assert rows(run) == rows(finished) and torch.equal(logits(run), logits(finished))
+    assert torch.equal(logits(run / "classifier-best"), logits(finished / "classifier-best"))
 
 
-def test_card_of_the_best_names_how_it_was_chosen(whole: Path) -> None:
-    said = "chosen by top1 on these very images, so too good."
-    assert said in (whole / "classifier-best/README.md").read_text() and said not in (whole / "classifier/README.md").read_text()
+def test_card_of_the_best_names_how_it_was_chosen(finished: Path) -> None:
+    note = "chosen by top1 on these very images, so too good."
+    assert note in (finished / "classifier-best/README.md").read_text() and note not in (finished / "classifier/README.md").read_text()
 
 
 def on_two_ranks(folder: str, source: str) -> str:
@@ -396,11 +398,17 @@ def test_best_by_an_unusable_metric_is_refused(image_folder: Path, tmp_path: Pat
     more[0] = f"data.path={tmp_path / 'data'}"
     with refused(RecipeError, match="train.best: top5 is always 1 with 2 classes"):
         finetune(TuningRecipe.load("finetune-folder", [*more, "train.best=top5"]), tmp_path / "b", progress=False)
-    found = rz.load_classifier(
+    classifier = rz.load_classifier(
         finetune(TuningRecipe.load("finetune-folder", [*more, "train.num_workers=0"]), tmp_path / "c", progress=False)
     )
-    assert found.classes == ("blue", "red") and set(found.config.info["results"]) == {"top1", "loss", "n_test", "n_train", "protocol"}
-    prediction = found.predict(image_folder)
+    assert classifier.classes == ("blue", "red") and set(classifier.config.info["results"]) == {
+        "top1",
+        "loss",
+        "n_test",
+        "n_train",
+        "protocol",
+    }
+    prediction = classifier.predict(image_folder)
     assert [name.partition("/")[0] for name in prediction.ids] == prediction.labels  # reddish and bluish noise
 
 
@@ -484,19 +492,19 @@ def test_folder_with_foreign_golden_logits_is_refused(tmp_path: Path) -> None:
     mixed = seal({**contents, "golden.safetensors": (other / "golden.safetensors").read_bytes()}, config)
     with refused(ModelError, match="codes differ from the saved ones"):
         rz.load_classifier(write_folder(tmp_path / "mixed", mixed))
-    for block, said in (
+    for block, message in (
         ({"classes": ["cat"]}, "classifier.classes"),
         ({"classes": list("abc")}, "expected F32"),
         ({"input": "z"}, "classifier.input"),
     ):
         changed = {**config, BLOCK: {**config[BLOCK], "classifier": {**config[BLOCK]["classifier"], **block}}}
-        with refused(ModelError, match=said):
-            rz.load_classifier(write_folder(tmp_path / f"changed{said}", seal(contents, changed)))
+        with refused(ModelError, match=message):
+            rz.load_classifier(write_folder(tmp_path / f"changed{message}", seal(contents, changed)))
 
 
-def test_encoder_and_classifier_folders_are_told_apart(tmp_path: Path, whole: Path) -> None:
+def test_encoder_and_classifier_folders_are_told_apart(tmp_path: Path, finished: Path) -> None:
     with refused(ModelError, match="holds a classifier, not an encoder; use load_classifier"):
-        rz.load_encoder(whole)
+        rz.load_encoder(finished)
     with refused(ModelError, match="holds an encoder, not a classifier"):
         rz.load_classifier("test_resnet.digits")
 
@@ -526,30 +534,30 @@ def test_convolutional_classifier_is_refused_before_training(name: str) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------------------------
 
 
-def test_card_and_push_accept_a_classifier(whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli(["push", str(whole), "me/digits-classifier", "--dry-run", "--license", "mit"]) == 0
-    said = capsys.readouterr().out
-    assert "# Image classifier: test_resnet, 10 classes" in said and 'rz.load_classifier("me/digits-classifier")' in said
-    assert "pipeline_tag: image-classification" in said and "license: mit" in said and "head.safetensors" not in said.split("---")[0]
-    top1 = rz.load_classifier(whole).config.info["results"]["top1"]
-    assert f"{100 * top1:.2f} %" in said and "n = 360 held-out images; trained on n = 192 labelled images" in said
-    assert cli(["card", str(whole)]) == 0
+def test_card_and_push_accept_a_classifier(finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli(["push", str(finished), "me/digits-classifier", "--dry-run", "--license", "mit"]) == 0
+    output = capsys.readouterr().out
+    assert "# Image classifier: test_resnet, 10 classes" in output and 'rz.load_classifier("me/digits-classifier")' in output
+    assert "pipeline_tag: image-classification" in output and "license: mit" in output and "head.safetensors" not in output.split("---")[0]
+    top1 = rz.load_classifier(finished).config.info["results"]["top1"]
+    assert f"{100 * top1:.2f} %" in output and "n = 360 held-out images; trained on n = 192 labelled images" in output
+    assert cli(["card", str(finished)]) == 0
 
 
-def test_classifier_is_pushed_and_loaded_from_the_hub(whole: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifier_is_pushed_and_loaded_from_the_hub(finished: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_server.users["hf_me"] = User("me")
     monkeypatch.setenv("HF_TOKEN", "hf_me")
     settled("test_resnet").eval().push_to_hub("me/model")
-    assert cli(["push", str(whole), "me/model"]) == 0
+    assert cli(["push", str(finished), "me/model"]) == 0
     assert hub_server.log("me/model")[0].title == "Update image classifier"
-    assert torch.equal(logits("me/model"), logits(whole))
+    assert torch.equal(logits("me/model"), logits(finished))
     from huggingface_hub import HfApi
 
     assert "head.safetensors" not in HfApi().list_repo_files("me/model")  # of the encoder that was there before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["finetune", "digits"], 2, "recipe for `rlpjepa train`"), (["train", "finetune-digits"], 2, "recipe for `rlpjepa finetune`"),
         (["finetune", "finetune-digits", "start.source=no-such-encoder"], 2, "neither a folder, nor a name of the zoo"),
@@ -560,23 +568,23 @@ def test_classifier_is_pushed_and_loaded_from_the_hub(whole: Path, hub_server: F
     ],
 )  # fmt: skip
 def test_mistake_is_one_line_with_its_exit_code(
-    arguments: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli([*arguments, "--out", str(tmp_path / "run"), "--quiet"]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
 def test_check_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["check", "finetune-digits", "start.input=z"]) == 0
-    said = capsys.readouterr().out
-    assert "# classifies: z (256)" in said and TuningRecipe.parse(said).data.image_size == 32
+    output = capsys.readouterr().out
+    assert "# classifies: z (256)" in output and TuningRecipe.parse(output).data.image_size == 32
 
 
 def test_command_fine_tunes_and_prints_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["finetune", "finetune-digits", *TINY, "--out", str(tmp_path / "run"), "--quiet", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["classifier"] == str(tmp_path / "run/classifier") and found["top1"] > 0.4 and found["steps"] == 12
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["classifier"] == str(tmp_path / "run/classifier") and printed["top1"] > 0.4 and printed["steps"] == 12
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------------------------
@@ -592,12 +600,12 @@ def test_adapters_are_trained_alone_and_merged(vit: Path, tmp_path: Path, monkey
         f"start.source={vit}",
     ]
     folder = finetune(tiny(*more), tmp_path / "run", progress=False)
-    found, start = rz.load_classifier(folder).backbone.state_dict(), rz.load_encoder(vit).backbone.state_dict()
-    assert found.keys() == start.keys()
-    changed = {k for k in found if not torch.equal(found[k], start[k])}
-    assert changed == {k for k in found if k.endswith("qkv.weight")}
+    merged, start = rz.load_classifier(folder).backbone.state_dict(), rz.load_encoder(vit).backbone.state_dict()
+    assert merged.keys() == start.keys()
+    changed = {k for k in merged if not torch.equal(merged[k], start[k])}
+    assert changed == {k for k in merged if k.endswith("qkv.weight")}
     for name in changed:
-        assert int(torch.linalg.matrix_rank((found[name] - start[name]).double(), rtol=1e-4)) <= 2
+        assert int(torch.linalg.matrix_rank((merged[name] - start[name]).double(), rtol=1e-4)) <= 2
     with monkeypatch.context() as patch:
         stop_after(patch, 5, signal.SIGTERM)
         with pytest.raises(StoppedBySignal):

@@ -21,8 +21,9 @@ from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate
 from rlpjepa_zoo.report.bench_loss import timed
-from rlpjepa_zoo.training import online_probes as model
-from rlpjepa_zoo.training import pretrain as training
+from rlpjepa_zoo.training.optim import build_optimizer
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.pretrain import build_objective, param_groups
 
 MEASURES = ("knn_z", "linear_z", "one_shot_z", "knn_features", "linear_features", "one_shot_features", "l0")
 
@@ -37,8 +38,8 @@ def step_seconds(options: Any) -> dict[str, float]:
     steps = {}
     for arm in options.arm:
         recipe = resolved(options, arm)
-        encoder, objective = model.build_encoder(recipe).train().to(memory_format=torch.channels_last), model.build_objective(recipe)
-        optimizer = training.make_optimizer(encoder, None, recipe)
+        encoder, objective = build_encoder(recipe).train().to(memory_format=torch.channels_last), build_objective(recipe)
+        optimizer = build_optimizer(recipe.optim.name, param_groups(encoder, None, recipe), recipe.optim)
         views = torch.randn(2 * recipe.train.batch_size, 3, recipe.data.image_size, recipe.data.image_size).to(
             memory_format=torch.channels_last
         )

@@ -24,22 +24,24 @@ from safetensors.torch import load_file
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.config.pretrain import Recipe
-from rlpjepa_zoo.report.bench_loss import timed
-from rlpjepa_zoo.training import online_probes as model
-from rlpjepa_zoo.training import pretrain as training
-from rlpjepa_zoo.training import trainer as engine
+from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
+from rlpjepa_zoo.report import bench_loss as bench
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.online_probes import EncoderWithProbes
+from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, build_objective
+from rlpjepa_zoo.training.trainer import Trainer
 
 PARTS = {
-    "waiting for images": (engine.Run, "_next"),
-    "views and forward": (engine.Run, "_forward"),
-    "encoder, of that": (model.EncoderWithProbes, "_both"),
-    "online probes and encoder, of that": (model.EncoderWithProbes, "forward"),
-    "loss": (training._Pretraining, "loss"),
-    "update": (engine.Run, "_update"),
-    "log": (engine.Run, "_log_step"),
-    "evaluation": (training._Pretraining, "measure"),
-    "checkpoint": (engine.Run, "_save"),
-    "publication": (engine.Run, "_publish"),
+    "waiting for images": (Trainer, "_next"),
+    "views and forward": (Trainer, "_forward"),
+    "encoder, of that": (EncoderWithProbes, "_both"),
+    "online probes and encoder, of that": (EncoderWithProbes, "forward"),
+    "loss": (RectifiedLpJEPALoss, "__call__"),
+    "update": (Trainer, "_update"),
+    "log": (Trainer, "_log_step"),
+    "evaluation": (PretrainTask, "evaluate"),
+    "checkpoint": (Trainer, "_save"),
+    "publication": (Trainer, "_publish"),
 }
 
 
@@ -79,26 +81,27 @@ def watching(recipe: Recipe, repeats: int) -> dict[str, Any]:
     """A step with and without online probes, and one with its row of the log beside it, by turns."""
     batch, side = recipe.train.batch_size, recipe.data.image_size
     views, labels = torch.randn(2 * batch, 3, side, side), torch.arange(batch) % 10
-    objective = model.build_objective(recipe)
+    objective = build_objective(recipe)
 
     def step(classes: int, logged: bool) -> Callable[[], None]:
-        watched = model.EncoderWithProbes(model.build_encoder(recipe), classes).to(memory_format=torch.channels_last)
-        task = training._Pretraining(recipe)
-        task.floor, images = 0.0, views.contiguous(memory_format=torch.channels_last)
+        watched = EncoderWithProbes(build_encoder(recipe), classes).to(memory_format=torch.channels_last)
+        task = PretrainTask(recipe)
+        task.objective, task.floor, images = objective, 0.0, views.contiguous(memory_format=torch.channels_last)
+
+        def forward(*inputs: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+                return watched(*inputs)
 
         def do() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-                output = watched([images], labels)
-            terms = objective(output.z, 0)
-            loss = training.Loss(terms.total + output.probe_loss, {"loss": terms.total, **terms.parts})
-            loss.total.backward()
+            output = task.step(forward, [images], labels, 0)
+            output.loss.backward()
             watched.zero_grad(set_to_none=True)
             if logged:
-                task.numbers(loss, output)
+                output.log()
 
         return do
 
-    seconds = timed({"bare": step(0, False), "probes": step(10, False), "probes and log": step(10, True)}, repeats)
+    seconds = bench.timed({"bare": step(0, False), "probes": step(10, False), "probes and log": step(10, True)}, repeats)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     every = recipe.train.log_every
     return {
@@ -132,7 +135,7 @@ def loading(folder: Path, architecture: str, repeats: int) -> dict[str, Any]:
     def bare() -> None:
         timm.create_model(architecture, num_classes=0).load_state_dict(load_file(folder / "model.safetensors"))
 
-    seconds = timed({"load_encoder": lambda: rz.load_encoder(str(folder)), "timm.create_model and weights": bare}, repeats)
+    seconds = bench.timed({"load_encoder": lambda: rz.load_encoder(str(folder)), "timm.create_model and weights": bare}, repeats)
     medians = {name: round(statistics.median(taken), 4) for name, taken in seconds.items()}
     return {
         "architecture": architecture,

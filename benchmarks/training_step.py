@@ -22,12 +22,13 @@ from torch import Tensor
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.ops.gradient_noise import directions_needed, gradient_error, matched
-from rlpjepa_zoo.training.optim import make_optimizer
+from rlpjepa_zoo.training.optim import build_optimizer
+from rlpjepa_zoo.training.tasks.pretrain import param_groups
 
 
 def plain(count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
     encoder = rz.create_encoder("resnet18_small", dim=512, hidden_dim=512).train()
-    optimizer = make_optimizer(encoder, torch.nn.ModuleDict(), recipe)
+    optimizer = build_optimizer(recipe.optim.name, param_groups(encoder, None, recipe), recipe.optim)
     scale = rz.sigma_gn(1.0)
 
     def distance(z: Tensor, c: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def plain(count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
 
 def ours(family: str, count: int, recipe: rz.Recipe) -> Callable[[Tensor], float]:
     encoder = rz.create_encoder("resnet18_small", dim=512, hidden_dim=512).train().to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(encoder, torch.nn.ModuleDict(), recipe)
+    optimizer = build_optimizer(recipe.optim.name, param_groups(encoder, None, recipe), recipe.optim)
     objective = rz.RectifiedLpJEPALoss(rz.RectifiedGeneralizedGaussian(0.0, rz.sigma_gn(1.0), 1.0), 25, 125, family, count)
     steps = iter(range(1 << 30))
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .ops.directions import directions as directions
     from .ops.sliced_wasserstein import sliced_wasserstein as sliced_wasserstein
     from .sparse.embeddings import SparseEmbeddings as SparseEmbeddings
-    from .training.finetune import finetune as finetune
-    from .training.pretrain import train as train
+    from .training.tasks.finetune import finetune as finetune
+    from .training.tasks.pretrain import train as train
 
 __version__ = "0.1.0"
 
@@ -56,8 +56,8 @@ _HOME = {
     "strong_sigreg": "objectives.sigreg",
     "weak_sigreg": "objectives.sigreg",
     "SparseEmbeddings": "sparse.embeddings",
-    "train": "training.pretrain",
-    "finetune": "training.finetune",
+    "train": "training.tasks.pretrain",
+    "finetune": "training.tasks.finetune",
     "TuningRecipe": "config.finetune",
     "list_encoders": "hub.zoo",
     "list_objectives": "objectives",

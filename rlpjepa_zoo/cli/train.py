@@ -58,7 +58,7 @@ def train(
 ) -> None:
     """Pretrain an encoder from a recipe; also under `accelerate launch -m rlpjepa_zoo train ...` and torchrun."""
     from ..config.pretrain import Recipe
-    from ..training.pretrain import train as run
+    from ..training.tasks.pretrain import train as run
 
     resolved = Recipe.load(recipe, overrides or [])
     _run_and_print("encoder", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
@@ -75,7 +75,7 @@ def finetune(
 ) -> None:
     """Fine-tune an encoder to a classifier of labelled images; also under `accelerate launch -m rlpjepa_zoo finetune ...` and torchrun."""
     from ..config.finetune import TuningRecipe
-    from ..training.finetune import finetune as run
+    from ..training.tasks.finetune import finetune as run
 
     resolved = TuningRecipe.load(recipe, overrides or [])
     _run_and_print("classifier", out, lambda: run(resolved, out, resume, allow_change or [], progress=not quiet), as_json)
@@ -98,7 +98,8 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
     """Return derived numbers of a recipe. Builds the encoder on the meta device and passes one batch of the right size through it."""
     import torch
 
-    from ..training.online_probes import build_encoder, build_objective, unlike_pretraining
+    from ..training.tasks.encoders import build_encoder, preprocessing_warnings
+    from ..training.tasks.pretrain import build_objective
 
     mu, sigma = recipe.target.law()
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
@@ -109,7 +110,7 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
             encoder.eval()(torch.empty(2, 3, side, side))
         except Exception as error:
             raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
-    for sentence in unlike_pretraining(recipe, encoder):
+    for sentence in preprocessing_warnings(recipe, encoder):
         logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
     return {
         "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
@@ -126,9 +127,9 @@ def _tuning_facts(recipe: TuningRecipe) -> tuple[TuningRecipe, dict[str, Any]]:
     """Load the encoder that a recipe starts from; return the recipe with the preprocessing of that encoder, and derived numbers."""
     import dataclasses
 
-    from ..training.finetune import start_encoder
+    from ..training.tasks.encoders import start_encoder
 
-    encoder = start_encoder(recipe)
+    encoder = start_encoder(recipe.start, recipe.seed)
     return recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess)), {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),

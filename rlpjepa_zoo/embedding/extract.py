@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 
 from ..core import distributed, files
 from ..core.signals import Interrupts
-from ..data.images import ImageRows, Row, reason_with_id, spans
-from ..data.preprocess import batched, ready
+from ..data.images import ImageRows, Row, spans
+from ..data.preprocess import batched
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import SparseEncoder
-from ..models.inference import OutputOptions
+from ..models.inference import OutputOptions, image_batches
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.io import Values
 from .card import card
@@ -172,23 +172,20 @@ def _encode(
     Raises:
         DataError: an image cannot be read, without skip_bad.
     """
-    preprocess = encoder.config.preprocess
-    with closing(ready(groups, lambda item: item[1].read(), preprocess, how.num_workers)) as prepared:
-        for group in prepared:
+    loop = image_batches(
+        groups, encoder.config.preprocess, encoder.device, row=lambda item: item[1], num_workers=how.num_workers,
+        on_error="skip" if how.skip_bad else "raise", mend="; leave such images out with --skip-bad",
+    )  # fmt: skip
+    with closing(loop) as batches:
+        for batch in batches:
             check()
-            failures: list[tuple[str, str]] = []
-            for i, reason in group.bad:
-                name = arrow_text(group.items[i][1].id)
-                if not how.skip_bad:
-                    raise DataError(f"{reason_with_id(name, reason)}; leave such images out with --skip-bad")
-                failures.append((str(name), reason_with_id(name, reason)))
-            ids = [arrow_text(group.items[i][1].id) for i in group.good]
-            if ids:
-                x = preprocess.normalised(group.pixels.to(encoder.device))
-                embeddings = SparseEmbeddings.from_dense(encoder.codes(x, ids[0], how.budget), ids, meta)
+            if batch.ids:
+                codes = encoder.codes(batch.x, batch.ids[0], how.budget)
             else:
-                embeddings = SparseEmbeddings.from_dense(torch.zeros(0, encoder.config.dim), meta=meta)
-            yield _Batch(group.items[0][0], embeddings, [group.items[i][1].columns for i in group.good], failures)
+                codes = torch.zeros(0, encoder.config.dim)
+            embeddings = SparseEmbeddings.from_dense(codes, batch.ids, meta)
+            cells = [row.columns for _, row in batch.items]
+            yield _Batch(batch.group[0][0], embeddings, cells, [(str(id), reason) for id, reason in batch.failures])
 
 
 def _write_parts(
@@ -211,7 +208,7 @@ def _write_parts(
 
     def groups() -> Iterator[list[tuple[int, Row]]]:
         for part, rows in spans(feed, how.part_rows, mine):
-            yield from batched(((part, row) for row in rows), how.batch_size)
+            yield from batched(((part, row._replace(id=arrow_text(row.id))) for row in rows), how.batch_size)
 
     def check() -> None:
         if interrupts.stop:

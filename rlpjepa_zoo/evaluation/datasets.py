@@ -13,7 +13,7 @@ from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
 from ..data.images import Images
-from ..data.sources import open_source
+from ..data.sources import folder_contents, open_source
 from ..errors import DataError, UsageError, did_you_mean
 from .probes.base import held_out
 
@@ -61,10 +61,10 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
     if Path(data).is_dir():
         if overrides:
             raise UsageError(f"'{overrides[0]}': overrides belong to a named set or a recipe, and --data {data} is a folder")
-        saved = any((Path(data) / name).is_file() for name in ("dataset_dict.json", "state.json"))
-        if saved or any(Path(data).rglob("*.parquet")):
-            return Data(source="hf", path=data, eval_split="test")
-        return Data(source="folder", path=data)
+        kind, _ = folder_contents(Path(data))
+        if kind == "folder":
+            return Data(source="folder", path=data)
+        return Data(source="webdataset" if kind == "webdataset" else "hf", path=data, eval_split="test")
     known = [*SETS, *list_recipes()]
     if not Path(data).is_file() and data not in known:
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."

@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.images import Images
-from ..data.preprocess import batched, ready
+from ..data.preprocess import batched
 from ..errors import DataError, NonFiniteError
 from ..models.encoder import SparseEncoder
+from ..models.inference import image_batches, pixel_batches
 from ..sparse.embeddings import SparseEmbeddings
 
 __all__ = ["encode", "encode_sparse", "pixels"]
@@ -40,34 +41,27 @@ def encode(
     Raises:
         DataError: no image can be read, unless `allow_empty`.
     """
-    features, codes, rows = [], [], []
-    prepare = encoder.config.preprocess
-    groups = ready(batched(range(len(images)), batch_size), images.read, prepare, num_workers)
-    bar = tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
-    with encoder.evaluating(), bar, closing(groups):
-        for group in groups:
-            bar.update(len(group.items))
-            if group.good:
-                out = encoder.both(prepare.normalised(group.pixels.to(encoder.device)))
+    features, codes, labels = [], [], list[int]()
+    rows, bar = batched(images.rows(), batch_size), tqdm(total=len(images), desc="encode", unit="image", disable=not progress, leave=False)
+    options: dict[str, Any] = {"num_workers": num_workers, "on_error": "skip", "progress": bar.update}
+    with encoder.evaluating(), bar, closing(image_batches(rows, encoder.config.preprocess, encoder.device, **options)) as batches:
+        for batch in batches:
+            if batch.items:
+                out = encoder.both(batch.x)
                 features.append(out.features.float().cpu())
                 codes.append(out.z.float().cpu())
-                rows += [group.items[i] for i in group.good]
-    if not rows and not allow_empty:
+                labels += [row.columns.get("label", -1) for row in batch.items]
+    if not labels and not allow_empty:
         raise DataError("none of the images can be read")
-    if not rows:
+    if not labels:
         return torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim), torch.zeros(0, dtype=torch.long)
-    return torch.cat(features), torch.cat(codes), _labels(images, rows)
+    return torch.cat(features), torch.cat(codes), torch.tensor(labels)
 
 
 def pixels(encoder: SparseEncoder, images: Images) -> Tensor:
     """Raw pixels in 0..1, resized and cropped like the input of the encoder, as flat rows (n, 3 H W): a baseline for every embedding."""
-    groups = list(ready(batched(range(len(images)), 256), images.read, encoder.config.preprocess))
-    return torch.cat([group.pixels for group in groups]).permute(0, 3, 1, 2).flatten(1).float() / 255
-
-
-def _labels(images: Images, rows: list[int]) -> Tensor:
-    """(n,) labels of some rows, -1 where unknown."""
-    return torch.from_numpy(np.asarray(np.full(len(rows), -1) if images.labels is None else images.labels[rows]))
+    batches = pixel_batches(batched(images.rows(), 256), encoder.config.preprocess, on_error="skip")
+    return torch.cat([batch.x for batch in batches]).permute(0, 3, 1, 2).flatten(1).float() / 255
 
 
 def encode_sparse(

@@ -17,7 +17,7 @@ from ..evaluation.evaluate import evaluate, with_results
 from ..evaluation.tables import accuracy_table
 from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
-from ..training.pretrain import train
+from ..training.tasks.pretrain import train
 from .plots import overview
 
 

@@ -27,7 +27,7 @@ from ..evaluation.intervals import mean_interval
 from ..evaluation.metrics import alarms
 from ..models.encoder import SparseEncoder
 from ..models.pretrained import load_encoder
-from ..training.run_dir import Run, is_number, read_run
+from ..training.run_dir import RunFiles, is_number, read_run
 from .encoder_sections import Sample, law_section, neighbours_section, rates_section, units_section
 from .page import render
 from .run_sections import header, origin, training_section
@@ -105,7 +105,7 @@ def _target_law(recipe: Recipe) -> RectifiedGeneralizedGaussian | None:
 # --- embedding ------------------------------------------------------------------------------------------------------------------------
 
 
-def _with_overrides(run: Run, overrides: Sequence[str]) -> Recipe:
+def _with_overrides(run: RunFiles, overrides: Sequence[str]) -> Recipe:
     """Recipe of the run with overrides that say where the images are."""
     for override in overrides:
         section, _, key = override.partition("=")[0].partition(".")
@@ -115,7 +115,7 @@ def _with_overrides(run: Run, overrides: Sequence[str]) -> Recipe:
     return Recipe.load(run.path / "recipe.yaml", ["hub={}", *overrides])
 
 
-def _embed(run: Run, recipe: Recipe, most: int, batch_size: int, num_workers: int, device: str, progress: bool) -> Sample:
+def _embed(run: RunFiles, recipe: Recipe, most: int, batch_size: int, num_workers: int, device: str, progress: bool) -> Sample:
     """Embeddings of evaluation images by the published encoder."""
     encoder = _published_encoder(run, device)
     source = open_source(recipe.data, recipe.seed)
@@ -133,7 +133,7 @@ def _embed(run: Run, recipe: Recipe, most: int, batch_size: int, num_workers: in
     return Sample(embeddings.to_dense(), chosen.take(embeddings.ids), len(pool), split, len(failures), encoder.config.info)
 
 
-def _published_encoder(run: Run, device: str) -> SparseEncoder:
+def _published_encoder(run: RunFiles, device: str) -> SparseEncoder:
     folder = run.path / "encoder"
     if not folder.is_dir():
         raise ModelError(f"{folder}: the run has not published an encoder yet; it does after probe.every_epochs epochs")
@@ -148,7 +148,7 @@ def _published_encoder(run: Run, device: str) -> SparseEncoder:
 # --- figures --------------------------------------------------------------------------------------------------------------------------
 
 
-def _figures(run: Run, sample: Sample | None, law: RectifiedGeneralizedGaussian | None) -> dict[str, Any]:
+def _figures(run: RunFiles, sample: Sample | None, law: RectifiedGeneralizedGaussian | None) -> dict[str, Any]:
     """The main figures, JSON-able; None where a figure was not measured."""
     theory = None if law is None else run.recipe.target.density_in_theory()
     info = sample.info if sample is not None else run.info
@@ -175,7 +175,7 @@ def _figures(run: Run, sample: Sample | None, law: RectifiedGeneralizedGaussian 
     return figures
 
 
-def _steps(run: Run, info: dict[str, Any]) -> int:
+def _steps(run: RunFiles, info: dict[str, Any]) -> int:
     """Steps of the whole run: from its number of images if that is recorded, else from the epochs of its rows."""
     images = (info.get("training") or {}).get("images") or run.recipe.data.length
     if isinstance(images, int):
@@ -184,7 +184,7 @@ def _steps(run: Run, info: dict[str, Any]) -> int:
     return max(1, round(run.recipe.train.epochs * round(row["step"] / row["epoch"]))) if row else int(run.rows[-1]["step"])
 
 
-def _scored(run: Run, sample: Sample | None) -> int | None:
+def _scored(run: RunFiles, sample: Sample | None) -> int | None:
     """Number of images in the run's own evaluation, if known."""
     if sample is not None:
         return min(run.recipe.probe.eval_images if sample.split == "evaluation" else run.recipe.probe.bank, sample.available)

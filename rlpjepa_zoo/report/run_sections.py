@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..evaluation.intervals import share_interval
 from ..hub.card_figures import ACCENT, INK, SECOND
-from ..training.run_dir import Run
+from ..training.run_dir import RunFiles
 from .charts import Level, Line, curves
 from .encoder_sections import Sample
 from .page import Figure, Header, Key, Origin, Section, Table, percent, three_digits
@@ -15,7 +15,7 @@ from .page import Figure, Header, Key, Origin, Section, Table, percent, three_di
 __all__ = ["header", "origin", "training_section"]
 
 
-def header(run: Run, sample: Sample | None, missing: str, figures: dict[str, Any]) -> Header:
+def header(run: RunFiles, sample: Sample | None, missing: str, figures: dict[str, Any]) -> Header:
     """Name and state of the run, warnings and key figures.
 
     Args:
@@ -33,7 +33,7 @@ def header(run: Run, sample: Sample | None, missing: str, figures: dict[str, Any
     return Header(recipe.name, lead, list(_warnings(run, sample, figures)), missing, list(_keys(run, sample, figures)))
 
 
-def _warnings(run: Run, sample: Sample | None, figures: dict[str, Any]) -> Iterator[str]:
+def _warnings(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iterator[str]:
     for sentence in figures["alarms"]:
         yield f"{sentence[0].upper()}{sentence[1:]}."
     if run.damaged:
@@ -46,7 +46,7 @@ def _warnings(run: Run, sample: Sample | None, figures: dict[str, Any]) -> Itera
         yield f"The encoder measured here was published at step {encoder_step:,}; the curves go to step {figures['step']:,}."
 
 
-def _keys(run: Run, sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
+def _keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
     yield from _density_keys(run, sample, figures)
     scored = f"{_scored(run, figures)} images"
     for key, name in (("knn_z", "kNN accuracy of z"), ("knn_features", "kNN accuracy of features")):
@@ -68,7 +68,7 @@ def _keys(run: Run, sample: Sample | None, figures: dict[str, Any]) -> Iterator[
         yield Key("Images that cannot be read", f"{figures['bad_images']:,}", "each counted once; see bad_images.jsonl")
 
 
-def _density_keys(run: Run, sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
+def _density_keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
     asked = figures["density_asked"]
     if asked is not None:
         yield Key("Density asked for", f"{asked:.3g}", "target.density")
@@ -88,7 +88,7 @@ def _density_keys(run: Run, sample: Sample | None, figures: dict[str, Any]) -> I
         yield Key("Dead dimensions", percent(figures["dead_eval"]), f"zero in {scored}, by the run itself")
 
 
-def _scored(run: Run, figures: dict[str, Any]) -> str:
+def _scored(run: RunFiles, figures: dict[str, Any]) -> str:
     """Number of images in the run's own evaluation, or its upper bound."""
     return f"n = {figures['scored']:,}" if figures["scored"] else f"n ≤ {max(run.recipe.probe.eval_images, run.recipe.probe.bank):,}"
 
@@ -113,24 +113,24 @@ _IN_PANELS = {"loss", "invariance", "matching", "l0", "dead", "probe_z", "probe_
 """Numbers of training rows that the charts below show. Any other number is a term of the objective and gets a chart under its own name."""
 
 
-def training_section(run: Run, figures: dict[str, Any]) -> Section:
+def training_section(run: RunFiles, figures: dict[str, Any]) -> Section:
     """One small chart per quantity that the run logged."""
     panels = [panel for panel in (*_objective_panels(run), *_measure_panels(run, figures), *_speed_panels(run)) if panel.lines]
     charts = [Figure(p.title, curves(_in_words(p), p.lines, p.levels, p.log, p.zero), p.note) for p in panels]
     return Section("Training", figures=charts)
 
 
-def _line(run: Run, key: str, label: str, color: str = ACCENT, kind: str = "train") -> list[Line]:
+def _line(run: RunFiles, key: str, label: str, color: str = ACCENT, kind: str = "train") -> list[Line]:
     """The curve of a logged number, if there are values."""
     steps, values = run.series(key, kind)
     return [Line(label, steps, values, color, dots=kind == "eval")] if steps else []
 
 
-def _batch(run: Run) -> str:
+def _batch(run: RunFiles) -> str:
     return f"n = {run.recipe.train.batch_size:,} images a batch"
 
 
-def _objective_panels(run: Run) -> Iterator[_Panel]:
+def _objective_panels(run: RunFiles) -> Iterator[_Panel]:
     """The loss and its terms, as the objective names them."""
     n, floor = _batch(run), run.last("floor")
     floors = [Level("floor of a finite batch", floor)] if floor is not None and floor > 0 else []
@@ -144,7 +144,7 @@ def _objective_panels(run: Run) -> Iterator[_Panel]:
         yield _Panel(key, f"term of the objective; {n}", _line(run, key, key), [], zero=False)
 
 
-def _measure_panels(run: Run, figures: dict[str, Any]) -> Iterator[_Panel]:
+def _measure_panels(run: RunFiles, figures: dict[str, Any]) -> Iterator[_Panel]:
     """Density, accuracy and dead dimensions."""
     n, scored, theory = _batch(run), _scored(run, figures), figures["density_theory"]
     asked = ", as asked" if figures["density_asked"] is not None else ""
@@ -158,7 +158,7 @@ def _measure_panels(run: Run, figures: dict[str, Any]) -> Iterator[_Panel]:
     yield _Panel("Dead dimensions", f"share that is 0 in every image; {n}, {scored} in evaluation", dead, [])
 
 
-def _speed_panels(run: Run) -> Iterator[_Panel]:
+def _speed_panels(run: RunFiles) -> Iterator[_Panel]:
     """Gradient norm, learning rate and throughput."""
     yield _Panel("Norm of the gradient", "before clipping, if there is any", _line(run, "grad_norm", "norm"), [], log=True, zero=False)
     yield _Panel("Learning rate", "", _line(run, "lr", "learning rate"), [])
@@ -174,7 +174,7 @@ def _in_words(panel: _Panel) -> str:
 # --- origin ---------------------------------------------------------------------------------------------------------------------------
 
 
-def origin(run: Run, sample: Sample | None, command: str) -> Origin:
+def origin(run: RunFiles, sample: Sample | None, command: str) -> Origin:
     """Recorded facts and versions, the recipe, and the command that makes the page."""
     info = sample.info if sample is not None else run.info
     facts = [(str(key), str(value)) for key, value in (info.get("training") or {}).items()]

@@ -2,7 +2,7 @@
 
     checkpoints/step-00000123/{model,optimizer}.safetensors  state.json  MANIFEST.json
 
-A new one is written aside (files synced, manifest last), renamed into place, and only then are old ones removed; so at every
+A new checkpoint is written to a temporary folder (files synced, manifest last) and renamed. Old ones are removed after that, so at every
 instant at least one complete checkpoint exists. No random state is stored: draws are functions of (seed, step).
 """
 
@@ -30,25 +30,27 @@ __all__ = ["Checkpoint", "check_space", "latest", "optimizer_state", "remove_lef
 
 _STEP = re.compile(r"step-(\d{8})")
 FORMAT = 1
-"""Of a checkpoint; a newer one is refused by its number."""
-_BESIDE = 16_000_000
-"""Bytes that logs and small files of a run need."""
+"""Format of a checkpoint. A newer format is refused."""
+_OTHER_FILES = 16_000_000
+"""Bytes for logs and small files of a run."""
 
 
 class Checkpoint(NamedTuple):
-    """What a run needs to go on: step = number of updates made."""
+    """What a run needs to resume."""
 
     step: int
+    """Number of steps made."""
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    """JSON-able."""
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int] = ()) -> Path:
-    """Publish a checkpoint of a run and remove all but the newest `keep` and those of the steps in `also`.
+    """Save a checkpoint of a run; remove all but the newest `keep` and those of the steps in `also`.
 
     Raises:
-        OutputError: disk full, no permission, folder gone; checkpoints that were there stay.
+        OutputError: disk full, no permission, folder gone; earlier checkpoints stay.
     """
     home = run / "checkpoints"
     final = home / f"step-{checkpoint.step:08d}"
@@ -68,18 +70,18 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
             write_durably(partial / name, data)
         write_durably(partial / "MANIFEST.json", json.dumps({"format": FORMAT, "step": checkpoint.step, "files": manifest}).encode())
         sync_folder(partial)
-        if _verifies(checkpoint.step, final):  # saved before at this step: the same, as steps are deterministic
+        if _verifies(checkpoint.step, final):  # this step was saved before; steps are deterministic, so it is the same
             shutil.rmtree(partial, ignore_errors=True)
         else:
             if final.exists():
                 os.rename(final, final.with_name(f".del-{final.name}-{os.getpid()}"))
             os.rename(partial, final)
             sync_folder(home)
-        published = _steps(home)
-        newer = [entry for entry in published if entry[0] > checkpoint.step]  # damaged, or they would have been resumed from
-        older = [entry for entry in published if entry[0] <= checkpoint.step][:-keep]
+        saved = _steps(home)
+        newer = [entry for entry in saved if entry[0] > checkpoint.step]  # damaged, as the run did not resume from them
+        older = [entry for entry in saved if entry[0] <= checkpoint.step][:-keep]
         for _, old in [entry for entry in older if entry[0] not in also] + newer:
-            os.rename(old, old.with_name(f".del-{old.name}-{os.getpid()}"))  # never half there under its own name
+            os.rename(old, old.with_name(f".del-{old.name}-{os.getpid()}"))  # a partly removed folder never has the name of a checkpoint
         for doomed in home.glob(".del-*"):
             shutil.rmtree(doomed, ignore_errors=True)
     except OSError as error:
@@ -87,32 +89,33 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             needed = sum(map(len, contents.values()))
-            reason = f"disk full ({reason}; it needs {needed / 1e6:.1f} MB, {shutil.disk_usage(_there(run)).free / 1e6:.1f} MB are free)"
+            reason = f"disk full ({reason}; it needs {needed / 1e6:.1f} MB, {shutil.disk_usage(_existing_parent(run)).free / 1e6:.1f} MB are free)"
         raise OutputError(f"{final}: checkpoint not written: {reason}; earlier ones are untouched") from error
     return final
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove unfinished and half-deleted checkpoints of a killed run. The caller holds the lock of the run folder."""
+    """Remove unfinished and half-deleted checkpoints of a killed run. The caller holds the lock of the run directory."""
     home = run / "checkpoints"
     for path in [*home.glob(".tmp-*"), *home.glob(".del-*")] if home.is_dir() else []:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def check_space(run: Path, size: int) -> None:
-    """Refuse a run whose disk cannot hold two checkpoints of `size` bytes and what is written beside them (those that are there count).
+    """Refuse a run if the disk has no room for two checkpoints of `size` bytes and the other files. Existing checkpoints count.
 
     Raises:
-        OutputError: says how much is needed and how much is free.
+        OutputError: names the bytes needed and the bytes free.
     """
-    needed = max(1, 2 - len(_steps(run / "checkpoints"))) * size + _BESIDE
-    free = shutil.disk_usage(_there(run)).free
+    needed = max(1, 2 - len(_steps(run / "checkpoints"))) * size + _OTHER_FILES
+    free = shutil.disk_usage(_existing_parent(run)).free
     if free < needed:
         room = f"{needed / 1e6:.0f} MB are needed for two checkpoints, {free / 1e6:.0f} MB are free"
         raise OutputError(f"{run}: too little room on the disk: {room}; make room, or choose another --out")
 
 
-def _there(path: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
+    """The path itself or its nearest parent that is a folder."""
     return next(p for p in (path, *path.absolute().parents) if p.is_dir())
 
 
@@ -124,23 +127,21 @@ def _verifies(step: int, path: Path) -> bool:
 
 
 def _steps(home: Path) -> list[tuple[int, Path]]:
-    """Published checkpoints, oldest first; anything else in the folder is none of our business."""
-    found = [(int(match[1]), path) for path in home.iterdir() if (match := _STEP.fullmatch(path.name))] if home.is_dir() else []
-    return sorted(found)
+    """Steps and folders of the checkpoints, oldest first; other entries are ignored."""
+    return sorted((int(match[1]), path) for path in home.iterdir() if (match := _STEP.fullmatch(path.name))) if home.is_dir() else []
 
 
 def latest(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not.
+    """The newest checkpoint that verifies, and one line for each newer one that does not.
 
     Returns:
         (None, []) when the run has none.
 
     Raises:
-        ModelError: there are checkpoints and none verifies; it is never silently started anew.
+        ModelError: there are checkpoints and none verifies; the run does not silently start again.
     """
     damaged: list[str] = []
-    published = _steps(run / "checkpoints")
-    for step, path in reversed(published):
+    for step, path in reversed(_steps(run / "checkpoints")):
         try:
             return _read(step, path), damaged
         except ModelError as error:
@@ -181,7 +182,7 @@ def _read(step: int, path: Path) -> Checkpoint:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors named ``<parameter number>.<state name>``, and the scalars that are not tensors. Of sharded ones all ranks must ask."""
+    """Tensors by ``<parameter number>.<state name>``, and the values that are not tensors. All ranks must call this if tensors are sharded."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for number, entries in optimizer.state_dict()["state"].items():
@@ -194,7 +195,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    """Put the state back; groups and rates are made by the recipe and not stored."""
+    """Restore what `optimizer_state` returned. Parameter groups and learning rates come from the recipe and are not stored.
+
+    Raises:
+        ModelError: the state belongs to other parameters.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **scalars}.items():
         number, _, name = key.partition(".")
@@ -204,7 +209,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     if not set(state) <= known:
         raise ModelError(f"checkpoint: optimizer state of {len(state)} parameters, the model has {len(known)}")
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
-    for parameter, entries in optimizer.state.items():  # in the memory format of the parameter, which the fast paths expect
+    for parameter, entries in optimizer.state.items():  # the fast paths expect the memory format of the parameter
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 entries[name] = distributed.copy_with_layout(value, parameter)

@@ -1,20 +1,97 @@
-"""Optimisers (timm's), parameter groups and the learning-rate schedule as a pure function of the step."""
+"""Optimisers (timm's) by name, parameter groups, and the learning-rate schedule as a pure function of the step.
+
+To add an optimiser: register a row here and add its name to `Optim.name` or `TuningOptim.name`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import timm.optim
 import torch
 import torch.nn as nn
 
-from ..config.finetune import TuningRecipe
-from ..config.plan import Plan
-from ..config.pretrain import Recipe
+from ..config.training_sections import Optim
+from ..core.registry import Registry
 
-__all__ = ["learning_rate", "make_optimizer", "make_tuner", "set_learning_rates"]
+__all__ = ["OPTIMIZERS", "OptimizerRow", "ParamGroup", "build_optimizer", "learning_rate", "set_learning_rates", "split_by_dimension"]
+
+
+class ParamGroup(NamedTuple):
+    """Parameters that share a learning rate and a weight decay."""
+
+    params: Sequence[nn.Parameter]
+    weight_decay: float
+    peak: float
+    """Peak learning rate."""
+    trust: bool = False
+    """Whether LARS scales the steps of these parameters by its trust ratio, even without weight decay."""
+
+
+class OptimizerRow(NamedTuple):
+    """How an optimiser is built, and what its state costs."""
+
+    build: Callable[[list[dict[str, Any]], Sequence[ParamGroup], Optim], torch.optim.Optimizer]
+    """(torch's parameter groups, the groups they were made of, options) -> optimiser."""
+    moments: int
+    """Tensors of the size of the parameters that the state holds."""
+
+
+OPTIMIZERS: Registry[OptimizerRow] = Registry("optimizer")
+
+
+def _adamw(params: list[dict[str, Any]], groups: Sequence[ParamGroup], options: Optim) -> torch.optim.Optimizer:
+    return timm.optim.create_optimizer_v2(params, opt="adamw", lr=groups[0].peak, betas=options.betas)
+
+
+def _sgd(params: list[dict[str, Any]], groups: Sequence[ParamGroup], options: Optim) -> torch.optim.Optimizer:
+    """Plain momentum."""
+    return timm.optim.create_optimizer_v2(params, opt="momentum", lr=groups[0].peak, momentum=options.momentum)
+
+
+def _lars(params: list[dict[str, Any]], groups: Sequence[ParamGroup], options: Optim) -> torch.optim.Optimizer:
+    """timm's `larc`: step = min(trust * |w| / (|g| + wd |w|), lr) for each tensor, so the rate is an upper limit.
+
+    Groups without `trust` and without weight decay take plain momentum steps.
+    """
+    for entry, group in zip(params, groups, strict=True):
+        if group.trust:
+            entry["always_adapt"] = True
+    return timm.optim.create_optimizer_v2(
+        params, opt="larc", lr=groups[0].peak, momentum=options.momentum, trust_coeff=options.trust_coefficient
+    )
+
+
+OPTIMIZERS.register("adamw")(OptimizerRow(_adamw, moments=2))
+OPTIMIZERS.register("sgd")(OptimizerRow(_sgd, moments=1))
+OPTIMIZERS.register("lars")(OptimizerRow(_lars, moments=1))
+
+
+def build_optimizer(name: str, groups: Iterable[ParamGroup], options: Optim) -> torch.optim.Optimizer:
+    """The optimiser of a name.
+
+    Args:
+        name: an entry of `OPTIMIZERS`.
+        groups: groups without parameters are left out. The order of the others is the order of the optimiser's state.
+        options: the section `optim` of a recipe.
+
+    Raises:
+        UsageError: no optimiser has this name.
+    """
+    filled = [group for group in groups if group.params]
+    params = [{"params": list(g.params), "weight_decay": g.weight_decay, "lr": g.peak, "peak": g.peak} for g in filled]
+    return OPTIMIZERS[name].build(params, filled, options)
+
+
+def split_by_dimension(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights with at least two dimensions, others: biases and normalisation)."""
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in parameters:
+        (weights if parameter.dim() > 1 else others).append(parameter)
+    return weights, others
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, start: float = 3e-5, final: float = 0.0) -> float:
@@ -29,65 +106,8 @@ def learning_rate(step: int, peak: float, warmup: int, total: int, start: float 
     return final + (peak - final) * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
 
 
-def make_optimizer(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe) -> torch.optim.Optimizer:
-    """Groups (those of the backbone apart when it has a rate of its own): weights (decayed), biases and normalisation (one-dimensional;
-    decayed only if asked), probes (own rate, no decay).
-
-    LARS is timm's `larc`: step = min(trust * |w| / (|g| + wd |w|), lr) per tensor, the rate being a cap; one-dimensional parameters
-    and probes take plain momentum steps, without decay or trust.
-    """
-    options = recipe.optim
-    decay_others = options.weight_decay if options.decay_bias_and_norm else 0.0
-    groups: list[dict[str, Any]] = []
-    slow = {id(p) for p in encoder.get_submodule("backbone").parameters()} if options.backbone_lr != 1 else set()
-    for peak, among in ((recipe.lr, False), (recipe.lr * options.backbone_lr, True)):
-        weights, others = _split(p for p in encoder.parameters() if p.requires_grad and (id(p) in slow) == among)
-        adapt = {"always_adapt": True} if options.name == "lars" else {}
-        groups += [
-            {"params": weights, "weight_decay": options.weight_decay, "peak": peak, **adapt},
-            {"params": others, "weight_decay": decay_others, "peak": peak},
-        ]
-    if probes is not None:
-        groups.append({"params": list(probes.parameters()), "weight_decay": 0.0, "peak": recipe.probe_lr})
-    groups = [group for group in groups if group["params"]]
-    if options.name == "lars":
-        return timm.optim.create_optimizer_v2(
-            groups, opt="larc", lr=recipe.lr, momentum=options.momentum, trust_coeff=options.trust_coefficient
-        )
-    return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
-
-
-def make_tuner(head: nn.Module, backbone: nn.Module, projector: nn.Module | None, recipe: TuningRecipe) -> torch.optim.Optimizer:
-    """Groups: the linear layer (its own factor), the projector, and the backbone by its layers, each `optim.layer_decay` below the one above
-    it (timm's `param_groups_layer_decay`); one-dimensional parameters are not decayed unless asked. sgd is plain momentum."""
-    options = recipe.optim
-    weights = {True: options.weight_decay, False: options.weight_decay if options.decay_bias_and_norm else 0.0}
-    groups: list[dict[str, Any]] = []
-    for module, peak in ((head, recipe.lr * options.head_lr), (projector, recipe.lr)):
-        parts = _split(p for p in module.parameters() if p.requires_grad) if module is not None else ([], [])
-        groups += [{"params": part, "weight_decay": weights[i == 0], "peak": peak} for i, part in enumerate(parts)]
-    if any(p.requires_grad for p in backbone.parameters()):
-        skip: set[str] = getattr(backbone, "no_weight_decay", set)()
-        for group in timm.optim.param_groups_layer_decay(backbone, 1.0, skip, layer_decay=options.layer_decay):
-            decay = weights[group["weight_decay"] > 0]
-            groups.append({"params": group["params"], "weight_decay": decay, "peak": recipe.lr * options.backbone_lr * group["lr_scale"]})
-    groups = [group for group in groups if group["params"]]
-    if options.name == "sgd":
-        return timm.optim.create_optimizer_v2(groups, opt="momentum", lr=recipe.lr, momentum=options.momentum)
-    return timm.optim.create_optimizer_v2(groups, opt="adamw", lr=recipe.lr, betas=options.betas)
-
-
-def _split(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    weights: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in parameters:
-        (weights if parameter.dim() > 1 else others).append(parameter)
-    return weights, others
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Plan, step: int, total: int, per_epoch: int) -> float:
-    """Put the rates of `step` into the groups; returns that of the encoder."""
-    options = recipe.optim
+def set_learning_rates(optimizer: torch.optim.Optimizer, options: Optim, step: int, total: int, per_epoch: int) -> float:
+    """Set the learning rate of each group for a step; returns that of the first group."""
     warmup = round(options.warmup_epochs * per_epoch)
     for group in optimizer.param_groups:
         start = min(options.warmup_start_lr, group["peak"])

@@ -16,7 +16,7 @@ from rlpjepa_zoo.config.finetune import load_any
 from rlpjepa_zoo.config.load import find_recipe, list_recipes
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.errors import RecipeError, UsageError
-from rlpjepa_zoo.training.online_probes import build_encoder
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
 
 BASE = """\
 name: base

@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 from refusals import refused
 
-from rlpjepa_zoo.data.sources import labelled_folder
+from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
 from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set
 from rlpjepa_zoo.evaluation.probes.base import held_out

@@ -8,7 +8,7 @@ import torch
 from models import settled
 
 from rlpjepa_zoo.data.images import Images
-from rlpjepa_zoo.data.sources import labelled_folder
+from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError
 from rlpjepa_zoo.evaluation import encoding
 from rlpjepa_zoo.evaluation.encoding import encode, encode_sparse

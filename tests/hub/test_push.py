@@ -244,7 +244,7 @@ TINY = ["train.epochs=2", "optim.warmup_epochs=1", "encoder.dim=16", "encoder.hi
 
 def train(tmp_path, *more):
     from rlpjepa_zoo.config.pretrain import Recipe
-    from rlpjepa_zoo.training.pretrain import train as pretrain
+    from rlpjepa_zoo.training.tasks.pretrain import train as pretrain
 
     return pretrain(Recipe.load("digits", [*TINY, f"hub.repo={REPO}", *more]), tmp_path / "run", progress=False)
 
@@ -297,7 +297,7 @@ def test_slow_hub_does_not_delay_training_steps():
 def test_resumed_complete_run_keeps_measured_results(hub_server, tmp_path, monkeypatch, run):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     from rlpjepa_zoo.config.pretrain import Recipe
-    from rlpjepa_zoo.training.pretrain import train as pretrain
+    from rlpjepa_zoo.training.tasks.pretrain import train as pretrain
 
     pretrain(Recipe.load("digits", TINY), tmp_path / "run", progress=False)
     assert run("eval", tmp_path / "run", "--data", "digits", "--limit", 50, "--budgets", "auto", "--card", "--quiet")[0] == 0

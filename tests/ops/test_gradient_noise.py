@@ -12,7 +12,7 @@ from rlpjepa_zoo.objectives.rectified_lpjepa import PAPER_ERROR
 from rlpjepa_zoo.ops.directions import directions
 from rlpjepa_zoo.ops.gradient_noise import directions_needed, gradient_error, matched
 from rlpjepa_zoo.report.bench_loss import states
-from rlpjepa_zoo.training.online_probes import build_objective
+from rlpjepa_zoo.training.tasks.pretrain import build_objective
 
 BATCH, DIM = 24, 64
 

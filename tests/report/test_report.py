@@ -24,9 +24,8 @@ from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.report import report as module
 from rlpjepa_zoo.report.report import write_report
-from rlpjepa_zoo.training.pretrain import train
-from rlpjepa_zoo.training.publisher import history
-from rlpjepa_zoo.training.run_dir import read_run
+from rlpjepa_zoo.training.run_dir import history, read_run
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 TINY = [
     "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "objective.num_directions=64",

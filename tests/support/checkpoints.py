@@ -1,4 +1,4 @@
-"""Checkpoints for tests, and a forked process to kill while it saves them."""
+"""Small checkpoints, comparisons of them, and a forked process to kill while it saves them."""
 
 import os
 import signal
@@ -13,6 +13,7 @@ from rlpjepa_zoo.training.checkpoint import Checkpoint
 
 
 def made(step: int, size: int = 50) -> Checkpoint:
+    """A checkpoint whose contents depend on its step."""
     model = {"weight": torch.full((size,), float(step)), "count": torch.tensor(step)}
     return Checkpoint(step, model, {"0.exp_avg": torch.full((size,), -float(step))}, {"seconds": step / 4, "note": f"step {step}"})
 
@@ -22,6 +23,7 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether names, dtypes, shapes and bits are equal."""
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and bits(a[k]) == bits(b[k]) for k in a)
 
 
@@ -30,12 +32,13 @@ def same(a: Checkpoint | None, b: Checkpoint) -> bool:
 
 
 def steps(run: Path) -> list[str]:
+    """Entries of the folder of checkpoints."""
     return sorted(p.name for p in (run / "checkpoints").iterdir())
 
 
 @contextmanager
 def forked(work: Callable[[], None]) -> Iterator[int]:
-    """A copy of this process that does some work; it is gone afterwards."""
+    """A forked process that does some work; it is killed on exit."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Short training runs: recipes of a few steps, what they logged, signals and broken numbers at a chosen step."""
+"""Short training runs: recipes of a few steps, their logs, and signals or non-finite numbers at a chosen step."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import torch
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
-from rlpjepa_zoo.training import trainer as engine
+from rlpjepa_zoo.training import trainer
+from rlpjepa_zoo.training.trainer import Trainer
 
 TINY = [
     "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "encoder.projector_depth=2",
@@ -23,40 +24,42 @@ TINY = [
 
 
 def tiny(*more: str) -> Recipe:
+    """Four epochs of three steps on digits."""
     return Recipe.load("digits", [*TINY, *more])
 
 
 def of_folder(path: Path, *more: str) -> Recipe:
+    """The same on a folder of images."""
     return Recipe.load(
         "folder-resnet18", [f"data.path={path}", "data.image_size=32", *[t for t in TINY if not t.startswith("data.")], *more]
     )
 
 
 def rows(run: Path) -> list[dict]:
-    """The metrics, without what depends on the clock."""
+    """Rows of metrics.jsonl without what depends on the clock."""
     read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read]
 
 
 def codes(folder: Path) -> torch.Tensor:
+    """Embeddings of two fixed images by a published encoder."""
     return load_encoder(folder)(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).detach()
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
     """Send this process a signal while step `step` is running."""
-    import rlpjepa_zoo.training.trainer as module
+    original = trainer.set_learning_rates
 
-    original = module.set_learning_rates
-
-    def patched(optimizer, recipe, at, total, per_epoch):  # type: ignore[no-untyped-def]
+    def patched(optimizer, options, at, total, per_epoch):  # type: ignore[no-untyped-def]
         if at == step - 1:
             os.kill(os.getpid(), number)
-        return original(optimizer, recipe, at, total, per_epoch)
+        return original(optimizer, options, at, total, per_epoch)
 
-    monkeypatch.setattr(module, "set_learning_rates", patched)
+    monkeypatch.setattr(trainer, "set_learning_rates", patched)
 
 
 def wait_for_step(run: Path, step: int) -> None:
+    """Wait until a run has saved a checkpoint of this step or a later one."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         home = run / "checkpoints"
@@ -67,8 +70,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss") -> None:
-    """Make the loss, or the pixels of one image, not a number at some steps (counted from 1)."""
-
+    """Make the loss infinite, or one pixel NaN, at some steps (counted from 1)."""
     if where == "loss":
         original = RectifiedLpJEPALoss.__call__
 
@@ -78,11 +80,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], where: str = "loss"
 
         monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", broken)
         return
-    right = engine.Run._forward
+    original_forward = Trainer._forward
 
     def forward(self: Any, batch: Any) -> Any:
         if self.step + 1 in steps:
             batch.images[0][0, 0, 0, 0, 0] = float("nan")
-        return right(self, batch)
+        return original_forward(self, batch)
 
-    monkeypatch.setattr(engine.Run, "_forward", forward)
+    monkeypatch.setattr(Trainer, "_forward", forward)

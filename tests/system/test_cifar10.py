@@ -12,7 +12,7 @@ from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.encoding import encode, pixels
 from rlpjepa_zoo.evaluation.probes.knn import knn_accuracy
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 SMALL = [
     "data.limit=600", "encoder.backbone=test_resnet", "encoder.dim=64", "encoder.hidden_dim=64", "objective.num_directions=128", "train.num_workers=0",

@@ -31,7 +31,6 @@ from processes import alive, gone
 from refusals import refused
 from runs import TINY, codes, of_folder, poison, rows, stop_after, tiny
 
-import rlpjepa_zoo.training.trainer as engine
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core.files import lock
 from rlpjepa_zoo.data.decode import decode
@@ -41,10 +40,11 @@ from rlpjepa_zoo.data.sources import Source, open_images
 from rlpjepa_zoo.data.sources.folder import list_images
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
-from rlpjepa_zoo.training import checkpoint, run_dir
+from rlpjepa_zoo.training import checkpoint, run_dir, trainer
 from rlpjepa_zoo.training.checkpoint import latest, remove_leftovers, save
-from rlpjepa_zoo.training.online_probes import EncoderWithProbes, build_encoder
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.online_probes import EncoderWithProbes
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 HERE = Path(__file__).parents[1]
 
@@ -320,8 +320,8 @@ def test_two_signals_are_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", saving)
         if when == "in a step":
-            right = engine.set_learning_rates
-            patch.setattr(engine, "set_learning_rates", lambda o, r, at, *more: (twice() if at == 1 else None, right(o, r, at, *more))[1])
+            right = trainer.set_learning_rates
+            patch.setattr(trainer, "set_learning_rates", lambda o, r, at, *more: (twice() if at == 1 else None, right(o, r, at, *more))[1])
         else:
             stop_after(patch, 2, signal.SIGUSR1)
         with pytest.raises(StoppedBySignal) as stopped:
@@ -444,8 +444,8 @@ def test_a_run_folder_that_is_moved_ends_the_run_at_its_next_save_and_goes_on_fr
     run, moved, recipe = tmp_path / "run", tmp_path / "moved", small("train.checkpoint_minutes=0")
     train(recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
-        right = engine.set_learning_rates
-        patch.setattr(engine, "set_learning_rates", lambda o, r, at, *m: (run.rename(moved) if at == 3 else None, right(o, r, at, *m))[1])
+        right = trainer.set_learning_rates
+        patch.setattr(trainer, "set_learning_rates", lambda o, r, at, *m: (run.rename(moved) if at == 3 else None, right(o, r, at, *m))[1])
         with refused(OutputError, match=f"{re.escape(str(run))}: moved or removed") as caught:
             train(recipe, run, progress=False)
     assert caught.value.exit_code == 6 and not run.exists() and latest(moved)[0].step == 3  # type: ignore[union-attr]
@@ -668,7 +668,7 @@ def test_rows_without_a_label_take_no_part_in_the_probes() -> None:
 def test_files_that_vanish_or_change_during_a_run_are_left_out_and_counted(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = engine.set_learning_rates
+    right = trainer.set_learning_rates
 
     def meanwhile(optimizer: Any, recipe: Any, at: int, *more: Any) -> Any:
         if at == 1:
@@ -676,7 +676,7 @@ def test_files_that_vanish_or_change_during_a_run_are_left_out_and_counted(
             (image_folder / "blue/07.png").write_bytes(b"")
         return right(optimizer, recipe, at, *more)
 
-    monkeypatch.setattr(engine, "set_learning_rates", meanwhile)
+    monkeypatch.setattr(trainer, "set_learning_rates", meanwhile)
     recipe = of_folder(image_folder, *SMALL[1:], "train.batch_size=8", "data.cache_gb=0")
     train(recipe, tmp_path / "run", progress=False)
     listed = {json.loads(line)["reason"].split(":")[0] for line in (tmp_path / "run/bad_images.jsonl").read_text().splitlines()}
@@ -818,14 +818,14 @@ def test_a_small_dev_shm_is_refused_or_enough(image_folder: Path, tmp_path: Path
 
 
 def test_memory_that_ends_is_one_line_and_the_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = engine.Run._forward
+    right = trainer.Trainer._forward
     monkeypatch.setattr(
-        engine.Run, "_forward", lambda self, batch: (torch.empty(10**15) if self.step == 4 else None, right(self, batch))[1]
+        trainer.Trainer, "_forward", lambda self, batch: (torch.empty(10**15) if self.step == 4 else None, right(self, batch))[1]
     )
     with refused(OutputError, match=r"out of memory \(.*can't allocate memory.*lower train\.batch_size = 32") as caught:
         train(small("train.checkpoint_minutes=0"), tmp_path / "run", progress=False)
     assert caught.value.exit_code == 6 and latest(tmp_path / "run")[0].step == 4  # type: ignore[union-attr]
-    monkeypatch.setattr(engine.Run, "_forward", lambda self, batch: (_ for _ in ()).throw(RuntimeError("a bug of ours")))
+    monkeypatch.setattr(trainer.Trainer, "_forward", lambda self, batch: (_ for _ in ()).throw(RuntimeError("a bug of ours")))
     with pytest.raises(RuntimeError, match="^a bug of ours$"):
         train(small(), tmp_path / "other", progress=False)
 
@@ -837,8 +837,8 @@ def resident() -> float:
 
 @pytest.mark.slow
 def test_ten_thousand_steps_do_not_grow_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, right = [], run_dir.Journal.row
-    monkeypatch.setattr(run_dir.Journal, "row", lambda self, values: (seen.append((values["step"], resident())), right(self, values))[1])
+    seen, right = [], run_dir.RunLog.row
+    monkeypatch.setattr(run_dir.RunLog, "row", lambda self, values: (seen.append((values["step"], resident())), right(self, values))[1])
     recipe = small(
         "train.batch_size=8", "train.epochs=834", "probe.every_epochs=200", "train.log_every=200", "train.checkpoint_minutes=0.1"
     )

@@ -17,7 +17,7 @@ from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.ops.directions import FAMILIES, direction_blocks, directions
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.report.bench_loss import compare
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -13,7 +13,7 @@ import pytest
 from runs import codes, rows, tiny
 
 from rlpjepa_zoo.training.checkpoint import latest
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 KILLS = 60
 RECIPE = ["train.epochs=40", "train.checkpoint_minutes=0", "probe.every_epochs=40"]  # 120 steps, a checkpoint after each

@@ -15,11 +15,12 @@ import yaml
 from processes import run_ranks
 from runs import TINY, codes, rows, tiny
 
-import rlpjepa_zoo.training.trainer as engine
 from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.errors import RecipeError
+from rlpjepa_zoo.training import setup
 from rlpjepa_zoo.training.checkpoint import latest
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.pretrain import train
+from rlpjepa_zoo.training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAUNCH = sorted((RECIPES / "accelerate").glob("*.yaml"))
@@ -120,7 +121,7 @@ def run_half(folder: Path) -> set[torch.dtype]:
     """What the last layer of the projector gives out in training when the recipe asks for bfloat16."""
     seen: set[torch.dtype] = set()
     with pytest.MonkeyPatch.context() as patch:
-        right = engine.Run._forward
+        right = Trainer._forward
 
         def forward(self: Any, batch: Any) -> Any:
             last = [m for m in self.core.projector.modules() if isinstance(m, torch.nn.Linear)][-1]
@@ -130,17 +131,17 @@ def run_half(folder: Path) -> set[torch.dtype]:
             finally:
                 handle.remove()
 
-        patch.setattr(engine.Run, "_forward", forward)
+        patch.setattr(Trainer, "_forward", forward)
         train(tiny(*VIT, "train.precision=bf16", "train.epochs=1"), folder, progress=False)
     return seen
 
 
 def run_sharded(folder: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "Accelerator", fsdp)
+        patch.setattr(setup, "Accelerator", fsdp)
         seen: list[bool] = []
         original = distributed.full_tensor
-        patch.setattr(distributed, "whole", lambda x: (seen.append(hasattr(x, "full_tensor")), original(x))[1])
+        patch.setattr(distributed, "full_tensor", lambda x: (seen.append(hasattr(x, "full_tensor")), original(x))[1])
         train(tiny(*VIT), Path(folder) / "sharded", progress=False)
         dtypes = run_half(Path(folder) / "half")
         train(tiny(*VIT, "optim.clip_grad=0.5"), Path(folder) / "clipped", progress=False)

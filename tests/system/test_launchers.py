@@ -19,7 +19,7 @@ from runs import TINY, codes, rows, stop_after, tiny, wait_for_step
 from rlpjepa_zoo.core import distributed, signals
 from rlpjepa_zoo.errors import RecipeError, StoppedBySignal
 from rlpjepa_zoo.training.checkpoint import latest
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 LONG = ["train.epochs=1000", "probe.every_epochs=1000", "train.checkpoint_minutes=0", "train.log_every=50"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

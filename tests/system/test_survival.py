@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,15 @@ from PIL import Image
 from processes import run_ranks
 from runs import codes, of_folder, poison, rows, stop_after, tiny
 
-from rlpjepa_zoo.core import distributed
+from rlpjepa_zoo.core import distributed, files
 from rlpjepa_zoo.core.signals import Interrupts
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
-from rlpjepa_zoo.training import trainer as engine
+from rlpjepa_zoo.training import setup, trainer
 from rlpjepa_zoo.training.checkpoint import latest
-from rlpjepa_zoo.training.nonfinite import Guard
-from rlpjepa_zoo.training.pretrain import _Pretraining, train
+from rlpjepa_zoo.training.nonfinite import NonFiniteGuard
+from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, train
 
 # --- numbers that are not finite ------------------------------------------------------------------------------------------------------
 
@@ -44,19 +43,21 @@ def test_a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
 def test_a_skipped_step_changes_nothing_but_the_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    right = engine.Run._update
+    right = trainer.Trainer._update
 
     def update(self: Any, *given: Any) -> float:
         if self.step == 4:
-            seen["before"] = {k: v.clone() for k, v in self.inner.state_dict().items() if "running" not in k and "tracked" not in k}
+            seen["before"] = {
+                k: v.clone() for k, v in self.trained.module.state_dict().items() if "running" not in k and "tracked" not in k
+            }
             seen["remembered"] = [b.clone() for b in self.guard._before]
         norm = right(self, *given)
         if self.step == 4:
-            seen["after"] = {k: v.clone() for k, v in self.inner.state_dict().items()}
+            seen["after"] = {k: v.clone() for k, v in self.trained.module.state_dict().items()}
             seen["buffers"] = [b.clone() for b in self.guard._buffers]
         return norm
 
-    monkeypatch.setattr(engine.Run, "_update", update)
+    monkeypatch.setattr(trainer.Trainer, "_update", update)
     poison(monkeypatch, {5})
     train(tiny("train.epochs=2"), tmp_path / "run", progress=False)
     assert all(torch.equal(seen["after"][k], v) for k, v in seen["before"].items())
@@ -88,7 +89,7 @@ def test_too_many_skips_in_a_row_stop_with_the_layer_that_broke(tmp_path: Path, 
 
 def test_the_diagnosis_names_weights_layers_or_the_loss() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-    guard = Guard(net, tiny("train.max_skipped=0"))
+    guard = NonFiniteGuard(net, 0, "no", 0.1)
     with pytest.raises(NonFiniteError, match=r"weights and outputs of all layers are finite"):
         guard.skip(1, "", lambda: net(torch.ones(1, 2)))
     with pytest.raises(NonFiniteError, match=r"the output of 2 \(Linear\) is the first, its input was finite"):
@@ -101,11 +102,12 @@ def test_the_diagnosis_names_weights_layers_or_the_loss() -> None:
 
 
 def test_fp16_may_look_for_its_scale_longer() -> None:
-    assert Guard(torch.nn.Linear(1, 1), tiny("train.precision=fp16")).most == 20 and Guard(torch.nn.Linear(1, 1), tiny()).most == 5
+    net = torch.nn.Linear(1, 1)
+    assert NonFiniteGuard(net, 5, "fp16", 0.1).max_skipped == 20 and NonFiniteGuard(net, 5, "no", 0.1).max_skipped == 5
 
 
 def test_embeddings_that_are_all_zero_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rlpjepa_zoo.training.pretrain as module
+    import rlpjepa_zoo.training.tasks.pretrain as module
 
     right = module.build_encoder
 
@@ -127,9 +129,9 @@ def test_embeddings_that_are_all_zero_stop_the_run(tmp_path: Path, monkeypatch: 
 
 def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, seen = tiny("train.ema=0.7"), []
-    import rlpjepa_zoo.training.pretrain as module
+    import rlpjepa_zoo.training.tasks.pretrain as module
 
-    right = engine.Run._update
+    right = trainer.Trainer._update
 
     def update(self: Any, *given: Any) -> float:
         norm = right(self, *given)
@@ -138,7 +140,7 @@ def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, 
         return norm
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "_update", update)
+        patch.setattr(trainer.Trainer, "_update", update)
         train(recipe, tmp_path / "whole", progress=False)
     found, _ = latest(tmp_path / "whole")
     published = next(iter(load_encoder(tmp_path / "whole/encoder").projector.parameters())).detach()
@@ -159,7 +161,7 @@ def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, 
 
 def test_the_best_evaluation_is_kept_beside_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.2, 0.9, 0.5, 0.4])
-    import rlpjepa_zoo.training.pretrain as module
+    import rlpjepa_zoo.training.tasks.pretrain as module
 
     right = module.during_training
     monkeypatch.setattr(module, "during_training", lambda *a: {**right(*a), "knn_z": next(values)})
@@ -179,12 +181,11 @@ def test_figures_that_are_not_finite_are_never_the_best() -> None:
         ("knn_z", [np.nan, 0.2, np.inf, 0.3, np.nan], [1, 3]),
         ("excess", [np.nan, 0.2, -np.inf, 0.3, 0.1], [1, 4]),
     ):
-        state: Any = SimpleNamespace(best=None, task=_Pretraining)
-        seen = []
+        best, seen = None, []
         for step, value in enumerate(values):
-            state.step, state.last_metrics = step, {name: value}
-            seen += [step] if engine.Run._is_best(state, name) else []
-        assert seen == chosen and state.best == (chosen[-1], values[chosen[-1]])
+            if PretrainTask.best[name].improves(value, best):
+                best, seen = value, [*seen, step]
+        assert seen == chosen and best == values[chosen[-1]]
 
 
 def test_the_best_is_remembered_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,18 +214,18 @@ def test_a_best_that_is_not_measured_is_refused(tmp_path: Path) -> None:
 
 def test_a_best_encoder_whose_publication_was_cut_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, run = tiny("train.best=excess", "probe.every_epochs=1", "train.epochs=3"), tmp_path / "run"
-    from rlpjepa_zoo.training.publisher import Publication
+    from rlpjepa_zoo.training.publisher import Publisher
 
     with monkeypatch.context() as patch:
-        patch.setattr(Publication, "copy_as", lambda self, name, chosen: (_ for _ in ()).throw(OutputError("killed here")))
+        patch.setattr(Publisher, "copy_as", lambda self, name, chosen: (_ for _ in ()).throw(OutputError("killed here")))
         with pytest.raises(OutputError):
             train(recipe, run, progress=False)
     found, _ = latest(run)
     assert found is not None and found.step == 3 and not (run / "encoder-best").exists()
     published: list[int] = []
-    right = Publication.copy_as
+    right = Publisher.copy_as
     monkeypatch.setattr(
-        Publication,
+        Publisher,
         "copy_as",
         lambda self, name, chosen: (right(self, name, chosen), published.append(load_encoder(run / name).config.info["training"]["steps"])),
     )
@@ -359,11 +360,11 @@ def test_held_out_images_without_labels_leave_knn_out(image_folder: Path, tmp_pa
 
 
 def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    import rlpjepa_zoo.hub.zoo as zoo
+    from rlpjepa_zoo.core import package
 
-    run, real = tmp_path / "run", zoo.versions()
+    run, real = tmp_path / "run", package.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(zoo, "versions", lambda: {**real, "torch": "1.0"})
+        patch.setattr(package, "versions", lambda: {**real, "torch": "1.0"})
         stop_after(patch, 4)
         with pytest.raises(StoppedBySignal):
             train(tiny(), run, progress=False)
@@ -393,7 +394,7 @@ def run_with(trouble: str, folder: str) -> str:
     rank = distributed.rank()
     import rlpjepa_zoo.data.loader
     import rlpjepa_zoo.training.checkpoint
-    import rlpjepa_zoo.training.pretrain as module
+    import rlpjepa_zoo.training.tasks.pretrain as module
 
     with pytest.MonkeyPatch.context() as patch:
         if trouble == "data" and rank == 1:
@@ -411,18 +412,18 @@ def run_with(trouble: str, folder: str) -> str:
             right = module.build_encoder
             patch.setattr(module, "build_encoder", lambda recipe: right(recipe.model_copy(update={"seed": 5})))
         if trouble == "images" and rank == 1:
-            patch.setattr(engine, "fingerprint", lambda source: "other")
+            patch.setattr(trainer, "fingerprint", lambda source: "other")
         if trouble == "journal" and rank == 0:
-            patch.setattr("rlpjepa_zoo.training.run_dir.Journal.open", lambda *a: (_ for _ in ()).throw(OutputError("no room")))
+            patch.setattr("rlpjepa_zoo.training.run_dir.RunLog.open", lambda *a: (_ for _ in ()).throw(OutputError("no room")))
         if trouble == "unreadable" and rank == 1:
             right_read = rlpjepa_zoo.data.loader.Batches.next
             patch.setattr(
                 rlpjepa_zoo.data.loader.Batches, "next", lambda self: right_read(self)._replace(bad=[(3, "broken"), (4, "broken")])
             )
         if trouble == "source" and rank == 0:
-            patch.setattr(engine, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
+            patch.setattr(setup, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
         if trouble == "locked" and rank == 0:
-            patch.setattr(rlpjepa_zoo.training.checkpoint, "lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
+            patch.setattr(files, "lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
         more = {
             "recipe": [f"train.log_every={1 + rank}"],
             "few": ["probe.eval_images=1", "probe.bank=1"],

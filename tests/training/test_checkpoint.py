@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal round trips, and at every instant, whatever fails, at least one that verifies."""
+"""Checkpoints: bit-equal round trips; whatever fails, at least one checkpoint verifies at every instant."""
 
 import errno
 import json
@@ -26,8 +26,8 @@ from rlpjepa_zoo.core.files import lock
 from rlpjepa_zoo.errors import ModelError, OutputError, UsageError
 from rlpjepa_zoo.training import checkpoint
 from rlpjepa_zoo.training.checkpoint import Checkpoint, latest, optimizer_state, remove_leftovers, restore_optimizer, save
-from rlpjepa_zoo.training.optim import make_optimizer, set_learning_rates
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.optim import build_optimizer, set_learning_rates
+from rlpjepa_zoo.training.tasks.pretrain import param_groups, train
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
 
@@ -62,11 +62,11 @@ def test_every_dtype_and_odd_value_comes_back_bit_for_bit(tmp_path: Path) -> Non
     state = {"text": "Größe\n\u2028", "big": 2**70, "small": 1e-300, "nested": {"list": [1, None, True, {"a": "b"}]}, "empty": {}}
     saved = Checkpoint(7, model, {}, state)
     assert save(tmp_path, saved) == tmp_path / "checkpoints" / "step-00000007"
-    found, damaged = latest(tmp_path)
-    assert same(found, saved) and damaged == []
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, saved) and damaged == []
 
 
-def test_a_long_list_of_bad_images_comes_back(tmp_path: Path) -> None:
+def test_long_list_of_bad_images_comes_back(tmp_path: Path) -> None:
     state = {"bad": {str(row): f"images/{row:07d}.jpg: cannot be read as an image (image file is truncated)" for row in range(20000)}}
     saved = made(3)._replace(state=state)
     save(tmp_path, saved)
@@ -83,9 +83,13 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+def optimizer_of(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    return build_optimizer(recipe.optim.name, param_groups(net, None, recipe), recipe.optim)
+
+
 def advance(net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe, span: range) -> None:
     for step in span:
-        set_learning_rates(optimizer, recipe, step, 20, 2)
+        set_learning_rates(optimizer, recipe.optim, step, 20, 2)
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         net(x).square().mean().backward()
@@ -93,34 +97,34 @@ def advance(net: Net, optimizer: torch.optim.Optimizer, recipe: Recipe, span: ra
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])
-def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path: Path, name: str) -> None:
+def test_restored_optimizer_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
     recipe = Recipe.load("digits", [f"optim.name={name}", "optim.lr=0.05", "optim.warmup_epochs=2", "train.epochs=10"])
     unbroken = Net()
-    advance(unbroken, make_optimizer(unbroken, None, recipe), recipe, range(12))
+    advance(unbroken, optimizer_of(unbroken, recipe), recipe, range(12))
     first = Net()
-    optimizer = make_optimizer(first, None, recipe)
+    optimizer = optimizer_of(first, recipe)
     advance(first, optimizer, recipe, range(7))
     tensors, scalars = optimizer_state(optimizer)
     assert tensors and json.loads(json.dumps(scalars)) == scalars
     save(tmp_path, Checkpoint(7, dict(first.state_dict()), tensors, {"optimizer": scalars}))
-    found, _ = latest(tmp_path)
-    assert found is not None and equal(found.model, dict(first.state_dict())) and equal(found.optimizer, tensors)
+    loaded, _ = latest(tmp_path)
+    assert loaded is not None and equal(loaded.model, dict(first.state_dict())) and equal(loaded.optimizer, tensors)
     second = Net()
-    again = make_optimizer(second, None, recipe)
-    second.load_state_dict(found.model)
-    restore_optimizer(again, found.optimizer, found.state["optimizer"])
+    again = optimizer_of(second, recipe)
+    second.load_state_dict(loaded.model)
+    restore_optimizer(again, loaded.optimizer, loaded.state["optimizer"])
     assert equal(optimizer_state(again)[0], tensors)
     advance(second, again, recipe, range(7, 12))
     assert equal(dict(second.state_dict()), dict(unbroken.state_dict()))
     forgotten = Net()
-    forgotten.load_state_dict(found.model)
-    advance(forgotten, make_optimizer(forgotten, None, recipe), recipe, range(7, 12))
+    forgotten.load_state_dict(loaded.model)
+    advance(forgotten, optimizer_of(forgotten, recipe), recipe, range(7, 12))
     assert not equal(dict(forgotten.state_dict()), dict(unbroken.state_dict()))
 
 
 def test_optimizer_state_of_more_parameters_is_refused() -> None:
     net = Net()
-    optimizer = make_optimizer(net, None, Recipe.load("digits"))
+    optimizer = optimizer_of(net, Recipe.load("digits"))
     with refused(ModelError, "optimizer state"):
         restore_optimizer(optimizer, {"99.exp_avg": torch.zeros(3)}, {})
 
@@ -142,16 +146,16 @@ def test_saving_a_step_again_keeps_it_and_its_predecessor(tmp_path: Path) -> Non
     assert steps(tmp_path) == ["step-00000001", "step-00000002"] and same(latest(tmp_path)[0], made(2))
 
 
-def test_saving_a_damaged_step_again_mends_it(tmp_path: Path) -> None:
+def test_saving_a_damaged_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, made(1))
     save(tmp_path, made(2))
     (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"x")
     save(tmp_path, made(2))
-    found, damaged = latest(tmp_path)
-    assert same(found, made(2)) and damaged == []
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(2)) and damaged == []
 
 
-def test_what_is_saved_after_falling_back_is_not_removed_in_favour_of_damaged_ones(tmp_path: Path) -> None:
+def test_checkpoint_saved_after_falling_back_is_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save(tmp_path, made(step), keep=4)
     for step in (30, 40):
@@ -191,46 +195,46 @@ def two(run: Path) -> Path:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str, kind: str) -> None:
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Path, name: str, kind: str) -> None:
     newest = two(tmp_path)
     DAMAGE[kind](newest / name)
-    found, damaged = latest(tmp_path)
-    assert same(found, made(1))
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(1))
     assert len(damaged) == 1 and str(newest) in damaged[0] and len(damaged[0].splitlines()) == 1
 
 
-def test_every_single_bit_flip_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+def test_every_bit_flip_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     manifest = two(tmp_path) / "MANIFEST.json"
     data = manifest.read_bytes()
     for place in range(len(data)):
         manifest.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-        found, damaged = latest(tmp_path)
-        assert same(found, made(1)) and len(damaged) == 1, place
+        loaded, damaged = latest(tmp_path)
+        assert same(loaded, made(1)) and len(damaged) == 1, place
 
 
-def test_an_empty_folder_or_a_file_by_the_name_of_a_step_gives_way(tmp_path: Path) -> None:
+def test_empty_folder_or_file_named_as_a_step_is_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.rmtree(newest)
     newest.mkdir()
     (newest.parent / "step-00000003").write_bytes(b"")
-    found, damaged = latest(tmp_path)
-    assert same(found, made(1)) and len(damaged) == 2 and "step-00000003" in damaged[0]
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(1)) and len(damaged) == 2 and "step-00000003" in damaged[0]
 
 
-def test_a_checkpoint_under_the_name_of_another_step_gives_way(tmp_path: Path) -> None:
+def test_checkpoint_named_as_another_step_is_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.copytree(newest, newest.parent / "step-00000003")
-    found, damaged = latest(tmp_path)
-    assert same(found, made(2)) and "not the manifest of step 3" in damaged[0]
+    loaded, damaged = latest(tmp_path)
+    assert same(loaded, made(2)) and "not the manifest of step 3" in damaged[0]
 
 
-def test_files_mixed_from_two_steps_give_way(tmp_path: Path) -> None:
+def test_files_mixed_from_two_steps_are_passed_over(tmp_path: Path) -> None:
     newest = two(tmp_path)
     shutil.copy(tmp_path / "checkpoints/step-00000001/optimizer.safetensors", newest / "optimizer.safetensors")
     assert same(latest(tmp_path)[0], made(1))
 
 
-def test_manifests_with_other_contents_give_way(tmp_path: Path) -> None:
+def test_manifests_with_other_contents_are_passed_over(tmp_path: Path) -> None:
     manifest = two(tmp_path) / "MANIFEST.json"
     good = json.loads(manifest.read_bytes())
     extra = {**good["files"], "../../evil": good["files"]["state.json"]}
@@ -247,7 +251,7 @@ def test_manifests_with_other_contents_give_way(tmp_path: Path) -> None:
         assert same(latest(tmp_path)[0], made(1))
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_by_its_number(tmp_path: Path) -> None:
+def test_newer_checkpoint_format_is_refused_by_its_number(tmp_path: Path) -> None:
     two(tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
         manifest = path / "MANIFEST.json"
@@ -256,7 +260,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_by_its_number(tmp_path: Path)
         latest(tmp_path)
 
 
-def test_when_all_are_damaged_nothing_is_started_anew(tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     newest = two(tmp_path)
     flip(newest / "model.safetensors")
     (newest.parent / "step-00000001/MANIFEST.json").unlink()
@@ -283,7 +287,7 @@ def test_foreign_entries_are_ignored_and_left_alone(tmp_path: Path) -> None:
     assert all((home / name / "MANIFEST.json").is_file() for name in (*FOREIGN, ".hidden")) and (home / "notes.txt").read_text() == "mine"
 
 
-def test_what_a_killed_run_left_is_swept_under_the_lock_and_nothing_else(tmp_path: Path) -> None:
+def test_lock_removes_only_leftovers_of_a_killed_run(tmp_path: Path) -> None:
     two(tmp_path)
     home = tmp_path / "checkpoints"
     for name in (".tmp-00000003-4711", ".del-step-00000001-4711", *FOREIGN):
@@ -329,9 +333,9 @@ def calls_survived(run: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: 
                 save(run, made(step))
             except OutputError as error:
                 assert "disk full (No space left on device" in str(error) and error.exit_code == 6 and len(str(error).splitlines()) == 1
-        found, damaged = latest(run)
-        newest = same(found, before[-1]) or same(found, made(step))
-        assert newest and damaged == [], f"call {at} of {name}: newest is {found and found.step} of {steps(run)}"
+        loaded, damaged = latest(run)
+        newest = same(loaded, before[-1]) or same(loaded, made(step))
+        assert newest and damaged == [], f"call {at} of {name}: newest is {loaded and loaded.step} of {steps(run)}"
         assert not any(entry.startswith(".tmp-") for entry in steps(run)), f"call {at} of {name}"
         if failing.left > 0:
             return at - 1
@@ -341,20 +345,20 @@ def calls_survived(run: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: 
 
 
 @pytest.mark.parametrize(("name", "calls"), [("fsync", 6), ("rename", 2), ("mkdir", 1), ("open", 2)])
-def test_a_full_disk_at_any_call_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
+def test_full_disk_at_any_call_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int) -> None:
     assert calls_survived(tmp_path / "run", monkeypatch, name, 3, [made(1), made(2)]) >= calls
 
 
 @pytest.mark.parametrize("name", ["fsync", "rename"])
 @pytest.mark.parametrize("before", [[1], [1, 2]])
-def test_a_full_disk_while_a_step_is_saved_again_leaves_a_checkpoint(
+def test_full_disk_while_a_step_is_saved_again_leaves_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, before: list[int]
 ) -> None:
     calls_survived(tmp_path / "run", monkeypatch, name, before[-1], [made(step) for step in before])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_written_half_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_partly_written_file_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     two(tmp_path)
     original = checkpoint.write_durably
 
@@ -372,7 +376,7 @@ def test_a_file_written_half_leaves_the_older_checkpoints(tmp_path: Path, monkey
     assert same(latest(tmp_path)[0], made(3))
 
 
-def test_a_write_that_the_system_refuses_leaves_the_older_checkpoints(tmp_path: Path) -> None:
+def test_refused_write_leaves_the_older_checkpoints(tmp_path: Path) -> None:
     two(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -386,7 +390,7 @@ def test_a_write_that_the_system_refuses_leaves_the_older_checkpoints(tmp_path: 
     assert steps(tmp_path) == ["step-00000001", "step-00000002"] and same(latest(tmp_path)[0], made(2))
 
 
-def test_files_are_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_rename_and_the_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
 
@@ -406,7 +410,7 @@ def test_files_are_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_pat
     assert events[published + 1] == "checkpoints"
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_run_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with refused(OutputError, "step-00000001"):
         save(tmp_path / "file" / "run", made(1))
@@ -419,21 +423,21 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Parse every byte of every file as safetensors or JSON."""
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):
         data = file.read_bytes()
         if file.suffix == ".json":
-            found[file.name] = json.loads(data.decode("utf-8"))
+            parsed[file.name] = json.loads(data.decode("utf-8"))
         else:
             (length,) = struct.unpack("<Q", data[:8])
             header = json.loads(data[8 : 8 + length])
             header.pop("__metadata__", None)
             assert max((entry["data_offsets"][1] for entry in header.values()), default=0) == len(data) - 8 - length
-            found[file.name] = header
-    return found
+            parsed[file.name] = header
+    return parsed
 
 
-def test_a_checkpoint_of_a_run_holds_no_pickle_and_no_random_state(tmp_path: Path) -> None:
+def test_checkpoint_holds_no_pickle_and_no_random_state(tmp_path: Path) -> None:
     small = [
         "data.limit=64", "train.batch_size=32", "train.epochs=1", "optim.warmup_epochs=0.5", "train.num_workers=0", "train.precision=no",
         "encoder.dim=16", "objective.num_directions=32", "probe.bank=32", "probe.eval_images=32",
@@ -444,11 +448,11 @@ def test_a_checkpoint_of_a_run_holds_no_pickle_and_no_random_state(tmp_path: Pat
     assert not leftover.exists(), "a run removes what a killed run left"
     names = sorted(p.name for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert not [n for n in names if Path(n).suffix not in (".safetensors", ".json", ".jsonl", ".yaml", ".md", ".png", "")], names
-    found = contents(tmp_path / "run/checkpoints/step-00000002")
-    assert sorted(found) == sorted(FILES)
-    words = [word for part in found.values() for word in part] + [key.partition(".")[2] for key in found["optimizer.safetensors"]]
+    parsed = contents(tmp_path / "run/checkpoints/step-00000002")
+    assert sorted(parsed) == sorted(FILES)
+    words = [word for part in parsed.values() for word in part] + [key.partition(".")[2] for key in parsed["optimizer.safetensors"]]
     assert not [w for w in words if any(hint in w.lower() for hint in ("rng", "random", "generator"))]
-    assert all(entry["dtype"] != "U8" for name in FILES[:2] for entry in found[name].values())
+    assert all(entry["dtype"] != "U8" for name in FILES[:2] for entry in parsed[name].values())
 
 
 # --- one run, one folder ------------------------------------------------------------------------------------------------------------
@@ -472,7 +476,7 @@ def holder(run: Path) -> Iterator[int]:
         os.close(tell)
 
 
-def test_a_second_holder_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
+def test_second_holder_is_refused_with_the_first_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("a longer line that an earlier holder left " * 3)
     with holder(tmp_path / "run") as child:
@@ -482,14 +486,14 @@ def test_a_second_holder_is_refused_by_the_name_of_the_first(tmp_path: Path) -> 
             pass
 
 
-def test_a_killed_holder_frees_the_folder_at_once(tmp_path: Path) -> None:
+def test_killed_holder_releases_the_lock_at_once(tmp_path: Path) -> None:
     with holder(tmp_path):
         pass
     with lock(tmp_path), refused(UsageError, f"process {os.getpid()} on"), lock(tmp_path):
         pytest.fail("two holders")
 
 
-def test_a_refused_holder_does_not_disturb_the_first(tmp_path: Path) -> None:
+def test_refused_holder_does_not_disturb_the_first(tmp_path: Path) -> None:
     with holder(tmp_path) as child:
         (tmp_path / "checkpoints" / ".tmp-00000001-1").mkdir(parents=True)
         for _ in range(3):
@@ -498,7 +502,7 @@ def test_a_refused_holder_does_not_disturb_the_first(tmp_path: Path) -> None:
         assert (tmp_path / "checkpoints" / ".tmp-00000001-1").is_dir()
 
 
-def test_the_folder_is_free_after_the_holder_leaves_or_fails(tmp_path: Path) -> None:
+def test_lock_is_released_after_success_or_failure(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), lock(tmp_path):
             raise ZeroDivisionError
@@ -509,7 +513,7 @@ def test_the_folder_is_free_after_the_holder_leaves_or_fails(tmp_path: Path) -> 
 # --- kills --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_kill_at_any_instant_leaves_a_newest_checkpoint_that_verifies(tmp_path: Path) -> None:
+def test_kill_at_any_instant_leaves_a_valid_newest_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, made(1))
     started = time.monotonic()
     save(tmp_path, made(2))
@@ -523,12 +527,12 @@ def test_a_kill_at_any_instant_leaves_a_newest_checkpoint_that_verifies(tmp_path
     for kill in range(15):
         with forked(forever):
             time.sleep(0.002 + chance.uniform(0, 6 * one_save))
-        found, damaged = latest(tmp_path)
-        assert damaged == [] and found is not None and found.step >= newest, kill
-        assert same(found, made(found.step)), kill
+        loaded, damaged = latest(tmp_path)
+        assert damaged == [] and loaded is not None and loaded.step >= newest, kill
+        assert same(loaded, made(loaded.step)), kill
         assert sum(name.startswith("step-") for name in steps(tmp_path)) >= 2, kill
         leftovers += any(not name.startswith("step-") for name in steps(tmp_path))
-        newest = found.step
+        newest = loaded.step
         with lock(tmp_path):
             remove_leftovers(tmp_path)
             assert all(name.startswith("step-") for name in steps(tmp_path)), kill

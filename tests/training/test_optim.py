@@ -1,4 +1,4 @@
-"""The schedule is a function of the step, LARS is the reference's, and parameters land in the right groups."""
+"""The schedule is a function of the step, LARS equals the reference, and parameters are in the right groups."""
 
 import copy
 import math
@@ -10,12 +10,18 @@ import torch.nn as nn
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.models.factory import create_encoder
-from rlpjepa_zoo.training.optim import learning_rate, make_optimizer, set_learning_rates
+from rlpjepa_zoo.training.optim import build_optimizer, learning_rate, set_learning_rates
+from rlpjepa_zoo.training.tasks.pretrain import param_groups
 
 
 def recipe(*overrides: str) -> Recipe:
     plain = ["train.batch_size=256", "optim.warmup_epochs=2", "train.epochs=10", "optim.weight_decay=1e-4"]
     return Recipe.load("digits", [*plain, *overrides])
+
+
+def optimizer_of(encoder: nn.Module, probes: nn.Module | None, options: Recipe) -> torch.optim.Optimizer:
+    """The optimiser of pretraining."""
+    return build_optimizer(options.optim.name, param_groups(encoder, probes, options), options.optim)
 
 
 def lars(lr: float, *overrides: str) -> Recipe:
@@ -45,7 +51,7 @@ def gradients(net: nn.Module, seed: int, scale: float = 1.0) -> dict[str, torch.
 def first_step(options: Recipe, scale: float = 1.0) -> tuple[Net, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     net = Net()
     start, given = copy.deepcopy(net), gradients(net, 0, scale)
-    push(net, make_optimizer(net, None, options), given)
+    push(net, optimizer_of(net, None, options), given)
     moved = {name: (old - new).detach() for (name, old), new in zip(start.named_parameters(), net.parameters(), strict=True)}
     return start, given, moved
 
@@ -54,7 +60,7 @@ def first_step(options: Recipe, scale: float = 1.0) -> tuple[Net, dict[str, torc
 
 
 @pytest.mark.parametrize(("warmup", "total", "peak"), [(10, 100, 0.3), (2, 7, 1.0), (195 * 10, 195 * 1000, 0.03)])
-def test_schedule_starts_at_the_start_peaks_at_the_last_warmup_step_and_ends_near_zero(warmup: int, total: int, peak: float) -> None:
+def test_schedule_peaks_at_the_last_warmup_step_and_ends_near_zero(warmup: int, total: int, peak: float) -> None:
     assert learning_rate(0, peak, warmup, total) == 3e-5
     assert learning_rate(warmup - 1, peak, warmup, total) == pytest.approx(peak, rel=1e-12)
     assert learning_rate(warmup, peak, warmup, total) == pytest.approx(peak, rel=1e-12)
@@ -62,7 +68,7 @@ def test_schedule_starts_at_the_start_peaks_at_the_last_warmup_step_and_ends_nea
     assert 0 < learning_rate(total - 1, peak, warmup, total) < peak * 2.5 / (total - warmup) ** 2 * 1.01
 
 
-def test_schedule_rises_in_equal_increments_then_falls_along_half_a_cosine() -> None:
+def test_schedule_rises_linearly_then_falls_as_half_a_cosine() -> None:
     rates = [learning_rate(s, 0.2, 11, 111) for s in range(112)]
     assert np.allclose(np.diff(rates[:11]), (0.2 - 3e-5) / 10, rtol=1e-12)
     assert all(a > b for a, b in zip(rates[11:], rates[12:], strict=False))
@@ -76,22 +82,22 @@ def test_schedule_ends_at_the_final_rate_and_stays_there() -> None:
     assert all(learning_rate(s, 1.0, 5, 50, final=0.01) >= 0.01 for s in range(5, 60))
 
 
-def test_schedule_without_or_with_one_step_of_warmup_begins_at_the_peak() -> None:
+def test_schedule_with_at_most_one_warmup_step_starts_at_the_peak() -> None:
     assert learning_rate(0, 0.5, 0, 10) == 0.5 and learning_rate(0, 0.5, 1, 10) == 0.5 and learning_rate(1, 0.5, 1, 10) == 0.5
 
 
 def test_schedule_of_groups_depends_on_the_step_alone() -> None:
     options, net, probes = recipe("optim.lr=0.1", "probe.lr=0.5"), Net(), nn.Linear(3, 2)
-    forward, shuffled = make_optimizer(net, probes, options), make_optimizer(net, probes, options)
+    forward, shuffled = optimizer_of(net, probes, options), optimizer_of(net, probes, options)
     total, per_epoch = options.steps(256 * 5)
     assert (total, per_epoch) == (50, 5)
     seen = {}
     for step in range(total):
-        returned = set_learning_rates(forward, options, step, total, per_epoch)
+        returned = set_learning_rates(forward, options.optim, step, total, per_epoch)
         seen[step] = [group["lr"] for group in forward.param_groups]
         assert returned == seen[step][0]
     for step in np.random.default_rng(0).permutation(total).tolist():
-        set_learning_rates(shuffled, options, step, total, per_epoch)
+        set_learning_rates(shuffled, options.optim, step, total, per_epoch)
         assert [group["lr"] for group in shuffled.param_groups] == seen[step]
     assert seen[0] == [3e-5] * 3
     assert seen[9] == pytest.approx([0.1, 0.1, 0.5], rel=1e-12)
@@ -100,8 +106,8 @@ def test_schedule_of_groups_depends_on_the_step_alone() -> None:
 
 def test_warmup_never_starts_above_the_peak() -> None:
     options = recipe("optim.lr=1e-5", "probe.lr=1e-3", "optim.warmup_start_lr=1e-4")
-    optimizer = make_optimizer(Net(), nn.Linear(3, 2), options)
-    set_learning_rates(optimizer, options, 0, 50, 5)
+    optimizer = optimizer_of(Net(), nn.Linear(3, 2), options)
+    set_learning_rates(optimizer, options.optim, 0, 50, 5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-5, 1e-5, 1e-4], rel=1e-12)
 
 
@@ -129,10 +135,10 @@ def test_clipped_lars_step_is_the_rate_times_gradient_and_decay() -> None:
 
 
 @pytest.mark.parametrize("lr", [1e-3, 0.5])
-def test_lars_leaves_one_dimensional_parameters_to_plain_momentum(lr: float) -> None:
+def test_lars_takes_plain_momentum_steps_for_vectors(lr: float) -> None:
     net, options = Net(), lars(lr, "optim.weight_decay=0.3", "optim.trust_coefficient=1e-6", "optim.momentum=0.8")
     start = net.bias.detach().clone()
-    optimizer = make_optimizer(net, None, options)
+    optimizer = optimizer_of(net, None, options)
     first, second = gradients(net, 0), gradients(net, 1)
     push(net, optimizer, first)
     push(net, optimizer, second)
@@ -147,15 +153,15 @@ def test_lars_without_decay_still_scales_weights_by_trust() -> None:
 
 
 @pytest.mark.parametrize(("scale", "regime"), [(0.01, "clipped"), (0.2, "mixed"), (50.0, "unclipped")])
-def test_lars_follows_an_independent_float64_implementation_for_20_steps(scale: float, regime: str) -> None:
+def test_lars_matches_a_float64_implementation_for_20_steps(scale: float, regime: str) -> None:
     options = lars(0.3, "optim.weight_decay=1e-2", "optim.trust_coefficient=0.02", "optim.momentum=0.9", "optim.warmup_start_lr=1e-3")
     net = Net()
-    optimizer = make_optimizer(net, None, options)
+    optimizer = optimizer_of(net, None, options)
     weights = {name: p.detach().numpy().astype(np.float64) for name, p in net.named_parameters()}
     buffers = {name: np.zeros_like(w) for name, w in weights.items()}
     clipped = 0
     for step in range(20):
-        lr = set_learning_rates(optimizer, options, step, 20, 2)
+        lr = set_learning_rates(optimizer, options.optim, step, 20, 2)
         given = gradients(net, 100 + step, scale * (1 + step % 3))
         push(net, optimizer, given)
         for name, w in weights.items():
@@ -175,7 +181,7 @@ def test_lars_follows_an_independent_float64_implementation_for_20_steps(scale: 
 @pytest.mark.parametrize("zero", ["weight", "gradient", "both"])
 def test_lars_of_zero_norms_stays_finite(zero: str) -> None:
     net, options = Net(), lars(0.1)
-    optimizer = make_optimizer(net, None, options)
+    optimizer = optimizer_of(net, None, options)
     if zero != "gradient":
         nn.init.zeros_(net.matrix)
     before = net.matrix.detach().clone()
@@ -190,8 +196,8 @@ def test_lars_of_zero_norms_stays_finite(zero: str) -> None:
 
 def test_lars_at_rate_zero_moves_nothing() -> None:
     net, options = Net(), lars(0.1, "optim.warmup_start_lr=0")
-    optimizer, before = make_optimizer(net, None, options), copy.deepcopy(net)
-    assert set_learning_rates(optimizer, options, 0, 50, 5) == 0
+    optimizer, before = optimizer_of(net, None, options), copy.deepcopy(net)
+    assert set_learning_rates(optimizer, options.optim, 0, 50, 5) == 0
     push(net, optimizer, gradients(net, 0))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before.parameters(), strict=True))
 
@@ -200,15 +206,15 @@ def test_lars_at_rate_zero_moves_nothing() -> None:
 
 
 def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, object]:
-    found = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
-    assert len(found) == 1
-    return found[0]
+    groups = [group for group in optimizer.param_groups if any(p is parameter for p in group["params"])]
+    assert len(groups) == 1
+    return groups[0]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])
 def test_decay_falls_on_matrices_only(name: str) -> None:
     encoder = create_encoder("test_resnet", dim=8, hidden_dim=8)
-    optimizer = make_optimizer(encoder, None, recipe(f"optim.name={name}", "optim.weight_decay=0.03"))
+    optimizer = optimizer_of(encoder, None, recipe(f"optim.name={name}", "optim.weight_decay=0.03"))
     for parameter in encoder.parameters():
         assert group_of(optimizer, parameter)["weight_decay"] == (0.03 if parameter.dim() > 1 else 0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(encoder.parameters()))
@@ -216,14 +222,14 @@ def test_decay_falls_on_matrices_only(name: str) -> None:
 
 def test_decay_of_biases_and_norms_can_be_asked_for() -> None:
     net = Net()
-    optimizer = make_optimizer(net, None, recipe("optim.weight_decay=0.03", "optim.decay_bias_and_norm=true"))
+    optimizer = optimizer_of(net, None, recipe("optim.weight_decay=0.03", "optim.decay_bias_and_norm=true"))
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
 
 
 def test_adamw_decay_reaches_the_weights_and_spares_the_biases() -> None:
     net = Net()
     start = copy.deepcopy(net)
-    optimizer = make_optimizer(net, None, recipe("optim.lr=0.01", "optim.weight_decay=0.5", "optim.betas=[0.8, 0.99]"))
+    optimizer = optimizer_of(net, None, recipe("optim.lr=0.01", "optim.weight_decay=0.5", "optim.betas=[0.8, 0.99]"))
     assert all(group["betas"] == (0.8, 0.99) for group in optimizer.param_groups)
     push(net, optimizer, {name: torch.zeros_like(p) for name, p in net.named_parameters()})
     assert torch.allclose(net.matrix, start.matrix * (1 - 0.01 * 0.5), rtol=1e-6) and not torch.equal(net.matrix, start.matrix)
@@ -232,7 +238,7 @@ def test_adamw_decay_reaches_the_weights_and_spares_the_biases() -> None:
 
 def test_adamw_matches_torch_for_20_steps() -> None:
     net, other = Net(), Net()
-    ours = make_optimizer(net, None, recipe("optim.lr=0.02", "optim.weight_decay=0.1", "optim.decay_bias_and_norm=true"))
+    ours = optimizer_of(net, None, recipe("optim.lr=0.02", "optim.weight_decay=0.1", "optim.decay_bias_and_norm=true"))
     theirs = torch.optim.AdamW(other.parameters(), lr=0.02, weight_decay=0.1, betas=(0.9, 0.999), foreach=False)
     for step in range(20):
         push(net, ours, gradients(net, step))
@@ -245,7 +251,7 @@ def test_adamw_matches_torch_for_20_steps() -> None:
 def test_probes_have_their_own_rate_and_no_decay(name: str) -> None:
     net, probes = Net(), nn.ModuleDict({"features": nn.Linear(3, 2), "z": nn.Linear(4, 2)})
     options = recipe(f"optim.name={name}", "optim.lr=0.4", "probe.lr=0.1", "train.batch_size=64", "optim.weight_decay=0.3")
-    optimizer = make_optimizer(net, probes, options)
+    optimizer = optimizer_of(net, probes, options)
     for parameter in probes.parameters():
         assert group_of(optimizer, parameter)["weight_decay"] == 0.0
         assert group_of(optimizer, parameter)["peak"] == pytest.approx(0.025, rel=1e-12)
@@ -255,8 +261,8 @@ def test_probes_have_their_own_rate_and_no_decay(name: str) -> None:
 def test_probe_weights_take_plain_momentum_steps_under_lars() -> None:
     probes = nn.Linear(3, 2)
     start = probes.weight.detach().clone()
-    optimizer = make_optimizer(Net(), probes, lars(0.5, "probe.lr=0.2", "optim.trust_coefficient=1e-6"))
-    set_learning_rates(optimizer, lars(0.5, "probe.lr=0.2"), 9, 50, 5)
+    optimizer = optimizer_of(Net(), probes, lars(0.5, "probe.lr=0.2", "optim.trust_coefficient=1e-6"))
+    set_learning_rates(optimizer, lars(0.5, "probe.lr=0.2").optim, 9, 50, 5)
     probes.weight.grad = torch.ones_like(start)
     optimizer.step()
     assert torch.allclose(probes.weight.detach(), start - 0.2, atol=1e-6)
@@ -265,13 +271,13 @@ def test_probe_weights_take_plain_momentum_steps_under_lars() -> None:
 @pytest.mark.parametrize("name", ["adamw", "lars"])
 def test_frozen_backbone_is_in_no_group(name: str) -> None:
     encoder = create_encoder("test_resnet", dim=8, hidden_dim=8, freeze_backbone=True)
-    optimizer = make_optimizer(encoder, nn.Linear(8, 2), recipe(f"optim.name={name}"))
+    optimizer = optimizer_of(encoder, nn.Linear(8, 2), recipe(f"optim.name={name}"))
     inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not inside & {id(p) for p in encoder.backbone.parameters()}
     assert inside >= {id(p) for p in encoder.projector.parameters()}
 
 
-def test_a_single_rectified_layer_on_a_frozen_backbone_has_no_empty_group() -> None:
+def test_single_layer_on_a_frozen_backbone_has_no_empty_group() -> None:
     encoder = create_encoder("test_resnet", dim=8, hidden_dim=8, projector_depth=1, freeze_backbone=True)
-    optimizer = make_optimizer(encoder, None, recipe())
+    optimizer = optimizer_of(encoder, None, recipe())
     assert sorted(len(group["params"]) for group in optimizer.param_groups) == [1, 1]

@@ -1,4 +1,4 @@
-"""Fine-tuning: losses, rates and draws against independent ones, exact resume, and a folder that plain timm opens."""
+"""Fine-tuning: losses, rates and draws against independent implementations, exact resuming, and the published folder."""
 
 import json
 import shutil
@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,20 +21,20 @@ from torch import Tensor
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.cli.app import run as cli
-from rlpjepa_zoo.config.finetune import Lora, TuningRecipe, load_any
+from rlpjepa_zoo.config.finetune import TuningRecipe, load_any
 from rlpjepa_zoo.config.load import list_recipes
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import distributed
-from rlpjepa_zoo.core import rng as streams
+from rlpjepa_zoo.core.rng import key
 from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.sources import Source, open_source
 from rlpjepa_zoo.errors import DataError, ModelError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.classifier import make_classifier
-from rlpjepa_zoo.training import finetune as tuning
+from rlpjepa_zoo.training import setup
 from rlpjepa_zoo.training.checkpoint import latest
-from rlpjepa_zoo.training.finetune import choose, finetune
-from rlpjepa_zoo.training.online_probes import build_encoder
-from rlpjepa_zoo.training.optim import make_tuner
+from rlpjepa_zoo.training.optim import build_optimizer
+from rlpjepa_zoo.training.tasks.finetune import FinetuneTask, finetune, mix_images, param_groups, select_labelled, smoothed_cross_entropy
+from rlpjepa_zoo.training.trainer import Trainer
 
 TINY = [
     "data.limit=192", "views.rotate=0", "views.translate=0", "views.zoom=[1, 1]", "train.batch_size=64", "train.epochs=4", "train.log_every=1",
@@ -66,9 +64,9 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with all that can be averaged, mixed and switched."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with averaged weights, MixUp, CutMix and a frozen first epoch."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
     finetune(
         tiny("train.ema=0.6", "classifier.mixup=0.4", "classifier.cutmix=1", "train.best=top1", "optim.lr=0.02", "optim.head_lr=5"),
         run,
@@ -81,7 +79,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", TUNING)
-def test_a_shipped_recipe_parses_is_named_by_its_file_and_survives_its_dump(name: str) -> None:
+def test_shipped_recipe_parses_and_survives_its_dump(name: str) -> None:
     recipe = TuningRecipe.load(name)
     assert recipe.name == name and TuningRecipe.parse(recipe.dump()) == recipe
     if recipe.data.source in ("folder", "hf"):  # the only ones with a place
@@ -89,7 +87,7 @@ def test_a_shipped_recipe_parses_is_named_by_its_file_and_survives_its_dump(name
     assert recipe.views.count == 1 and recipe.data.image_size is None
 
 
-def test_kinds_of_recipe_are_told_apart_by_their_sections() -> None:
+def test_recipe_kind_follows_from_its_sections() -> None:
     assert {"finetune-cifar10", "finetune-cifar100", "finetune-digits", "finetune-folder", "probe-cifar10"} <= set(TUNING)
     assert isinstance(load_any("digits"), Recipe)
     with refused(RecipeError, match=r"finetune-digits: has the section 'start', so it is a recipe for `rlpjepa finetune`"):
@@ -99,7 +97,7 @@ def test_kinds_of_recipe_are_told_apart_by_their_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("classifier.mixupp=1", "classifier.mixupp: unknown key. Did you mean 'mixup'"), ("encoder.dim=3", "encoder: unknown key"),
         ("optim.name=lars", "optim.name"), ("optim.layer_decay=1.5", "optim.layer_decay"), ("views.count=2", "views.count"),
@@ -110,32 +108,20 @@ def test_kinds_of_recipe_are_told_apart_by_their_sections() -> None:
         ("optim.trust_coefficient=1", "optim.trust_coefficient"), ("train.best=knn_z", "train.best"), ("classifier.label_smoothing=1", "label_smoothing"),
     ],
 )  # fmt: skip
-def test_a_wrong_key_or_value_is_refused_by_name(override: str, said: str) -> None:
-    with refused(RecipeError, match=said.replace("(", r"\(")):
+def test_wrong_key_or_value_is_refused_by_name(override: str, message: str) -> None:
+    with refused(RecipeError, match=message.replace("(", r"\(")):
         tiny(override)
 
 
 @pytest.mark.parametrize("name", ["optim.backbone_lr=0.1", "optim.layer_decay=0.5"])
-def test_rates_of_a_body_that_does_not_learn_are_refused(name: str) -> None:
+def test_rates_of_a_frozen_backbone_are_refused(name: str) -> None:
     linear = ["classifier.train=linear", "classifier.linear_epochs=0", "optim.layer_decay=1"]
     tiny(*linear)
     with refused(RecipeError, match=f"{name.partition('=')[0]}: has no meaning with classifier.train=linear"):
         tiny(*linear, name)
 
 
-@pytest.mark.parametrize(
-    "argument", ["preprocess: x", "freeze_backbone: true", "dim: 5", "checkpoint_path: x", "pretrained_cfg_overlay: {file: x}"]
-)
-def test_arguments_that_are_not_the_backbones_are_refused_by_name(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlpjepa_zoo.models.factory._backbone", lambda *given, **options: pytest.fail("built"))
-    name = argument.partition(":")[0]
-    with refused(RecipeError, match=rf"start\.args\.{name}: is not an argument of a backbone"):
-        tuning.start_encoder(tiny("start.source=timm:test_vit", f"start.args={{{argument}}}"))
-    with refused(RecipeError, match=rf"encoder\.args\.{name}: is not an argument of a backbone"):
-        build_encoder(tiny_encoder(f"encoder.args={{{argument}}}"))
-
-
-def test_no_place_of_this_machine_is_published(tmp_path: Path) -> None:
+def test_local_paths_are_not_published(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     for source, name in (
         (f"timm:local-dir:{tmp_path}/mine", "timm:local-dir:mine"),
@@ -150,17 +136,17 @@ def test_no_place_of_this_machine_is_published(tmp_path: Path) -> None:
         assert TuningRecipe.parse(recipe.shareable()).start.source == name
 
 
-def test_z_of_a_plain_timm_model_and_a_source_that_is_not_given_are_refused(tmp_path: Path) -> None:
+def test_z_of_a_timm_model_and_a_missing_source_are_refused(tmp_path: Path) -> None:
     with refused(RecipeError, match="start.input: timm:test_vit has no rectified projector"):
         tiny("start.source=timm:test_vit", "start.input=z")
     with refused(RecipeError, match="start.source: what to start from is not given"):
         finetune(tiny("start.source=null"), tmp_path / "run", progress=False)
 
 
-def test_the_preprocessing_is_that_of_the_encoder_unless_the_recipe_gives_its_own() -> None:
+def test_recipe_takes_missing_preprocessing_from_the_encoder() -> None:
     recipe, preprocess = tiny("data.crop_pct=0.7"), settled().config.preprocess
-    found = recipe.with_preprocess(vars(preprocess)).data
-    assert (found.image_size, found.mean, found.std, found.interpolation, found.crop_pct) == (
+    data = recipe.with_preprocess(vars(preprocess)).data
+    assert (data.image_size, data.mean, data.std, data.interpolation, data.crop_pct) == (
         32,
         preprocess.mean,
         preprocess.std,
@@ -176,56 +162,54 @@ def some(labels: list[int]) -> Images:
     return Images(lambda i: Image.new("RGB", (8, 8)), [f"i{i}" for i in range(len(labels))], labels, ["a", "b", "c"])
 
 
-def test_so_many_of_each_class_are_drawn_by_the_seed_alone() -> None:
+def test_images_per_class_are_drawn_by_the_seed() -> None:
     images = some([0, 1, 2, -1] * 25)
-    drawn = choose(images, 7, seed=1)
+    drawn = select_labelled(images, 7, seed=1)
     assert np.bincount(drawn.labels).tolist() == [7, 7, 7] and len(set(drawn.ids)) == 21  # type: ignore[arg-type]
-    assert drawn.ids == choose(images, 7, seed=1).ids != choose(images, 7, seed=2).ids
+    assert drawn.ids == select_labelled(images, 7, seed=1).ids != select_labelled(images, 7, seed=2).ids
     with refused(DataError, match=r"data\.per_class: 26 images of each class are asked for, 'a' has 25"):
-        choose(images, 26, seed=1)
+        select_labelled(images, 26, seed=1)
 
 
-def test_images_without_a_label_are_left_out_and_none_at_all_is_refused() -> None:
-    assert choose(some([0, -1, 1, -1]), None, 0).ids == ["i0", "i2"]
+def test_unlabelled_images_are_left_out_or_refused() -> None:
+    assert select_labelled(some([0, -1, 1, -1]), None, 0).ids == ["i0", "i2"]
     for images in (some([-1, -1]), Images(lambda i: None, ["x"])):
         with refused(DataError, match="fine-tuning needs labelled images"):
-            choose(images, None, 0)
+            select_labelled(images, None, 0)
 
 
-def test_evaluation_images_of_no_training_class_are_refused_with_the_mend() -> None:
-    task = tuning._Tuning(tiny("train.best=null"))
-    for part, labels in ((some([-1, -1]), "-1"), (Images(lambda i: None, ["x", "y"]), "none")):
+def test_evaluation_images_without_training_class_are_refused() -> None:
+    task = FinetuneTask(tiny("train.best=null"))
+    for held_out, labels in ((some([-1, -1]), "-1"), (Images(lambda i: None, ["x", "y"]), "none")):
         with refused(
             DataError, match=r"data\.eval_split: none of the 2 evaluation images has the label of a training class; name the classes"
         ):
-            task.accept(Source(some([0, 1, 2]), part, 3, 3))
-        assert labels and task.accept(Source(some([0, 1, 2]), None, 3, 3)).eval is None
+            task.select_images(Source(some([0, 1, 2]), held_out, 3, 3))
+        task.select_images(Source(some([0, 1, 2]), None, 3, 3))
+        assert labels and task.source.eval is None
 
 
-def test_the_alarm_compares_with_the_most_frequent_class_of_the_evaluation_images() -> None:
-    task = tuning._Tuning(tiny())
+def test_alarm_compares_top1_with_the_most_frequent_class() -> None:
+    task = FinetuneTask(tiny())
     for labels, top1, wrong in (
         ([0, 1] * 50, 0.7, False), ([0, 1] * 50, 0.6, True), ([0] * 90 + [1] * 10, 0.93, True), ([0] * 90 + [1] * 10, 1.0, False),
         ([0, 1, 2] * 33, 0.52, False), ([0, 1, 2] * 33, 0.4, True),
     ):  # fmt: skip
-        task.accept(Source(some([0, 1, 2]), some(labels), 3, 3))
-        said = task.alarms({"top1": top1, "n_test": len(labels)})
-        assert bool(said) == wrong, (labels[:3], top1, said)
-        assert task.alarms({"top1": top1, "n_test": len(labels)}, still_training=True) == []
-    assert "top-1 0.400, and the most frequent class has a share of 0.333" in said[0]
+        task.select_images(Source(some([0, 1, 2]), some(labels), 3, 3))
+        alarms = task.alarms({"top1": top1, "n_test": len(labels)})
+        assert bool(alarms) == wrong, (labels[:3], top1, alarms)
+        assert task.alarms({"top1": top1, "n_test": len(labels)}, final=False) == []
+    assert "top-1 0.400, and the most frequent class has a share of 0.333" in alarms[0]
 
 
-def test_rows_without_a_label_are_counted_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from rlpjepa_zoo.training import trainer as engine
+def test_number_of_unlabelled_images_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
 
     def some_without(data, seed):  # type: ignore[no-untyped-def]
         source = open_source(data, seed)
         source.train.labels[:50] = -1
         return source
 
-    monkeypatch.setattr(engine, "open_source", some_without)
+    monkeypatch.setattr(setup, "open_source", some_without)
     with caplog.at_level("INFO", "rlpjepa_zoo"):
         finetune(tiny("train.epochs=2", "classifier.linear_epochs=0"), tmp_path / "run", progress=False)
     assert "50 of 192 training images have no label and are left out" in caplog.text
@@ -244,35 +228,33 @@ def oracle(scores: np.ndarray, shares: np.ndarray, smoothing: float) -> float:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("half", [False, True])
-def test_the_loss_is_smoothed_cross_entropy_in_float32(rng: np.random.Generator, smoothing: float, half: bool) -> None:
-    task = tuning._Tuning(tiny(f"classifier.label_smoothing={smoothing}"))
+def test_loss_is_smoothed_cross_entropy_in_float32(rng: np.random.Generator, smoothing: float, half: bool) -> None:
     scores, labels = rng.normal(0, 3, (11, 10)), rng.integers(0, 10, 11)
     given = torch.tensor(scores, dtype=torch.bfloat16 if half else torch.float32)
-    found = task.loss(tuning._Scores(given, torch.tensor(labels), torch.tensor(labels)), 0).total
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(oracle(given.double().numpy(), np.eye(10)[labels], smoothing), rel=1e-5)
+    loss = smoothed_cross_entropy(given, torch.tensor(labels), smoothing)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(oracle(given.double().numpy(), np.eye(10)[labels], smoothing), rel=1e-5)
 
 
-def test_mixed_images_and_their_targets_share_their_weight_and_are_drawn_by_the_step(rng: np.random.Generator) -> None:
-    recipe = tiny("classifier.mixup=0.8")
+def test_mixup_uses_one_weight_per_step_for_images_and_targets(rng: np.random.Generator) -> None:
     x, labels = torch.tensor(rng.normal(size=(6, 3, 4, 4)), dtype=torch.float32), torch.tensor([0, 1, 2, 3, 4, 5])
     before = torch.get_rng_state()
-    images, targets = tuning.mixed(x, labels, 10, recipe, step=3)
+    images, targets = mix_images(x, labels, 10, 0.8, 0, seed=0, step=3)
     assert torch.equal(torch.get_rng_state(), before)
     weight = float(targets[0, 0])
     partner = [int(targets[i].double().numpy().argsort()[-2 if weight >= 0.5 else -1]) for i in range(6)]
     for i, j in enumerate(partner):
         assert targets[i].sum() == pytest.approx(1) and i != j
         assert torch.allclose(images[i], weight * x[i] + (1 - weight) * x[j], atol=1e-6)
-    again, other = tuning.mixed(x, labels, 10, recipe, step=3), tuning.mixed(x, labels, 10, recipe, step=4)
+    again, other = mix_images(x, labels, 10, 0.8, 0, seed=0, step=3), mix_images(x, labels, 10, 0.8, 0, seed=0, step=4)
     assert torch.equal(again[0], images) and not torch.equal(other[0], images)
 
 
-def test_a_cut_image_holds_as_many_pixels_of_the_other_as_its_target_says(rng: np.random.Generator) -> None:
+def test_cutmix_targets_are_the_shares_of_pixels(rng: np.random.Generator) -> None:
     x, labels = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 16, 16).contiguous(), torch.arange(5)
     seen = []
     for step in range(4):
-        images, targets = tuning.mixed(x, labels, 5, tiny("classifier.cutmix=1"), step)
+        images, targets = mix_images(x, labels, 5, 0, 1.0, 0, step)
         for i in range(5):
             shares = torch.stack([(images[i, 0] == c).double().mean() for c in range(5)])
             assert torch.allclose(shares, targets[i].double(), atol=1e-6)
@@ -280,47 +262,46 @@ def test_a_cut_image_holds_as_many_pixels_of_the_other_as_its_target_says(rng: n
     assert len(set(seen)) > 1
 
 
-def test_without_mixing_labels_stay_as_they_are() -> None:
+def test_labels_without_mixing_are_unchanged() -> None:
     x, labels = torch.zeros(2, 3, 4, 4), torch.tensor([1, 0])
-    images, targets = tuning.mixed(x, labels, 3, tiny(), 0)
+    images, targets = mix_images(x, labels, 3, 0, 0, 0, 0)
     assert images is x and targets is labels
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rates_fall_by_the_layer_and_the_linear_layer_has_its_own(vit: Path) -> None:
+def test_rates_decay_by_layer_and_the_head_has_its_own(vit: Path) -> None:
     recipe = tiny("optim.lr=0.008", "optim.layer_decay=0.5", "optim.head_lr=3", "optim.weight_decay=0.1")
     classifier = make_classifier(rz.load_encoder(vit), list("abc"), "z")
-    optimizer = make_tuner(classifier.head, classifier.backbone, classifier.projector, recipe)
+    optimizer = build_optimizer(recipe.optim.name, param_groups(classifier, recipe.lr, recipe.optim), recipe.optim)
     named = {id(p): name for name, p in classifier.named_parameters()}
-    found = {named[id(p)]: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
-    assert set(found) == set(named.values())
+    rates = {named[id(p)]: (group["peak"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert set(rates) == set(named.values())
     top = recipe.lr
-    assert found["head.weight"] == (pytest.approx(3 * top), 0.1) and found["head.bias"] == (pytest.approx(3 * top), 0)
-    assert found["projector.0.weight"] == (pytest.approx(top), 0.1)
+    assert rates["head.weight"] == (pytest.approx(3 * top), 0.1) and rates["head.bias"] == (pytest.approx(3 * top), 0)
+    assert rates["projector.0.weight"] == (pytest.approx(top), 0.1)
     depth = len(classifier.backbone.blocks)
     for i in range(depth):
         for part in ("attn.qkv.weight", "mlp.fc1.weight"):
-            assert found[f"backbone.blocks.{i}.{part}"] == (pytest.approx(top * 0.5 ** (depth - 1 - i)), 0.1)
-    assert found["backbone.norm.weight"] == (pytest.approx(top), 0)
-    assert found["backbone.patch_embed.proj.weight"][0] == pytest.approx(top * 0.5**depth)
-    assert found["backbone.pos_embed"][1] == 0  # which timm never decays
+            assert rates[f"backbone.blocks.{i}.{part}"] == (pytest.approx(top * 0.5 ** (depth - 1 - i)), 0.1)
+    assert rates["backbone.norm.weight"] == (pytest.approx(top), 0)
+    assert rates["backbone.patch_embed.proj.weight"][0] == pytest.approx(top * 0.5**depth)
+    assert rates["backbone.pos_embed"][1] == 0  # which timm never decays
 
 
-def test_the_body_is_frozen_for_the_linear_epochs_and_then_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlpjepa_zoo.training import trainer as engine
+def test_backbone_is_frozen_in_the_linear_epochs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[tuple[Tensor, Tensor]] = []
-    right = engine.Run._update
+    right = Trainer._update
 
     def update(self, *given):  # type: ignore[no-untyped-def]
-        found = right(self, *given)
+        norm = right(self, *given)
         state = self.core.state_dict()
         seen.append((torch.cat([v.flatten().double() for k, v in state.items() if k.startswith("backbone")]), state["head.weight"].clone()))
-        return found
+        return norm
 
-    monkeypatch.setattr(engine.Run, "_update", update)
+    monkeypatch.setattr(Trainer, "_update", update)
     finetune(tiny("classifier.linear_epochs=2"), tmp_path / "run", progress=False)
     assert all(torch.equal(body, seen[0][0]) for body, _ in seen[:6]) and not torch.equal(
         seen[6][0], seen[5][0]
@@ -328,30 +309,32 @@ def test_the_body_is_frozen_for_the_linear_epochs_and_then_learns(tmp_path: Path
     assert all(not torch.equal(a, b) for (_, a), (_, b) in zip(seen, seen[1:], strict=False))
 
 
-def test_a_linear_run_leaves_the_body_bit_for_bit(tmp_path: Path) -> None:
+def test_linear_run_leaves_the_backbone_unchanged(tmp_path: Path) -> None:
     recipe = tiny(
         "classifier.train=linear", "classifier.linear_epochs=0", "optim.name=sgd", "optim.layer_decay=1", "start.input=z", "optim.lr=4"
     )
     finetune(recipe, tmp_path / "run", progress=False)
-    found, encoder = rz.load_classifier(tmp_path / "run"), rz.load_encoder("test_resnet.digits")
-    assert all(torch.equal(a, b) for a, b in zip(found.backbone.state_dict().values(), encoder.backbone.state_dict().values(), strict=True))
-    assert found.projector is not None and torch.equal(found.projector[0].weight, encoder.projector[0].weight)  # type: ignore[index]
-    assert found.config.info["results"]["top1"] > 0.5
+    classifier, encoder = rz.load_classifier(tmp_path / "run"), rz.load_encoder("test_resnet.digits")
+    assert all(
+        torch.equal(a, b) for a, b in zip(classifier.backbone.state_dict().values(), encoder.backbone.state_dict().values(), strict=True)
+    )
+    assert classifier.projector is not None and torch.equal(classifier.projector[0].weight, encoder.projector[0].weight)  # type: ignore[index]
+    assert classifier.config.info["results"]["top1"] > 0.5
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_says_what_it_did(whole: Path) -> None:
-    found = rz.load_classifier(whole)
-    results, last = found.config.info["results"], rows(whole)[-1]
+def test_run_learns_and_records_its_results(finished: Path) -> None:
+    classifier = rz.load_classifier(finished)
+    results, last = classifier.config.info["results"], rows(finished)[-1]
     assert results["top1"] == last["top1"] > 0.5 and results["top5"] == last["top5"] >= results["top1"]
     assert (results["n_train"], results["n_test"]) == (192, 360)
-    assert {p.name for p in whole.iterdir()} >= {"classifier", "classifier-best", "recipe.yaml", "summary.json", "checkpoints"}
-    assert TuningRecipe.load(whole / "recipe.yaml").data.image_size == 32  # what it took from the encoder is written down
+    assert {p.name for p in finished.iterdir()} >= {"classifier", "classifier-best", "recipe.yaml", "summary.json", "checkpoints"}
+    assert TuningRecipe.load(finished / "recipe.yaml").data.image_size == 32  # the preprocessing of the encoder is written down
     test = open_source(load_any("digits").data).eval
     assert test is not None and test.labels is not None
-    prediction = found.predict(test)
+    prediction = classifier.predict(test)
     assert prediction.ids == test.ids and prediction.probabilities.sum(1) == pytest.approx(1, abs=1e-5)
     assert np.mean([int(label) == y for label, y in zip(prediction.labels, test.labels, strict=True)]) == results["top1"]
     right = np.log(prediction.probabilities.astype(np.float64)[np.arange(360), test.labels])
@@ -359,30 +342,23 @@ def test_a_run_learns_and_says_what_it_did(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 7])
-def test_stopped_and_resumed_is_bit_equal(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    recipe, run = TuningRecipe.load(whole / "recipe.yaml"), tmp_path / "run"
+def test_stopped_and_resumed_is_bit_equal(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    recipe, run = TuningRecipe.load(finished / "recipe.yaml"), tmp_path / "run"
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(StoppedBySignal):
             finetune(recipe, run, progress=False)
     assert latest(run)[0].step == step  # type: ignore[union-attr]
     with refused(RecipeError, match=r"classifier\.mixup: 0\.4 -> 0\.5"):
-        finetune(TuningRecipe.load(whole / "recipe.yaml", ["classifier.mixup=0.5"]), run, resume=True, progress=False)
+        finetune(TuningRecipe.load(finished / "recipe.yaml", ["classifier.mixup=0.5"]), run, resume=True, progress=False)
     finetune(recipe, run, resume=True, progress=False)
-    assert rows(run) == rows(whole) and torch.equal(logits(run), logits(whole))
-    assert torch.equal(logits(run / "classifier-best"), logits(whole / "classifier-best"))
+    assert rows(run) == rows(finished) and torch.equal(logits(run), logits(finished))
+    assert torch.equal(logits(run / "classifier-best"), logits(finished / "classifier-best"))
 
 
-def test_the_card_of_the_best_says_that_it_was_chosen_on_the_images_it_is_measured_on(whole: Path) -> None:
-    said = "chosen by top1 on these very images, so too good."
-    assert said in (whole / "classifier-best/README.md").read_text() and said not in (whole / "classifier/README.md").read_text()
-
-
-def test_fresh_weights_are_those_of_the_seed_and_not_of_the_encoder(vit: Path) -> None:
-    given, a, b, c = (tuning.start_encoder(tiny(f"start.source={vit}", *more)) for more in (
-        [], ["start.random=true"], ["start.random=true"], ["start.random=true", "seed=1"]))  # fmt: skip
-    assert given.fingerprint() == rz.load_encoder(vit).fingerprint() != a.fingerprint() == b.fingerprint() != c.fingerprint()
-    assert a.config.model_args == given.config.model_args and a.config.preprocess == given.config.preprocess
+def test_card_of_the_best_names_how_it_was_chosen(finished: Path) -> None:
+    note = "chosen by top1 on these very images, so too good."
+    assert note in (finished / "classifier-best/README.md").read_text() and note not in (finished / "classifier/README.md").read_text()
 
 
 def on_two_ranks(folder: str, source: str) -> str:
@@ -404,7 +380,7 @@ def test_two_processes_learn_what_one_does(vit: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(tmp_path / "one/tuned"), logits(tmp_path / "two/tuned"), atol=1e-3)
 
 
-def test_the_best_by_a_figure_that_says_nothing_or_is_not_measured_is_refused(image_folder: Path, tmp_path: Path) -> None:
+def test_best_by_an_unusable_metric_is_refused(image_folder: Path, tmp_path: Path) -> None:
     more = [
         f"data.path={image_folder}",
         "train.batch_size=8",
@@ -422,11 +398,17 @@ def test_the_best_by_a_figure_that_says_nothing_or_is_not_measured_is_refused(im
     more[0] = f"data.path={tmp_path / 'data'}"
     with refused(RecipeError, match="train.best: top5 is always 1 with 2 classes"):
         finetune(TuningRecipe.load("finetune-folder", [*more, "train.best=top5"]), tmp_path / "b", progress=False)
-    found = rz.load_classifier(
+    classifier = rz.load_classifier(
         finetune(TuningRecipe.load("finetune-folder", [*more, "train.num_workers=0"]), tmp_path / "c", progress=False)
     )
-    assert found.classes == ("blue", "red") and set(found.config.info["results"]) == {"top1", "loss", "n_test", "n_train", "protocol"}
-    prediction = found.predict(image_folder)
+    assert classifier.classes == ("blue", "red") and set(classifier.config.info["results"]) == {
+        "top1",
+        "loss",
+        "n_test",
+        "n_train",
+        "protocol",
+    }
+    prediction = classifier.predict(image_folder)
     assert [name.partition("/")[0] for name in prediction.ids] == prediction.labels  # reddish and bluish noise
 
 
@@ -443,7 +425,7 @@ for name in ("test_resnet", "test_vit", "resnet10_small_narrow"):
 """
 
 
-def test_plain_timm_opens_the_folder_and_gives_the_same_logits(tmp_path: Path) -> None:
+def test_plain_timm_gives_the_same_logits(tmp_path: Path) -> None:
     made, x = {}, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.save(x, tmp_path / "x")
     for name in ("test_resnet", "test_vit", "resnet10_small_narrow"):
@@ -460,7 +442,7 @@ def test_plain_timm_opens_the_folder_and_gives_the_same_logits(tmp_path: Path) -
         assert torch.equal(rz.load_classifier(tmp_path / name)(x), expected)
 
 
-def test_transformers_opens_the_folder(tmp_path: Path) -> None:
+def test_transformers_gives_the_same_logits(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     classifier = make_classifier(settled("test_resnet"), ["cat", "dog", "owl"]).eval()
     folder = classifier.save_pretrained(tmp_path / "model")
@@ -469,7 +451,7 @@ def test_transformers_opens_the_folder(tmp_path: Path) -> None:
     assert torch.allclose(model(x).logits, classifier(x), atol=1e-6) and model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
 
 
-def test_from_z_the_backbone_is_plain_and_the_head_holds_projector_and_classes(tmp_path: Path) -> None:
+def test_classifier_of_z_keeps_projector_and_head_in_head_file(tmp_path: Path) -> None:
     classifier = make_classifier(settled("test_resnet"), ["cat", "dog"], "z").eval()
     folder = classifier.save_pretrained(tmp_path / "model")
     import safetensors.torch
@@ -486,7 +468,7 @@ def test_from_z_the_backbone_is_plain_and_the_head_holds_projector_and_classes(t
 
 
 @pytest.mark.parametrize("input", ["features", "z"])
-def test_one_flipped_byte_anywhere_is_found(tmp_path: Path, input: str) -> None:
+def test_any_flipped_byte_is_refused(tmp_path: Path, input: str) -> None:
     folder = make_classifier(settled("test_resnet"), ["cat", "dog"], input).eval().save_pretrained(tmp_path / "model", recipe="name: x\n")
     for path in sorted(folder.iterdir()):
         kept = path.read_bytes()
@@ -498,7 +480,7 @@ def test_one_flipped_byte_anywhere_is_found(tmp_path: Path, input: str) -> None:
     rz.load_classifier(folder)
 
 
-def test_a_folder_whose_golden_logits_are_not_its_own_is_refused(tmp_path: Path) -> None:
+def test_folder_with_foreign_golden_logits_is_refused(tmp_path: Path) -> None:
     from published import config_of, reseal
 
     a = make_classifier(settled("test_resnet"), ["cat", "dog"]).eval()
@@ -511,33 +493,33 @@ def test_a_folder_whose_golden_logits_are_not_its_own_is_refused(tmp_path: Path)
     reseal(mixed)
     with refused(ModelError, match="codes differ from the saved ones"):
         rz.load_classifier(mixed)
-    for block, said in (
+    for block, message in (
         ({"classes": ["cat"]}, "classifier.classes"),
         ({"classes": list("abc")}, "expected F32"),
         ({"input": "z"}, "classifier.input"),
     ):
-        changed = Path(shutil.copytree(one, tmp_path / f"changed{said}"))
+        changed = Path(shutil.copytree(one, tmp_path / f"changed{message}"))
         with config_of(changed) as config:
             config["rlpjepa_zoo"]["classifier"] |= block
-        with refused(ModelError, match=said):
+        with refused(ModelError, match=message):
             rz.load_classifier(changed)
 
 
-def test_encoders_and_classifiers_are_not_taken_for_each_other(tmp_path: Path, whole: Path) -> None:
+def test_encoder_and_classifier_folders_are_told_apart(tmp_path: Path, finished: Path) -> None:
     with refused(ModelError, match="holds a classifier, not an encoder; use load_classifier"):
-        rz.load_encoder(whole)
+        rz.load_encoder(finished)
     with refused(ModelError, match="holds an encoder, not a classifier"):
         rz.load_classifier("test_resnet.digits")
 
 
-def test_an_encoder_with_a_dial_is_refused_from_z() -> None:
+def test_encoder_with_a_dial_is_refused_from_z() -> None:
     encoder = settled().with_budget(3)
     with refused(UsageError, match="the encoder has a dial"):
         make_classifier(encoder, ["cat", "dog"], "z")
     assert make_classifier(encoder, ["cat", "dog"]).config.encoder.dial is None
 
 
-def test_an_architecture_without_one_linear_classifier_is_refused_from_features_but_not_from_z() -> None:
+def test_architecture_without_linear_classifier_works_from_z_only() -> None:
     encoder = rz.create_encoder("deit_tiny_distilled_patch16_224", dim=8, img_size=32, patch_size=16)
     with refused(UsageError, match="its classifier in timm is not one linear layer.*start.input=z"):
         make_classifier(encoder, ["cat", "dog"])
@@ -545,7 +527,7 @@ def test_an_architecture_without_one_linear_classifier_is_refused_from_features_
 
 
 @pytest.mark.parametrize("name", ["resnetv2_50", "dla34"])
-def test_a_classifier_that_is_a_convolution_is_refused_before_training(name: str) -> None:
+def test_convolutional_classifier_is_refused_before_training(name: str) -> None:
     with torch.device("meta"):
         encoder = rz.create_encoder(name, dim=8)
     with refused(UsageError, match="its classifier in timm is not one linear layer.*start.input=z"):
@@ -555,30 +537,30 @@ def test_a_classifier_that_is_a_convolution_is_refused_before_training(name: str
 # --- the command line -------------------------------------------------------------------------------------------------------------------
 
 
-def test_card_and_push_take_a_classifier(whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli(["push", str(whole), "me/digits-classifier", "--dry-run", "--license", "mit"]) == 0
-    said = capsys.readouterr().out
-    assert "# Image classifier: test_resnet, 10 classes" in said and 'rz.load_classifier("me/digits-classifier")' in said
-    assert "pipeline_tag: image-classification" in said and "license: mit" in said and "head.safetensors" not in said.split("---")[0]
-    top1 = rz.load_classifier(whole).config.info["results"]["top1"]
-    assert f"{100 * top1:.2f} %" in said and "n = 360 held-out images; trained on n = 192 labelled images" in said
-    assert cli(["card", str(whole)]) == 0
+def test_card_and_push_accept_a_classifier(finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli(["push", str(finished), "me/digits-classifier", "--dry-run", "--license", "mit"]) == 0
+    output = capsys.readouterr().out
+    assert "# Image classifier: test_resnet, 10 classes" in output and 'rz.load_classifier("me/digits-classifier")' in output
+    assert "pipeline_tag: image-classification" in output and "license: mit" in output and "head.safetensors" not in output.split("---")[0]
+    top1 = rz.load_classifier(finished).config.info["results"]["top1"]
+    assert f"{100 * top1:.2f} %" in output and "n = 360 held-out images; trained on n = 192 labelled images" in output
+    assert cli(["card", str(finished)]) == 0
 
 
-def test_a_classifier_goes_to_the_hub_and_comes_back(whole: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifier_is_pushed_and_loaded_from_the_hub(finished: Path, hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_server.users["hf_me"] = User("me")
     monkeypatch.setenv("HF_TOKEN", "hf_me")
     settled("test_resnet").eval().push_to_hub("me/model")
-    assert cli(["push", str(whole), "me/model"]) == 0
+    assert cli(["push", str(finished), "me/model"]) == 0
     assert hub_server.log("me/model")[0].title == "Update image classifier"
-    assert torch.equal(logits("me/model"), logits(whole))
+    assert torch.equal(logits("me/model"), logits(finished))
     from huggingface_hub import HfApi
 
     assert "head.safetensors" not in HfApi().list_repo_files("me/model")  # of the encoder that was there before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["finetune", "digits"], 2, "recipe for `rlpjepa train`"), (["train", "finetune-digits"], 2, "recipe for `rlpjepa finetune`"),
         (["finetune", "finetune-digits", "start.source=no-such-encoder"], 2, "neither a folder, nor a name of the zoo"),
@@ -588,30 +570,30 @@ def test_a_classifier_goes_to_the_hub_and_comes_back(whole: Path, hub_server: Fa
         (["finetune", "finetune-digits", "start.source=timm:test_vit", "start.random=true", "start.args={img_size: 16}", "data.image_size=20"], 2, "data.image_size"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_its_exit_code(
-    arguments: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_mistake_is_one_line_with_its_exit_code(
+    arguments: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli([*arguments, "--out", str(tmp_path / "run"), "--quiet"]) == code
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
-def test_check_prints_a_recipe_with_what_the_encoder_gives(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["check", "finetune-digits", "start.input=z"]) == 0
-    said = capsys.readouterr().out
-    assert "# classifies: z (256)" in said and TuningRecipe.parse(said).data.image_size == 32
+    output = capsys.readouterr().out
+    assert "# classifies: z (256)" in output and TuningRecipe.parse(output).data.image_size == 32
 
 
-def test_the_command_fine_tunes_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_fine_tunes_and_prints_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["finetune", "finetune-digits", *TINY, "--out", str(tmp_path / "run"), "--quiet", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["classifier"] == str(tmp_path / "run/classifier") and found["top1"] > 0.4 and found["steps"] == 12
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["classifier"] == str(tmp_path / "run/classifier") and printed["top1"] > 0.4 and printed["steps"] == 12
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_learn_alone_and_are_merged_before_publishing(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_trained_alone_and_merged(vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft", reason="peft is not installed: pip install 'rlpjepa-zoo[lora]'")
     more = [
         "classifier.train=lora",
@@ -621,12 +603,12 @@ def test_adapters_learn_alone_and_are_merged_before_publishing(vit: Path, tmp_pa
         f"start.source={vit}",
     ]
     folder = finetune(tiny(*more), tmp_path / "run", progress=False)
-    found, start = rz.load_classifier(folder).backbone.state_dict(), rz.load_encoder(vit).backbone.state_dict()
-    assert found.keys() == start.keys()
-    changed = {k for k in found if not torch.equal(found[k], start[k])}
-    assert changed == {k for k in found if k.endswith("qkv.weight")}
-    for key in changed:
-        assert int(torch.linalg.matrix_rank((found[key] - start[key]).double(), rtol=1e-4)) <= 2
+    merged, start = rz.load_classifier(folder).backbone.state_dict(), rz.load_encoder(vit).backbone.state_dict()
+    assert merged.keys() == start.keys()
+    changed = {k for k in merged if not torch.equal(merged[k], start[k])}
+    assert changed == {k for k in merged if k.endswith("qkv.weight")}
+    for name in changed:
+        assert int(torch.linalg.matrix_rank((merged[name] - start[name]).double(), rtol=1e-4)) <= 2
     with monkeypatch.context() as patch:
         stop_after(patch, 5, signal.SIGTERM)
         with pytest.raises(StoppedBySignal):
@@ -637,34 +619,11 @@ def test_adapters_learn_alone_and_are_merged_before_publishing(vit: Path, tmp_pa
         finetune(tiny(*more, "classifier.lora={targets: [qkv, nosuch]}"), tmp_path / "wrong", progress=False)
 
 
-def test_convolutions_of_several_groups_get_no_adapter_and_are_refused_when_named() -> None:
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'rlpjepa-zoo[lora]'")
-
-    class Net(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = torch.nn.Conv2d(8, 8, 3)
-            self.block = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(8, 8, 3, groups=8), "last": torch.nn.Conv2d(8, 8, 1)})
-
-    def adapted(**options: Any) -> set[str]:
-        holder: Any = SimpleNamespace(backbone=Net(), projector=None)
-        tuning.with_adapters(holder, Lora(rank=2, **options))
-        return {name.partition(".lora_")[0] for name, _ in holder.backbone.named_parameters() if "lora_" in name}
-
-    assert adapted() == {"conv", "block.last"}
-    assert adapted(targets=("last",)) == {"block.last"}
-    with refused(UsageError, match=r"classifier\.lora\.targets: block\.conv is a convolution of several groups"):
-        adapted(targets=("conv",))
-    Net.__init__ = lambda self: torch.nn.Module.__init__(self)  # type: ignore[method-assign]
-    with refused(UsageError, match=r"classifier\.lora\.targets: the backbone has neither linear layers"):
-        adapted()
-
-
-def test_without_peft_adapters_are_refused_with_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_without_peft_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with refused(UsageError, match=r"needs peft; pip install 'rlpjepa-zoo\[lora\]'"):
         finetune(tiny("classifier.train=lora", "classifier.linear_epochs=0"), tmp_path / "run", progress=False)
 
 
-def test_streams_named_here_are_their_own() -> None:
-    assert len({streams.key(0, purpose) for purpose in ("init", "init-head", "init-adapters", "mix", "per_class", "limit", "order")}) == 7
+def test_random_streams_are_distinct() -> None:
+    assert len({key(0, purpose) for purpose in ("init", "init-head", "init-adapters", "mix", "per_class", "limit", "order")}) == 7

@@ -1,4 +1,4 @@
-"""A frozen or nearly frozen backbone: features cached once train the projector as fresh ones do, and exactly so after a resume."""
+"""Frozen or slowly trained backbones: training on cached features equals training on fresh ones, also after a resume."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,12 @@ from models import settled
 from refusals import refused
 from runs import codes, of_folder, rows, stop_after, tiny
 
-from rlpjepa_zoo.cli.app import run as cli
 from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.training.feature_cache import CachedViews
-from rlpjepa_zoo.training.online_probes import build_encoder, unlike_pretraining
-from rlpjepa_zoo.training.optim import make_optimizer, set_learning_rates
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.optim import build_optimizer, set_learning_rates
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.feature_cache import CachedViews
+from rlpjepa_zoo.training.tasks.pretrain import param_groups, train
 
 FROZEN = ["encoder.freeze_backbone=true"]
 
@@ -26,7 +25,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"encoder.backbone=local-dir:{settled().eval().save_pretrained(tmp_path_factory.mktemp('encoders') / 'plain')}"
 
 
-def test_cached_features_give_the_losses_of_fresh_ones_when_the_views_are_the_same(backbone: str, tmp_path: Path) -> None:
+def test_cached_features_give_the_losses_of_fresh_ones(backbone: str, tmp_path: Path) -> None:
     """In the first epoch the views of both are those of epoch 0."""
     for name, more in (("cached", ["encoder.cached_views=2"]), ("fresh", [])):
         train(tiny(backbone, "encoder.pretrained=true", "train.epochs=1", *FROZEN, *more), tmp_path / name, progress=False)
@@ -37,29 +36,29 @@ def test_cached_features_give_the_losses_of_fresh_ones_when_the_views_are_the_sa
     assert torch.allclose(codes(tmp_path / "cached/encoder"), codes(tmp_path / "fresh/encoder"), atol=1e-3)
 
 
-def test_the_published_encoder_is_whole_and_its_backbone_is_the_one_it_started_from(backbone: str, tmp_path: Path) -> None:
+def test_published_encoder_is_complete_with_unchanged_backbone(backbone: str, tmp_path: Path) -> None:
     recipe = tiny(backbone, "encoder.pretrained=true", "encoder.cached_views=4", *FROZEN)
-    found, start = load_encoder(train(recipe, tmp_path / "run", progress=False)), load_encoder(backbone.partition(":")[2])
-    assert found.config.dim == 32 and found.config.recipe is not None
-    for a, b in zip(found.backbone.state_dict().values(), start.backbone.state_dict().values(), strict=True):
+    published, start = load_encoder(train(recipe, tmp_path / "run", progress=False)), load_encoder(backbone.partition(":")[2])
+    assert published.config.dim == 32 and published.config.recipe is not None
+    for a, b in zip(published.backbone.state_dict().values(), start.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     recipe = tiny("encoder.cached_views=5", *FROZEN, "train.precision=bf16")
     with caplog.at_level("INFO", "rlpjepa_zoo"):
-        train(recipe, tmp_path / "whole", progress=False)
+        train(recipe, tmp_path / "unbroken", progress=False)
     assert "cached features: 5 views of 192 images, 96 wide, float32" in caplog.text
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(StoppedBySignal):
             train(recipe, tmp_path / "run", progress=False)
     train(recipe, tmp_path / "run", resume=True, progress=False)
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
-    assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
+    assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "unbroken/encoder"))
 
 
-def test_every_step_draws_different_views_of_an_image_by_seed_epoch_and_row() -> None:
+def test_views_are_drawn_by_seed_epoch_and_row() -> None:
     cached = CachedViews(torch.arange(60.0).view(10, 6, 1), torch.arange(10), views=3, seed=0)
     rows_ = torch.arange(10)
     drawn = torch.stack([cached.drawn(epoch, rows_) for epoch in range(200)])
@@ -72,7 +71,7 @@ def test_every_step_draws_different_views_of_an_image_by_seed_epoch_and_row() ->
     assert torch.equal(cached.drawn(7, torch.tensor([4, 2])), cached.drawn(7, rows_)[[4, 2]])
 
 
-def test_half_precision_keeps_what_does_not_fit_and_more_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_large_features_are_kept_in_float16_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     need = 4 * 192 * 4 * 96 / 2**30  # in float32
     more = ["encoder.cached_views=4", "train.epochs=1", *FROZEN]
     with caplog.at_level("INFO", "rlpjepa_zoo"):
@@ -82,7 +81,7 @@ def test_half_precision_keeps_what_does_not_fit_and_more_is_refused(tmp_path: Pa
         train(tiny(*more, f"data.cache_gb={0.4 * need}"), tmp_path / "none", progress=False)
 
 
-def test_images_that_cannot_be_read_are_counted_once_and_have_a_substitute(image_folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_counted_once_and_replaced(image_folder: Path, tmp_path: Path) -> None:
     (image_folder / "red" / "03.png").write_bytes(b"not an image")
     more = ["encoder.cached_views=3", "train.batch_size=8", "train.epochs=3", *FROZEN]
     train(of_folder(image_folder, *more), tmp_path / "run", progress=False)
@@ -95,7 +94,7 @@ def test_images_that_cannot_be_read_are_counted_once_and_have_a_substitute(image
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["encoder.cached_views=4"], "encoder.cached_views: needs encoder.freeze_backbone=true"),
         (["encoder.cached_views=1", *FROZEN], "encoder.cached_views: 1 is fewer than views.count = 2"),
@@ -115,42 +114,26 @@ def test_images_that_cannot_be_read_are_counted_once_and_have_a_substitute(image
         (["optim.backbone_lr=0.1", *FROZEN], "optim.backbone_lr: has no meaning with encoder.freeze_backbone=true"),
     ],
 )
-def test_contradictions_are_refused_by_name(more: list[str], said: str) -> None:
-    with refused(RecipeError, match=said):
+def test_contradictory_keys_are_refused_by_name(more: list[str], message: str) -> None:
+    with refused(RecipeError, match=message):
         tiny(*more)
 
 
-def test_preprocessing_other_than_that_of_the_pretrained_backbone_is_warned_of(backbone: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It was saved with mean 0.5, 0.4, 0.3, std 0.2, 0.25, 0.3 and bilinear."""
-    alike = ["data.mean=[0.5, 0.4, 0.3]", "data.std=[0.2, 0.25, 0.3]", "data.interpolation=bilinear"]
-    build_encoder(tiny(backbone, "encoder.pretrained=true", *alike))
-    build_encoder(tiny(backbone, "encoder.pretrained=false"))
-    strange = settled()
-    strange.backbone.pretrained_cfg = {"mean": "x", "std": [None], "interpolation": 3}
-    assert len(unlike_pretraining(tiny("encoder.pretrained=true"), strange)) == 1  # of a name in place of the mean
-    assert not caplog.records
-    build_encoder(tiny(backbone, "encoder.pretrained=true", "data.std=[0.2, 0.25, 0.3]", "data.interpolation=bicubic"))
-    said = [record.getMessage() for record in caplog.records]
-    assert [text.partition(":")[0] for text in said] == ["data.mean", "data.interpolation"]
-    assert "was pretrained with [0.5, 0.4, 0.3], the recipe has [" in said[0] and said[0].endswith("; give data.mean='[0.5, 0.4, 0.3]'")
-    assert cli(["check", "digits", backbone, "encoder.pretrained=true", *alike[:2], "data.interpolation=bicubic"]) == 0
-    assert caplog.records[-1].getMessage().startswith("data.interpolation") and len(caplog.records) == 3
-
-
 @pytest.mark.parametrize("name", ["adamw", "lars"])
-def test_the_backbone_can_have_a_rate_of_its_own(name: str) -> None:
+def test_backbone_has_its_own_learning_rate(name: str) -> None:
     encoder, recipe = settled(), tiny(f"optim.name={name}", "optim.backbone_lr=0.01", "optim.warmup_start_lr=0")
-    optimizer = make_optimizer(encoder, None, recipe)
-    set_learning_rates(optimizer, recipe, 50, 100, 10)
-    named, plain = {id(p): n for n, p in encoder.named_parameters()}, make_optimizer(encoder, None, tiny(f"optim.name={name}"))
+    optimizer = build_optimizer(name, param_groups(encoder, None, recipe), recipe.optim)
+    set_learning_rates(optimizer, recipe.optim, 50, 100, 10)
+    named, plain = {id(p): n for n, p in encoder.named_parameters()}, tiny(f"optim.name={name}")
     rates = {named[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert set(rates) == set(named.values()) and len(plain.param_groups) == 2
+    assert set(rates) == set(named.values())
+    assert len(build_optimizer(name, param_groups(encoder, None, plain), plain.optim).param_groups) == 2
     top = rates["projector.0.weight"]
     for parameter, rate in rates.items():
         assert rate == pytest.approx(0.01 * top if parameter.startswith("backbone.") else top), parameter
 
 
-def test_a_nearly_frozen_backbone_moves_less(tmp_path: Path) -> None:
+def test_backbone_with_a_low_rate_moves_less(tmp_path: Path) -> None:
     moved = []
     for i, factor in enumerate(("1", "0.001")):
         recipe = tiny(f"optim.backbone_lr={factor}", "train.epochs=1")

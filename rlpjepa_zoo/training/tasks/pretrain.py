@@ -1,0 +1,207 @@
+"""Pretraining by Rectified LpJEPA, as a task of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ...config.pretrain import Recipe
+from ...core import distributed, package, rng
+from ...data.images import Images
+from ...data.sources import Source
+from ...distributions import RectifiedGeneralizedGaussian
+from ...errors import RecipeError
+from ...evaluation.metrics import alarms, batch_metrics
+from ...evaluation.training_eval import during_training, has_labels
+from ...models.encoder import SparseEncoder
+from ...objectives import OBJECTIVES
+from ...objectives.base import Objective
+from ..optim import ParamGroup, split_by_dimension
+from ..run_dir import history
+from ..trainer import run_task
+from .encoders import build_encoder
+from .online_probes import EncoderWithProbes, ProbedOutput
+from .task import Autocast, Best, Description, Logged, Step, Task, largest_over_ranks
+
+__all__ = ["PretrainTask", "build_objective", "train"]
+
+_MAX_ALL_ZERO = 3
+"""Logged steps in a row with all embeddings zero that end a run: no gradient reaches a rectified zero."""
+
+
+def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
+    """Pretrain an encoder; returns the folder it is published in (`out/encoder`).
+
+    Args:
+        recipe: the run.
+        out: run directory; only one run at a time can use it.
+        resume: continue from the newest checkpoint that verifies; start if there is none.
+        allow_change: dotted recipe keys that may differ from the run that is resumed; ``data`` for other images under the same name.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UsageError: the directory is in use, or holds a run and `resume` is not set.
+        RecipeError: the recipe differs from that of the run, or does not fit the processes or device.
+        DataError, ModelError, OutputError: as their names say.
+        NonFiniteError: loss or gradient was not finite in more than `train.max_skipped` steps in a row, or every embedding became zero.
+        StoppedBySignal: SIGTERM or SIGINT; a checkpoint was saved.
+    """
+    return run_task(PretrainTask(recipe), Path(out), resume, allow_change, progress)
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective of a recipe. All ranks call this together.
+
+    Raises:
+        RecipeError: options that cannot be used.
+    """
+    target = None
+    if recipe.target is not None:
+        mu, sigma = recipe.target.law()
+        target = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+    objective = OBJECTIVES[recipe.objective.name]
+    return objective.build(recipe.objective, target=target, dim=recipe.encoder.dim, batch_size=recipe.train.batch_size, seed=recipe.seed)
+
+
+class PretrainTask(Task):
+    """Makes the views of an image agree and the embeddings follow the target law; linear probes measure both along the way."""
+
+    name = "encoder"
+    best = {"knn_z": Best(True), "knn_features": Best(True), "excess": Best(False, "chosen by the {metric} of training batches")}
+    progress = {"loss": "loss", "l0": "l0", "knn": "knn_features"}
+    remember = {"l0": "l0_train", "excess": "excess"}
+    forward_methods = ("both",)
+    memory_keys = ("objective.chunk",)
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.cached_views = recipe.encoder.cached_views
+        self.every_epochs = recipe.probe.every_epochs
+        self.all_zero = 0
+        """Logged steps in a row with all embeddings zero."""
+
+    def setup(self, source: Source) -> None:
+        """Refuse `train.best` by kNN without labels; build the encoder."""
+        best = self.recipe.train.best
+        if best in ("knn_z", "knn_features") and not has_labels(source):
+            raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
+        self.source = source
+        self.core = build_encoder(self.recipe)
+
+    def module(self) -> nn.Module:
+        """Encoder and probes. Creates the objective, whose number of directions all ranks agree on."""
+        self.objective = build_objective(self.recipe)
+        with rng.seeded(self.recipe.seed, "init-probes"):
+            self.probed = EncoderWithProbes(self.core, self.source.classes if self.recipe.probe.online else 0)
+        return self.probed
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Weights, then biases and normalisation; those of a backbone with its own rate apart; then the probes."""
+        return param_groups(self.core, self.probed.probes, self.recipe)
+
+    def step(self, forward: Callable[..., Any], views: list[Tensor], labels: Tensor, step: int) -> Step:
+        output: ProbedOutput = forward(views, labels)
+        terms = self.objective(output.z, step)
+        parts = {"loss": terms.total, **terms.parts}
+        return Step(terms.total + output.probe_loss, parts, lambda: self._logged(parts, output))
+
+    def _logged(self, parts: Mapping[str, Tensor], output: ProbedOutput) -> Logged:
+        """Terms of the loss, statistics of the embeddings and accuracy of the probes; fails when the embeddings stay zero."""
+        values = torch.stack([*(value.detach() for value in parts.values()), output.probe_loss.detach()]).float()
+        means = distributed.mean_over_ranks(torch.cat([values, output.probe_accuracy.detach().float()]))
+        numbers = means.tolist()
+        row = dict(zip(parts, numbers, strict=False))
+        probe_loss, *accuracy = numbers[len(parts) :]
+        row |= self.objective.monitor(row)
+        row |= batch_metrics(output.z.detach().flatten(0, 1))
+        row |= dict(zip(("probe_features", "probe_z"), accuracy, strict=False)) | ({"probe_loss": probe_loss} if accuracy else {})
+        self.all_zero = self.all_zero + 1 if largest_over_ranks(output.z.device, row["l0"])[0] == 0 else 0
+        if self.all_zero < _MAX_ALL_ZERO:
+            return Logged(row)
+        return Logged(row, (
+            "every embedding is zero, and a rectified zero has no gradient to leave it by; "
+            f"lower optim.lr = {self.recipe.optim.lr:g} or raise the density of the target; the last checkpoint is from before"
+        ))  # fmt: skip
+
+    def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
+        return during_training(artifact, self.source, self.recipe, autocast)
+
+    def describe(
+        self, metrics: Mapping[str, float], training: Mapping[str, Any] | None = None, log_file: Path | None = None, final: bool = True
+    ) -> Description:
+        target = self.recipe.target
+        density = None if target is None else target.density_in_theory()
+        sentence = f"{self.recipe.encoder.backbone} + projector, {self.objective.describe()}"
+        record = self._record(metrics, density) | {
+            "history": [] if log_file is None else history(log_file), "versions": package.versions(), "training": dict(training or {}),
+        }  # fmt: skip
+        return Description(sentence, record, alarms(metrics, density, not final))
+
+    def _record(self, metrics: Mapping[str, float], density: float | None) -> dict[str, Any]:
+        """What the card says about recipe, data, target, density and kNN accuracy."""
+        recipe, cfg = self.recipe, self.core.backbone.pretrained_cfg
+        held_out = self._held_out() is not None
+        law: dict[str, Any] = {}
+        if recipe.target is not None:
+            mu, sigma = recipe.target.law()
+            law = {"target": {"p": recipe.target.p, "mu": mu, "sigma": sigma}}
+        return {
+            "recipe": recipe.name, "data": recipe.data.label(), "dataset": recipe.data.name if recipe.data.source == "hf" else None,
+            "license": recipe.hub.license, "base_model": cfg.get("hf_hub_id") if recipe.encoder.pretrained else None,
+            "augmentations": recipe.views.describe(), **law,
+            "density": {
+                "asked": law and recipe.target.density, "theory": density, "train": metrics.get("l0_train"), "eval": metrics.get("l0_eval"),
+                "eval_images": "held-out images" if held_out else "training images",
+            },
+            "results": self._results(metrics),
+        }  # fmt: skip
+
+    def _results(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """kNN accuracy, the numbers of images it was measured with, and the protocol; empty if it was not measured."""
+        results: dict[str, Any] = {k: v for k, v in metrics.items() if k.startswith("knn")}
+        if not results:
+            return {}
+        source, probe, precision, held_out = self.source, self.recipe.probe, self.recipe.train.precision, self._held_out()
+        bank = source.train if isinstance(source.train, Images) else source.eval
+        results["n_train"] = min(probe.bank, len(bank or ()))
+        results |= {"n_test": min(probe.eval_images, len(held_out))} if held_out is not None else {}
+        results["protocol"] = (
+            f"kNN: k = {probe.knn_k}, cosine, T = {probe.knn_temperature:g}; measured in training, "
+            f"{'in float32' if precision == 'no' else 'in ' + precision}, one seed"
+        )
+        results["protocol"] += "" if held_out is not None else "; every image was scored by the votes of the others"
+        return results
+
+    def _held_out(self) -> Images | None:
+        """Evaluation images; None for a stream, whose evaluation images both vote and are scored."""
+        return self.source.eval if isinstance(self.source.train, Images) else None
+
+    def state(self) -> dict[str, Any]:
+        return {"zeros": self.all_zero, **self.objective.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.all_zero = state["zeros"]
+        self.objective.load_state(state)
+
+
+def param_groups(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe) -> list[ParamGroup]:
+    """Parameter groups of pretraining.
+
+    Args:
+        encoder: its `backbone` gets groups of its own if `optim.backbone_lr` is not 1.
+        probes: have their own rate and no weight decay.
+        recipe: of the run. Biases and normalisation (one-dimensional) are decayed only if `optim.decay_bias_and_norm`.
+    """
+    options = recipe.optim
+    decay_others = options.weight_decay if options.decay_bias_and_norm else 0.0
+    of_backbone = {id(p) for p in encoder.get_submodule("backbone").parameters()} if options.backbone_lr != 1 else set()
+    groups = []
+    for peak, among in ((recipe.lr, False), (recipe.lr * options.backbone_lr, True)):
+        weights, others = split_by_dimension(p for p in encoder.parameters() if p.requires_grad and (id(p) in of_backbone) == among)
+        groups += [ParamGroup(weights, options.weight_decay, peak, trust=True), ParamGroup(others, decay_others, peak)]
+    return groups + ([ParamGroup(list(probes.parameters()), 0.0, recipe.probe_lr)] if probes is not None else [])

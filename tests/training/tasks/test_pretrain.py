@@ -1,0 +1,55 @@
+"""Pretraining: probes, directions, views and alarms of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import of_folder, rows, stop_after, tiny
+
+from rlpjepa_zoo.errors import StoppedBySignal
+from rlpjepa_zoo.models.pretrained import load_encoder
+from rlpjepa_zoo.training.tasks import pretrain
+from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.pretrain import train
+
+
+def test_resumed_run_keeps_its_number_of_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, auto = tmp_path / "run", tiny("objective.num_directions=auto")
+    monkeypatch.setattr(pretrain, "directions_needed", lambda *args: 64)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(StoppedBySignal):
+            train(auto, run, progress=False)
+    monkeypatch.setattr(pretrain, "directions_needed", lambda *args: 32)  # another processor may choose another number
+    train(tiny("objective.num_directions=auto", "objective.chunk=1"), run, resume=True, progress=False)
+    train(tiny(), tmp_path / "unbroken", progress=False)
+    losses, wanted = ([row["loss"] for row in rows(folder) if row["kind"] == "train"] for folder in (run, tmp_path / "unbroken"))
+    assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+def test_unlabelled_images_train_without_probes(tmp_path: Path, rng) -> None:  # type: ignore[no-untyped-def]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(32):
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype="uint8")).save(flat / f"{i}.jpg")
+    train(of_folder(flat, "train.batch_size=16"), tmp_path / "run", progress=False)
+    last = rows(tmp_path / "run")[-1]
+    assert "l0_eval" in last and "knn_z" not in last
+    assert not any("probe_z" in row for row in rows(tmp_path / "run"))
+
+
+def test_three_views_with_lars_and_frozen_backbone_in_bf16(tmp_path: Path) -> None:
+    more = ["views.count=3", "optim.name=lars", "optim.lr=0.5", "encoder.freeze_backbone=true", "train.precision=bf16", "train.epochs=2"]
+    folder = train(tiny(*more), tmp_path / "run", progress=False)
+    start, end = build_encoder(tiny(*more)), load_encoder(folder)
+    for (name, a), b in zip(start.backbone.state_dict().items(), end.backbone.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(start.projector[0].weight, end.projector[0].weight)
+
+
+def test_missed_density_is_an_alarm_in_log_and_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tiny("target.density=0.02", "train.epochs=2"), tmp_path / "run", progress=False)
+    alarms = json.loads((tmp_path / "run/summary.json").read_text())["alarms"]
+    assert alarms and alarms[0].startswith("density missed") and alarms[0] in caplog.text

@@ -6,16 +6,43 @@ The section classes are the only source of defaults and descriptions. Derived va
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from ..errors import UsageError
+from ..objectives import OBJECTIVES
+from ..objectives.base import Options
 from .base import Section
+from .errors import explain
 from .plan import Plan, without_folder
-from .sections import Data, Encoder, Objective, Target, Views
+from .sections import Data, Encoder, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
 __all__ = ["Recipe"]
+
+
+DEFAULT_OBJECTIVE = "rectified_lpjepa"
+
+
+def _objective_options(values: Any) -> Any:
+    """Validate the section by the `Options` of the objective that `name` selects."""
+    if isinstance(values, Options):
+        return values
+    if not isinstance(values, dict):
+        raise ValueError(f"objective: got {values!r}, expected a valid dictionary")
+    try:
+        options = OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+    except UsageError as error:
+        raise ValueError(f"objective.name: {error}") from error
+    try:
+        return options.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"objective.{explain(error, options)}") from error
+
+
+Objective = Annotated[SerializeAsAny[Any], BeforeValidator(_objective_options)]
+"""Section of the training objective: `name`, and the keys of that objective's `Options`."""
 
 
 class Recipe(Plan):
@@ -62,8 +89,6 @@ class Recipe(Plan):
 
     def _check_objective(self) -> None:
         """Check that the target is given if and only if the objective needs it, and the objective's options for the embedding width."""
-        from ..objectives import OBJECTIVES
-
         name, needs_target = self.objective.name, OBJECTIVES[self.objective.name].needs_target
         if needs_target and not self.target:
             raise ValueError(f"target: missing; objective {name} needs one")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ..errors import RecipeError, UsageError, did_you_mean
+from ..errors import RecipeError, did_you_mean
 from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
-from .errors import explain
 
-__all__ = ["Data", "Encoder", "Local", "Objective", "Target", "Views"]
+__all__ = ["Data", "Encoder", "Local", "Target", "Views"]
 
 
 SOURCE_KEYS: dict[str, set[str]] = {
@@ -244,29 +243,3 @@ class Target(Section):
 
         mu, sigma = self.law()
         return float(RectifiedGeneralizedGaussian(torch.tensor(mu, dtype=torch.float64), sigma, self.p).l0)
-
-
-DEFAULT_OBJECTIVE = "rectified_lpjepa"
-
-
-def _objective_options(values: Any) -> Any:
-    """Validate the section by the `Options` of the objective that `name` selects."""
-    from ..objectives import OBJECTIVES
-    from ..objectives.base import Options
-
-    if isinstance(values, Options):
-        return values
-    if not isinstance(values, dict):
-        raise ValueError(f"objective: got {values!r}, expected a valid dictionary")
-    try:
-        options = OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
-    except UsageError as error:
-        raise ValueError(f"objective.name: {error}") from error
-    try:
-        return options.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"objective.{explain(error, options)}") from error
-
-
-Objective = Annotated[SerializeAsAny[Any], BeforeValidator(_objective_options)]
-"""Section of the training objective: `name`, and the keys of that objective's `Options`."""

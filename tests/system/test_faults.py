@@ -72,8 +72,8 @@ IDS = [f"{group}{number:02d}" for group, numbers in RANGES.items() for number in
 
 
 def known_tests(folder: Path) -> dict[str, set[str]]:
-    """The marks slow and gpu of every test function, by ``file::name``."""
-    found = {}
+    """The marks slow and gpu of every test function, by ``room/file::name``."""
+    marks_of_tests = {}
     for path in folder.rglob("test_*.py"):
         tree = ast.parse(path.read_text())
         of_module = {
@@ -86,8 +86,8 @@ def known_tests(folder: Path) -> dict[str, set[str]]:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 own = {mark for mark in ("slow", "gpu") for d in node.decorator_list if ast.unparse(d) == f"pytest.mark.{mark}"}
-                found[f"{path.name}::{node.name}"] = own | of_module
-    return found
+                marks_of_tests[f"{path.relative_to(folder)}::{node.name}"] = own | of_module
+    return marks_of_tests
 
 
 def problems(text: str, known: dict[str, set[str]]) -> list[str]:
@@ -100,7 +100,7 @@ def problems(text: str, known: dict[str, set[str]]) -> list[str]:
         if len(cells) != 3 or not all(cells):
             wrong.append(f"{name}: expected four filled columns, found {1 + len(cells)}")
             continue
-        tests = re.findall(r"`(test_\w+\.py::\w+)`(?: \((\w+)\))?", cells[2])
+        tests = re.findall(r"`([\w/]+\.py::\w+)`(?: \((\w+)\))?", cells[2])
         if not tests and not re.match(r"reason: \S.{20,}", cells[2]):
             wrong.append(f"{name}: neither a test nor a reason")
         for test, mark in tests:
@@ -122,7 +122,7 @@ def test_every_fault_of_the_catalogue_has_a_test_that_exists_or_a_reason() -> No
         (r"(\| D08 .*\n)", r"\1\1", "D08: 2 rows"),
         (r"\| N14 ", "| N15 ", "N15: unknown"),
         (
-            r"test_checkpoint\.py::test_files_are",
+            r"training/test_checkpoint\.py::test_files_are",
             "training/test_checkpoint.py::test_no_files_are",
             "there is no training/test_checkpoint.py::test_no_files",
         ),

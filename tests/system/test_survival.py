@@ -422,7 +422,7 @@ def run_with(trouble: str, folder: str) -> str:
         if trouble == "source" and rank == 0:
             patch.setattr(engine, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
         if trouble == "locked" and rank == 0:
-            patch.setattr(rlpjepa_zoo.training.checkpoint, "lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
+            patch.setattr("rlpjepa_zoo.core.files.lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
         more = {
             "recipe": [f"train.log_every={1 + rank}"],
             "few": ["probe.eval_images=1", "probe.bank=1"],

@@ -19,9 +19,7 @@ os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else datasets sends a HEAD to s
 # Tiny networks also run 10 to 100 times slower on two threads.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Children import this checkout from any working directory.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-)  # children import this checkout from any folder
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import sys
@@ -45,6 +43,14 @@ os.environ["HF_ENDPOINT"] = HUB.url
 torch.set_num_threads(1)
 settings.register_profile("zoo", deadline=None, database=None)  # the cores may be busy; leave no folder where pytest is started
 settings.load_profile("zoo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_pictures() -> Iterator[None]:
+    from pictures import small_pictures  # it imports huggingface_hub
+
+    with small_pictures():
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pictures import small_pictures
 
 PRELOADED = [
     "torch.distributed.fsdp",
@@ -59,7 +60,8 @@ def _rank(rank: int, fn: Callable[..., Any], world: int, folder: str, environmen
     _set_environment(environment | group | {"ACCELERATE_USE_CPU": "true"})  # Accelerate uses the group that is there and opens no port
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE))
     try:
-        torch.save(fn(*args), f"{folder}/{rank}.pt")
+        with small_pictures():
+            torch.save(fn(*args), f"{folder}/{rank}.pt")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -35,11 +35,11 @@ def steps(run: Path) -> list[str]:
 
 @contextmanager
 def forked(work: Callable[[], None]) -> Iterator[int]:
-    """A copy of this process that does some work; it is gone afterwards."""
+    """Fork a process that does some work and kill it afterwards."""
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(20)
+            signal.alarm(300)
             work()
         finally:
             os._exit(1)

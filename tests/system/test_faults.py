@@ -3,6 +3,7 @@ changing images, workers that die or hang."""
 
 import ast
 import errno
+import functools
 import io
 import json
 import logging
@@ -71,6 +72,7 @@ RANGES = {
 IDS = [f"{group}{number:02d}" for group, numbers in RANGES.items() for number in numbers]
 
 
+@functools.cache
 def known_tests(folder: Path) -> dict[str, set[str]]:
     """The marks slow and gpu of every test function, by ``room/file::name``."""
     marks_of_tests = {}

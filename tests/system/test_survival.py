@@ -359,11 +359,11 @@ def test_unlabelled_held_out_images_leave_knn_out(image_folder: Path, tmp_path: 
 
 
 def test_other_versions_are_logged_at_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    import rlpjepa_zoo.hub.zoo as zoo
+    from rlpjepa_zoo.core import package
 
-    run, real = tmp_path / "run", zoo.versions()
+    run, real = tmp_path / "run", package.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(zoo, "versions", lambda: {**real, "torch": "1.0"})
+        patch.setattr(package, "versions", lambda: {**real, "torch": "1.0"})
         stop_after(patch, 4)
         with pytest.raises(StoppedBySignal):
             train(tiny(), run, progress=False)

@@ -1,11 +1,13 @@
-"""What all tests share: one thread (tiny nets run 10 to 100 times slower with two), a private Hugging Face cache, no network.
+"""Settings and fixtures of all tests: one thread, a private Hugging Face cache, no network, and the package of this checkout.
 
-Tests that talk to the Hub ask for the fixture `hub_server`: a server on the loopback (tests/support/hub_server.py) at HF_ENDPOINT. The client is
-offline in all other tests.
+Child processes inherit the environment that is set here, so the suite gives the same results from any working directory and whatever the user's
+environment says. Tests that talk to the Hub ask for the fixture `hub_server`: a server on the loopback (tests/support/hub_server.py) at HF_ENDPOINT.
+The client is offline in all other tests.
 """
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rlpjepa-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,28 +15,42 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # else datasets sends a HEAD to s3.amazonaws.com for every load_dataset
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, whatever the user's environment says: sums on more threads differ in their last bits, and tests compare this process with its children.
+# Tiny networks also run 10 to 100 times slower on two threads.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Children import this checkout from any working directory.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hub_server import FakeHub
+from hypothesis import settings
 from PIL import Image
 
-if {"huggingface_hub", "datasets"} & sys.modules.keys():  # they read HF_ENDPOINT once
+if {"huggingface_hub", "datasets"} & sys.modules.keys():  # they read HF_ENDPOINT at import
     raise RuntimeError("huggingface_hub was imported before tests/conftest.py could give it the address of the server on the loopback")
 HUB = FakeHub()
 os.environ["HF_ENDPOINT"] = HUB.url
 
 torch.set_num_threads(1)
+settings.register_profile("zoo", deadline=None, database=None)  # the cores may be busy; leave no folder where pytest is started
+settings.load_profile("zoo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_pictures() -> Iterator[None]:
+    from pictures import small_pictures  # it imports huggingface_hub
+
+    with small_pictures():
+        yield
 
 
 @pytest.fixture
@@ -65,7 +81,7 @@ def cifar10() -> Path:
 
 
 def _switch(patch: pytest.MonkeyPatch, *, offline: bool) -> None:
-    """Take the Hugging Face libraries of this process, and processes it starts, off or on line."""
+    """Take the Hugging Face libraries of this process, and of processes it starts, offline or online."""
     patch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
     for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE", "datasets.config.HF_DATASETS_OFFLINE"):
         patch.setattr(name, offline)
@@ -73,7 +89,7 @@ def _switch(patch: pytest.MonkeyPatch, *, offline: bool) -> None:
 
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
-    """An empty Hub on the loopback (see tests/support/hub_server.py), a client that is on line, and an empty cache; no token is set."""
+    """An empty Hub on the loopback (see tests/support/hub_server.py), a client that is online, and an empty cache; no token is set."""
     import datasets
     from huggingface_hub import HfFileSystem
     from huggingface_hub.utils import close_session
@@ -101,7 +117,7 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def offline() -> Callable[[], AbstractContextManager[None]]:
-    """`with offline():` the Hugging Face libraries are off line, in a test that has `hub_server`."""
+    """`with offline():` takes the Hugging Face libraries offline, in a test that has `hub_server`."""
 
     @contextmanager
     def switched() -> Iterator[None]:
@@ -114,7 +130,7 @@ def offline() -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits of the Hub's client between its attempts, in seconds: recorded, not waited for."""
+    """Seconds that the Hub's client would wait between its attempts; recorded instead of waited."""
     waits: list[float] = []
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", SimpleNamespace(**{**vars(time), "sleep": waits.append}))

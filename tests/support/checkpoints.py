@@ -38,11 +38,11 @@ def steps(run: Path) -> list[str]:
 
 @contextmanager
 def forked(work: Callable[[], None]) -> Iterator[int]:
-    """A forked process that does some work; it is killed on exit."""
+    """Fork a process that does some work and kill it exit."""
     child = os.fork()
     if child == 0:
         try:
-            signal.alarm(20)
+            signal.alarm(300)
             work()
         finally:
             os._exit(1)

@@ -1,4 +1,4 @@
-"""An error a user can cause: one of the given kinds exactly, in one line."""
+"""Assert that a block raises an error that a user can cause: exactly one of the given types, with a message of one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -60,7 +60,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
 
 def wait_for_step(run: Path, step: int) -> None:
     """Wait until a run has saved a checkpoint of this step or a later one."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         home = run / "checkpoints"
         if home.is_dir() and any(int(p.name[5:]) >= step for p in home.iterdir() if p.name.startswith("step-")):

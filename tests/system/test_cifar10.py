@@ -1,4 +1,4 @@
-"""On real images: the CIFAR-10 files named by RLPJEPA_CIFAR10."""
+"""Training, evaluation and streaming on real images: the CIFAR-10 files in the folder RLPJEPA_CIFAR10."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_the_files_are_read_with_labels(cifar10: Path) -> None:
     assert source.train.read(0).size == (32, 32) and (np.bincount(source.train.labels) == 5000).all()
 
 
-def test_the_shipped_encoder_beats_raw_pixels_on_images_it_has_not_seen(cifar10: Path) -> None:
+def test_the_shipped_encoder_beats_pixels_on_unseen_images(cifar10: Path) -> None:
     enc, source = load_encoder("resnet10_small_narrow.cifar10"), open_source(recipe(cifar10).data)
     bank, test = source.train.take(range(2500)), source.eval.take(range(700))
     features, z, y = encode(enc, bank)

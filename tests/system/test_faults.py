@@ -1,8 +1,9 @@
-"""FAULTS.md says which test shows what happens at each fault; here are those that belong to no module in particular: interrupted writes,
-disks, resumes at every step, images that change, workers that die or hang."""
+"""Checks the table in FAULTS.md and provokes the faults that belong to no single module: interrupted writes, disk errors, resumes at every step,
+changing images, workers that die or hang."""
 
 import ast
 import errno
+import functools
 import io
 import json
 import logging
@@ -27,7 +28,7 @@ import torch
 from checkpoints import equal, forked, made, same, steps
 from images import photos, toy
 from PIL import Image
-from processes import alive, gone
+from processes import PATIENCE, alive, gone
 from refusals import refused
 from runs import TINY, codes, of_folder, poison, rows, stop_after, tiny
 
@@ -73,9 +74,10 @@ RANGES = {
 IDS = [f"{group}{number:02d}" for group, numbers in RANGES.items() for number in numbers]
 
 
+@functools.cache
 def known_tests(folder: Path) -> dict[str, set[str]]:
-    """The marks slow and gpu of every test function, by ``file::name``."""
-    found = {}
+    """The marks slow and gpu of every test function, by ``room/file::name``."""
+    marks_of_tests = {}
     for path in folder.rglob("test_*.py"):
         tree = ast.parse(path.read_text())
         of_module = {
@@ -88,12 +90,12 @@ def known_tests(folder: Path) -> dict[str, set[str]]:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 own = {mark for mark in ("slow", "gpu") for d in node.decorator_list if ast.unparse(d) == f"pytest.mark.{mark}"}
-                found[f"{path.name}::{node.name}"] = own | of_module
-    return found
+                marks_of_tests[f"{path.relative_to(folder)}::{node.name}"] = own | of_module
+    return marks_of_tests
 
 
 def problems(text: str, known: dict[str, set[str]]) -> list[str]:
-    """What is wrong with the tables: IDs missing, unknown or twice, rows without test or reason, tests that do not exist or are marked otherwise."""
+    """Errors of the tables: IDs missing, unknown or twice, rows without test or reason, tests that do not exist or have other marks."""
     table = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.splitlines() if re.match(r"\| [A-Z]\d", line)]
     seen = [row[0] for row in table]
     wrong = [f"{name}: no row" for name in IDS if name not in seen] + [f"{name}: unknown" for name in seen if name not in IDS]
@@ -102,7 +104,7 @@ def problems(text: str, known: dict[str, set[str]]) -> list[str]:
         if len(cells) != 3 or not all(cells):
             wrong.append(f"{name}: expected four filled columns, found {1 + len(cells)}")
             continue
-        tests = re.findall(r"`(test_\w+\.py::\w+)`(?: \((\w+)\))?", cells[2])
+        tests = re.findall(r"`([\w/]+\.py::\w+)`(?: \((\w+)\))?", cells[2])
         if not tests and not re.match(r"reason: \S.{20,}", cells[2]):
             wrong.append(f"{name}: neither a test nor a reason")
         for test, mark in tests:
@@ -113,7 +115,7 @@ def problems(text: str, known: dict[str, set[str]]) -> list[str]:
     return wrong
 
 
-def test_every_fault_of_the_catalogue_has_a_test_that_exists_or_a_reason() -> None:
+def test_every_fault_has_an_existing_test_or_a_reason() -> None:
     assert problems((HERE / "FAULTS.md").read_text(), known_tests(HERE)) == []
 
 
@@ -124,7 +126,7 @@ def test_every_fault_of_the_catalogue_has_a_test_that_exists_or_a_reason() -> No
         (r"(\| D08 .*\n)", r"\1\1", "D08: 2 rows"),
         (r"\| N14 ", "| N15 ", "N15: unknown"),
         (
-            r"test_checkpoint\.py::test_files_are",
+            r"training/test_checkpoint\.py::test_files_are",
             "training/test_checkpoint.py::test_no_files_are",
             "there is no training/test_checkpoint.py::test_no_files",
         ),
@@ -133,7 +135,7 @@ def test_every_fault_of_the_catalogue_has_a_test_that_exists_or_a_reason() -> No
         (r"(\| R05 )\|.*?\| ", r"\1| ", "R05: expected four filled columns"),
     ],
 )
-def test_a_damaged_catalogue_is_noticed(pattern: str, replacement: str, complaint: str) -> None:
+def test_a_damaged_fault_table_is_noticed(pattern: str, replacement: str, complaint: str) -> None:
     text, count = re.subn(pattern, replacement, (HERE / "FAULTS.md").read_text(), count=1)
     assert count == 1 and any(complaint in line for line in problems(text, known_tests(HERE))), problems(text, known_tests(HERE))
 
@@ -141,11 +143,11 @@ def test_a_damaged_catalogue_is_noticed(pattern: str, replacement: str, complain
 # --- I: killed at every call of a save ------------------------------------------------------------------------------------------------
 
 CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
-"""Audit events of Python before each call of the file system."""
+"""Audit events that Python raises before each file system call."""
 
 
 def die_at(at: int, tell: int | None = None) -> None:
-    """Kill this process before its `at`-th call of the file system; `tell` gets the number of calls so far. Cannot be undone."""
+    """Kill this process before its `at`-th file system call; the file `tell` gets the number of calls so far. Cannot be undone."""
     count, fsync = [0], os.fsync
 
     def call() -> None:
@@ -169,12 +171,12 @@ def die_at(at: int, tell: int | None = None) -> None:
 
 
 def killed_in(work: Callable[[], Any], at: int, tell: int | None = None) -> int:
-    """Do some work in a copy of this process that dies at a call; its status."""
+    """Exit status of a copy of this process that does some work and is killed at a file system call."""
     child = os.fork()
     if child == 0:
         code = 99
         try:
-            signal.alarm(30)
+            signal.alarm(int(PATIENCE))
             die_at(at, tell)
             work()
             code = 0
@@ -192,7 +194,7 @@ def number_of_calls(work: Callable[[], Any], scratch: Path) -> int:
 
 
 def killed_at_calls_of_a_save(tmp_path: Path, again: bool, every: int) -> None:
-    """A new step, or one that is there but damaged, is saved; the process dies at every n-th call."""
+    """Save a new step, or one that exists but is damaged, and kill the process at every n-th call."""
     run, before = tmp_path / "run", tmp_path / "before"
     for step in (1, 2) if again else (1, 2, 3):
         save(before, made(step), keep=3)
@@ -224,17 +226,17 @@ def killed_at_calls_of_a_save(tmp_path: Path, again: bool, every: int) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a damaged step again"])
-def test_killed_at_many_calls_of_a_save_there_is_the_old_or_the_new_checkpoint(tmp_path: Path, again: bool) -> None:
+def test_a_kill_at_many_calls_of_a_save_leaves_old_or_new(tmp_path: Path, again: bool) -> None:
     killed_at_calls_of_a_save(tmp_path, again, every=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a damaged step again"])
-def test_killed_at_every_call_of_a_save_there_is_the_old_or_the_new_checkpoint(tmp_path: Path, again: bool) -> None:
+def test_a_kill_at_every_call_of_a_save_leaves_old_or_new(tmp_path: Path, again: bool) -> None:
     killed_at_calls_of_a_save(tmp_path, again, every=1)
 
 
-def test_killed_at_every_call_of_the_sweep_the_next_start_ends_it(tmp_path: Path) -> None:
+def test_a_kill_at_every_call_of_the_sweep_is_cleaned_up(tmp_path: Path) -> None:
     run, before = tmp_path / "run", tmp_path / "before"
     for step in (1, 2):
         save(before, made(step))
@@ -262,7 +264,7 @@ def test_killed_at_every_call_of_the_sweep_the_next_start_ends_it(tmp_path: Path
     assert left == {3, 4}  # folders there: the kill is before the call that removes the last one
 
 
-def test_killed_in_the_middle_of_a_write_there_is_the_old_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old(tmp_path: Path) -> None:
     run, size = tmp_path / "run", 4000  # 16 kB a file
     save(run, made(1))
 
@@ -285,7 +287,7 @@ def test_killed_in_the_middle_of_a_write_there_is_the_old_checkpoint(tmp_path: P
             assert steps(run) == ["step-00000001"]
 
 
-def test_killed_before_its_first_checkpoint_a_run_starts_from_the_beginning(
+def test_a_kill_before_the_first_checkpoint_restarts_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -335,7 +337,7 @@ def test_two_signals_are_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """`mount("size=2m")`: a file system of its own; skips where that is not allowed."""
+    """`mount("size=2m")` mounts a new file system; skips the test where that is not allowed."""
     made_here: list[Path] = []
 
     def mounted(options: str) -> Path:
@@ -354,7 +356,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_disk_that_is_full_is_called_that_and_keeps_the_old_checkpoint(mount: Callable[..., Path]) -> None:
+def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(mount: Callable[..., Path]) -> None:
     run = mount("size=1m") / "run"
     save(run, made(1))
     with refused(OutputError, match=r"run/checkpoints/step-00000002: .*disk full \(.*it needs 4\.0 MB, \d\.\d MB are free\)") as caught:
@@ -367,9 +369,7 @@ def test_a_disk_that_is_full_is_called_that_and_keeps_the_old_checkpoint(mount: 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("name", ["fsync", "rename", "mkdir"])
-def test_a_disk_that_fails_at_any_call_keeps_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
-) -> None:
+def test_a_disk_error_at_any_call_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
     right, failed = getattr(os, name), 0
     for at in range(1, 20):
         run, calls = tmp_path / f"run{at}", [0]
@@ -396,9 +396,7 @@ def test_a_disk_that_fails_at_any_call_keeps_the_old_checkpoint(
     assert failed >= {"fsync": 6, "rename": 2, "mkdir": 1}[name]
 
 
-def test_a_disk_that_is_full_for_the_log_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_for_the_log_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def full(path: Path, mode: str) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -408,7 +406,7 @@ def test_a_disk_that_is_full_for_the_log_costs_a_warning(
     assert latest(tmp_path / "run")[0].step == 6 and (tmp_path / "run/encoder/config.json").is_file()  # type: ignore[union-attr]
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     with monkeypatch.context() as patch:
         right = checkpoint.check_space
@@ -426,7 +424,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(tmp_path: Pat
     train(small(), tmp_path / "enough", resume=True, progress=False)  # whose two checkpoints make room for the next
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(tmp_path: Path, mount: Callable[..., Path]) -> None:
+def test_an_unwritable_output_is_refused_before_the_first_step(tmp_path: Path, mount: Callable[..., Path]) -> None:
     (tmp_path / "file").write_text("mine")
     place = mount("size=1m")
     (place / "run").mkdir()
@@ -438,9 +436,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(tmp_p
     assert (tmp_path / "file").read_text() == "mine" and list((place / "run").iterdir()) == []
 
 
-def test_a_run_folder_that_is_moved_ends_the_run_at_its_next_save_and_goes_on_from_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moved_run_folder_ends_the_run_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, moved, recipe = tmp_path / "run", tmp_path / "moved", small("train.checkpoint_minutes=0")
     train(recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
@@ -453,7 +449,7 @@ def test_a_run_folder_that_is_moved_ends_the_run_at_its_next_save_and_goes_on_fr
     assert rows(moved) == rows(tmp_path / "whole")
 
 
-def test_the_newest_checkpoint_is_told_by_its_step_not_by_any_clock(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_chosen_by_step_not_by_clock(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (1, 2):
         save(run, made(step))
@@ -472,14 +468,14 @@ def test_the_newest_checkpoint_is_told_by_its_step_not_by_any_clock(tmp_path: Pa
 
 
 def only(whole: Path, step: int, run: Path) -> Path:
-    """A copy of a run as it was after some step."""
+    """A copy of a run as it was after a step."""
     shutil.copytree(whole, run, ignore=shutil.ignore_patterns("checkpoints", "encoder", "summary.json"))
     shutil.copytree(whole / f"checkpoints/step-{step:08d}", run / f"checkpoints/step-{step:08d}")
     return run
 
 
 def resumed_at(step: int, whole: Path, run: Path, *more: str) -> None:
-    """Resume a copy of the run there and compare everything with the unbroken one, bit for bit."""
+    """Resume a copy of the run at a step and compare it with the uninterrupted one, bit for bit."""
     train(small("train.checkpoint_minutes=0", "train.keep=99", *more), only(whole, step, run), resume=True, progress=False)
     assert rows(run) == rows(whole)
     ours, theirs = latest(run)[0], latest(whole)[0]
@@ -497,20 +493,18 @@ def every_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("step", range(1, 6))
-def test_resumed_at_every_step_of_two_epochs_a_run_is_bit_equal(every_step: Path, tmp_path: Path, step: int) -> None:
+def test_a_resume_at_every_step_of_two_epochs_is_bit_equal(every_step: Path, tmp_path: Path, step: int) -> None:
     resumed_at(step, every_step, tmp_path / "run")
 
 
-def test_resumed_with_workers_in_the_middle_of_an_epoch_a_run_is_bit_equal(every_step: Path, tmp_path: Path) -> None:
+def test_a_resume_with_workers_inside_an_epoch_is_bit_equal(every_step: Path, tmp_path: Path) -> None:
     resumed_at(4, every_step, tmp_path / "run", "train.num_workers=2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
 @pytest.mark.parametrize("step", range(1, 6))
-def test_resumed_at_every_step_with_any_number_of_workers_a_run_is_bit_equal(
-    every_step: Path, tmp_path: Path, step: int, workers: int
-) -> None:
+def test_a_resume_at_every_step_with_any_workers_is_bit_equal(every_step: Path, tmp_path: Path, step: int, workers: int) -> None:
     resumed_at(step, every_step, tmp_path / "run", f"train.num_workers={workers}")
 
 
@@ -521,7 +515,7 @@ def test_saving_and_measuring_do_not_change_the_weights(every_step: Path, tmp_pa
     assert ours is not None and theirs is not None and equal(ours.model, theirs.model) and equal(ours.optimizer, theirs.optimizer)
 
 
-def test_dropped_paths_are_those_of_the_unbroken_run(every_step: Path, tmp_path: Path) -> None:
+def test_dropped_paths_equal_those_of_the_uninterrupted_run(every_step: Path, tmp_path: Path) -> None:
     drop = ["encoder.args={drop_path_rate: 0.6}", "train.checkpoint_minutes=0", "train.keep=99"]
     train(small(*drop), tmp_path / "whole", progress=False)
     assert rows(tmp_path / "whole") != rows(every_step)  # the rate does something
@@ -530,7 +524,7 @@ def test_dropped_paths_are_those_of_the_unbroken_run(every_step: Path, tmp_path:
     assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
 
 
-def test_another_number_of_threads_is_said(
+def test_another_number_of_threads_is_logged_at_resume(
     every_step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = only(every_step, 5, tmp_path / "run")
@@ -564,7 +558,7 @@ def test_batches_of_one_constant_image_give_finite_numbers(tmp_path: Path, caplo
     assert state is not None and all(bool(v.isfinite().all()) for v in state.model.values())
 
 
-def test_ties_give_the_same_value_in_any_order_and_the_same_bits_in_the_same_order() -> None:
+def test_ties_give_equal_values_in_any_order_equal_bits_in_one() -> None:
     source = torch.Generator().manual_seed(0)
     z = (torch.rand(2, 40, 6, generator=source, dtype=torch.float64) - 0.7).relu()  # mostly zeros
     y, c = torch.rand(40, 6, generator=source, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
@@ -582,7 +576,7 @@ def test_ties_give_the_same_value_in_any_order_and_the_same_bits_in_the_same_ord
         assert torch.allclose(moved.sum(1), gradient.sum(1), atol=1e-15)
 
 
-def test_weights_that_are_not_finite_end_a_run_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_steps_end_a_run_with_exit_code_7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, set(range(2, 100)), "pixels")
     with refused(NonFiniteError, match="step 3: .*2 steps in a row") as caught:
         train(small("train.max_skipped=1"), tmp_path / "run", progress=False)
@@ -603,7 +597,7 @@ def with_exif(block: bytes) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_exif_is_decoded_or_refused_and_nothing_else(rng: np.random.Generator) -> None:
+def test_damaged_exif_is_decoded_or_refused(rng: np.random.Generator) -> None:
     zero = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 0x011A, 5, 1, 26, 0) + struct.pack("<II", 72, 0)  # a resolution of 72 / 0
     assert decode(with_exif(zero)).size == (32, 24)
     exif = Image.Exif()
@@ -622,7 +616,7 @@ def test_damaged_exif_is_decoded_or_refused_and_nothing_else(rng: np.random.Gene
     assert sizes == {(24, 32), (32, 24)}
 
 
-def test_a_flipped_bit_of_a_jpeg_does_no_harm_and_is_seen_by_the_fingerprint_of_the_data(image_folder: Path, tmp_path: Path) -> None:
+def test_a_flipped_jpeg_bit_is_seen_by_the_data_fingerprint(image_folder: Path, tmp_path: Path) -> None:
     flipped = 0
     for at in range(200, len(jpeg()) - 2, 37):
         data = bytearray(jpeg())
@@ -642,7 +636,7 @@ def test_a_flipped_bit_of_a_jpeg_does_no_harm_and_is_seen_by_the_fingerprint_of_
     assert of(jpeg()) == of(jpeg()) != of(bytes(other))
 
 
-def test_copies_of_an_image_are_kept_under_names_of_their_own(image_folder: Path) -> None:
+def test_copies_of_an_image_keep_their_own_names(image_folder: Path) -> None:
     first = image_folder / "red" / "00.png"
     shutil.copy(first, image_folder / "red" / "copy.png")
     shutil.copy(first, image_folder / "blue" / "copy.png")
@@ -651,7 +645,7 @@ def test_copies_of_an_image_are_kept_under_names_of_their_own(image_folder: Path
     assert len(open_images([first, first])) == 2
 
 
-def test_rows_without_a_label_take_no_part_in_the_probes() -> None:
+def test_rows_without_a_label_are_left_out_of_the_probes() -> None:
     torch.manual_seed(0)
     model = EncoderWithProbes(build_encoder(small()), 10)
     x = torch.rand(8, 3, 32, 32)
@@ -665,9 +659,7 @@ def test_rows_without_a_label_take_no_part_in_the_probes() -> None:
     assert none.probe_loss.item() == 0 and none.probe_right.tolist() == [0, 0]
 
 
-def test_files_that_vanish_or_change_during_a_run_are_left_out_and_counted(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_vanish_or_change_in_a_run_are_counted(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = trainer.set_learning_rates
 
     def meanwhile(optimizer: Any, recipe: Any, at: int, *more: Any) -> Any:
@@ -704,7 +696,7 @@ def test_archives_are_neither_listed_nor_opened(tmp_path: Path) -> None:
 
 
 class Odd:
-    """Encoded images of which one does something when it is read in a worker."""
+    """Encoded images; one calls a function when a worker reads it."""
 
     def __init__(self, row: int, what: Callable[[], Any]) -> None:
         self.row, self.what, self.main = row, what, os.getpid()
@@ -720,10 +712,10 @@ def odd(what: Callable[[], Any], row: int = 5) -> Source:
 
 
 @pytest.mark.parametrize("where", ["in the step", "at the next batch"])
-def test_a_worker_that_is_killed_is_one_line_at_once(where: str) -> None:
-    """torch raises from a handler of SIGCHLD, so in the middle of whatever runs then."""
+def test_a_killed_worker_is_one_error_line_at_once(where: str) -> None:
+    """torch raises from a handler of SIGCHLD, so in the middle of the code that runs then."""
     loader = make_loader(photos(), toy("train.num_workers=2"), range(50))
-    started, workers = time.monotonic(), list[int]()
+    workers = list[int]()
     with (
         refused(DataError, match=r"DataLoader worker .*out of memory\? Lower train\.num_workers") as caught,
         Batches(loader) as batches,
@@ -732,15 +724,15 @@ def test_a_worker_that_is_killed_is_one_line_at_once(where: str) -> None:
         workers += [worker.pid for worker in batches.iterator._workers]  # type: ignore[attr-defined]
         os.kill(workers[0], signal.SIGKILL)
         if where == "in the step":
-            time.sleep(2)
+            time.sleep(PATIENCE)  # the handler interrupts it
         for _ in range(50):
             batches.next()
-    assert time.monotonic() - started < 5 and caught.value.exit_code == 3 and gone(workers, 2)
+    assert caught.value.exit_code == 3 and gone(workers)
 
 
-def test_a_worker_that_hangs_ends_the_run_and_does_not_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_worker_ends_the_run_and_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long torch waits for a worker to end by itself
-    loader = make_loader(odd(lambda: time.sleep(100)), toy("train.num_workers=1", "train.loader_timeout_minutes=0.02"), range(5))
+    loader = make_loader(odd(lambda: time.sleep(100 * PATIENCE)), toy("train.num_workers=1", "train.loader_timeout_minutes=0.02"), range(5))
     with (
         refused(DataError, match=r"no batch from the workers: .*1\.2 seconds; .*train\.loader_timeout_minutes") as caught,
         Batches(loader) as batches,
@@ -748,12 +740,12 @@ def test_a_worker_that_hangs_ends_the_run_and_does_not_outlive_it(monkeypatch: p
         (worker,) = batches.iterator._workers  # type: ignore[attr-defined]
         for _ in range(5):
             batches.next()
-    assert caught.value.exit_code == 3 and gone([worker.pid], 2)
+    assert caught.value.exit_code == 3 and gone([worker.pid])
 
 
-def test_a_worker_that_is_slow_within_the_limit_is_waited_for() -> None:
+def test_a_worker_slow_within_the_limit_is_waited_for() -> None:
     with Batches(
-        make_loader(odd(lambda: time.sleep(0.5)), toy("train.num_workers=1", "train.loader_timeout_minutes=0.1"), range(5))
+        make_loader(odd(lambda: time.sleep(0.5)), toy("train.num_workers=1", "train.loader_timeout_minutes=5"), range(5))
     ) as batches:
         assert sum(len(batches.next().rows) for _ in range(5)) == 40
     assert make_loader(photos(), toy(), range(1)).timeout == 0  # without workers there is nobody to wait for
@@ -767,7 +759,6 @@ def test_workers_end_when_the_main_process_is_killed(image_folder: Path, tmp_pat
     recipe = of_folder(
         image_folder, "train.batch_size=8", "train.epochs=1000", "train.num_workers=2", "probe.every_epochs=1000", "data.cache_gb=0"
     )
-    shared = set(os.listdir("/dev/shm"))
 
     def work() -> None:
         signal.alarm(0)
@@ -775,22 +766,23 @@ def test_workers_end_when_the_main_process_is_killed(image_folder: Path, tmp_pat
         train(recipe, tmp_path / "run", progress=False)
 
     with forked(work) as child:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not ((tmp_path / "run/metrics.jsonl").is_file() and rows(tmp_path / "run")) and time.monotonic() < deadline:
             time.sleep(0.02)
         workers = children(child)
         assert len(workers) == 2 and all(map(alive, workers))
-    assert gone(workers, 10) and not [n for n in set(os.listdir("/dev/shm")) - shared if n.startswith("torch")]
+    assert gone(workers)
+    assert not [name for name in os.listdir("/dev/shm") for pid in (child, *workers) if name.startswith(f"torch_{pid}_")]
 
 
-def test_a_worker_without_shared_memory_is_one_line_that_says_so() -> None:
+def test_a_worker_out_of_shared_memory_is_one_error_line() -> None:
     loader = make_loader(odd(lambda: os.kill(os.getpid(), signal.SIGBUS)), toy("train.num_workers=1"), range(5))
     with refused(DataError, match=r"DataLoader worker .*out of shared memory, /dev/shm: .*train\.num_workers"), Batches(loader) as batches:
         for _ in range(5):
             batches.next()
 
 
-def test_batches_on_their_way_fit_the_shared_memory_or_the_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetched_batches_fit_shared_memory_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, one = toy("train.num_workers=2"), 8 * 2 * 3 * 12 * 12 * 4 + 65536  # bytes of a batch
     usage = shutil.disk_usage(HERE)
 
@@ -805,19 +797,19 @@ def test_batches_on_their_way_fit_the_shared_memory_or_the_run_is_refused(monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "code"), [("64k", 6), ("6m", 0)])
-def test_a_small_dev_shm_is_refused_or_enough(image_folder: Path, tmp_path: Path, size: str, code: int) -> None:
+def test_a_small_dev_shm_is_refused_or_suffices(image_folder: Path, tmp_path: Path, size: str, code: int) -> None:
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"], capture_output=True).returncode:
         pytest.skip("another /dev/shm needs root")
     more = [t for t in TINY if not t.startswith(("data.", "train."))]
     recipe = [*more, "data.image_size=64", "train.batch_size=16", "train.num_workers=1", "train.precision=no", "train.epochs=30"]
     start = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec {sys.executable} -m rlpjepa_zoo train folder-resnet18 --quiet"
     command = f"{start} data.path={image_folder} --out {tmp_path / 'run'} {' '.join(recipe)}"
-    done = subprocess.run(["unshare", "-m", "bash", "-c", command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["unshare", "-m", "bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert code == 0 or "/dev/shm: too little shared memory: 4.9 MB are needed" in done.stderr.splitlines()[-1]
 
 
-def test_memory_that_ends_is_one_line_and_the_checkpoint_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_one_line_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = trainer.Trainer._forward
     monkeypatch.setattr(
         trainer.Trainer, "_forward", lambda self, batch: (torch.empty(10**15) if self.step == 4 else None, right(self, batch))[1]
@@ -831,7 +823,7 @@ def test_memory_that_ends_is_one_line_and_the_checkpoint_is_whole(tmp_path: Path
 
 
 def resident() -> float:
-    """MB of memory that this process holds."""
+    """Resident memory of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 

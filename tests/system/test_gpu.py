@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; run with `pytest -m gpu`."""
+"""Tests that need a CUDA device; run with `pytest -m gpu`."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_views_made_on_the_device_are_those_of_the_cpu() -> None:
     assert gpu.is_cuda and float((difference > 1.01).float().mean()) < 0.02 and float(difference.mean()) < 0.1
 
 
-def test_a_step_that_overflows_fp16_is_skipped_and_lowers_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_fp16_overflow_is_skipped_and_lowers_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = RectifiedLpJEPALoss.__call__
 
     def broken(self, z, step):  # type: ignore[no-untyped-def]
@@ -111,7 +111,7 @@ def test_a_step_that_overflows_fp16_is_skipped_and_lowers_the_scale(tmp_path: Pa
     assert json.loads((tmp_path / "run/summary.json").read_text())["skipped"] >= 2
 
 
-def test_a_resumed_run_on_the_device_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_run_on_the_device_resumes_where_it_was(tmp_path: Path) -> None:
     more = ["optim.warmup_epochs=1", "train.log_every=1", "train.precision=no"]
     whole, half = (Recipe.load("digits", [f"train.epochs={epochs}", *more]) for epochs in (4, 2))
     train(half, tmp_path / "run", progress=False)
@@ -120,7 +120,7 @@ def test_a_resumed_run_on_the_device_goes_on_where_it_was(tmp_path: Path) -> Non
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, rows[-1]["step"] + 1))
 
 
-def test_products_stay_float32_whatever_is_allowed_elsewhere() -> None:
+def test_products_stay_float32_whatever_torch_allows() -> None:
     y, c = law().sample((256, 512)), directions("random", 64, 512, torch.Generator("cuda").manual_seed(0))
     z = torch.rand(2, 256, 512, device="cuda")
     wanted = sliced_wasserstein(z, y, c)
@@ -131,6 +131,6 @@ def test_products_stay_float32_whatever_is_allowed_elsewhere() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_the_loss_is_benched_on_the_device() -> None:
+def test_the_loss_is_timed_on_the_device() -> None:
     found = compare(64, 64, 256, repeats=2, device="cuda")
     assert all(row["bytes"] > 0 and row["seconds"][0] > 0 for row in found["rows"].values()) and "threads" not in found["machine"]

@@ -1,4 +1,4 @@
-"""Slow: a run is killed at random instants, half of them inside the writing of a checkpoint, and resumed until it is complete.
+"""Slow: a run is killed at random instants, half of them while it writes a checkpoint, and resumed until it is complete.
 
 pytest -m slow -s tests/system/test_kills.py
 """
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(run: Path) -> int:
-    """A process that resumes the run; forked, so that nothing is imported again."""
+    """Fork a process that resumes the run; its process id."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -66,7 +66,7 @@ def kill_at_random(pid: int, source: random.Random) -> int | None:
     return code
 
 
-def test_killed_at_random_instants_a_run_loses_no_checkpoint_and_ends_bit_equal(tmp_path: Path) -> None:
+def test_random_kills_lose_no_checkpoint_and_end_bit_equal(tmp_path: Path) -> None:
     train(tiny(*RECIPE), tmp_path / "whole", progress=False)
     source, kills, inside, runs = random.Random(0), 0, 0, 0
     while kills < KILLS:

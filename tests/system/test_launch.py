@@ -1,44 +1,65 @@
-"""Starting runs: launch files, the SLURM script, sharded weights (FSDP 2)."""
+"""Starting runs: launch files, the SLURM script, torchrun and `accelerate launch`; their processes are killed, stopped, hang, or never meet."""
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
-from processes import run_ranks
-from runs import TINY, codes, rows, tiny
+from processes import PATIENCE, alive, gone
+from refusals import refused
+from runs import TINY, rows, stop_after, tiny, wait_for_step
 
-from rlpjepa_zoo.core import distributed
-from rlpjepa_zoo.errors import RecipeError
-from rlpjepa_zoo.training import setup
+from rlpjepa_zoo.core import distributed, signals
+from rlpjepa_zoo.errors import RecipeError, StoppedBySignal
 from rlpjepa_zoo.training.checkpoint import latest
 from rlpjepa_zoo.training.tasks.pretrain import train
-from rlpjepa_zoo.training.trainer import Trainer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-LAUNCH = sorted((RECIPES / "accelerate").glob("*.yaml"))
+LAUNCH_FILES = sorted((RECIPES / "accelerate").glob("*.yaml"))
+LONG = ["train.epochs=1000", "probe.every_epochs=1000", "train.checkpoint_minutes=0", "train.log_every=50"]
+STEPS_OF_LONG = 3000
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-@pytest.mark.parametrize("file", LAUNCH, ids=lambda file: file.stem)
-def test_a_launch_file_is_one_that_accelerate_reads(file: Path) -> None:
+def newest_step(run: Path, at_least: int) -> int:
+    """Step of the newest checkpoint of a run that was stopped before its end; no checkpoint is damaged."""
+    newest, damaged = latest(run)
+    assert newest is not None and damaged == []
+    assert at_least <= newest.step < STEPS_OF_LONG
+    return newest.step
+
+
+def resume_to_the_end(run: Path, *more: str) -> None:
+    """Resume a run of which few steps are left."""
+    epochs = newest_step(run, 1) // 3 + 2
+    train(tiny(*more, f"train.epochs={epochs}"), run, resume=True, allow_change=["train.epochs"], progress=False)
+    assert newest_step(run, 1) == 3 * epochs and (run / "summary.json").is_file()
+
+
+# --- launch files ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def test_accelerate_reads_the_launch_file(file: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = load_config_from_file(str(file))
-    assert found.num_processes == {"cpu": 2, "gpu1": 1, "gpu8": 8, "gpu2x8": 16, "fsdp2": 8}[file.stem]
-    assert str(found.mixed_precision) == "no"  # the recipe decides
-    assert (found.num_machines, str(getattr(found.distributed_type, "value", found.distributed_type))) == {
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"cpu": 2, "gpu1": 1, "gpu8": 8, "gpu2x8": 16, "fsdp2": 8}[file.stem]
+    assert str(config.mixed_precision) == "no"  # the recipe decides
+    assert (config.num_machines, str(getattr(config.distributed_type, "value", config.distributed_type))) == {
         "cpu": (1, "MULTI_GPU"), "gpu1": (1, "NO"), "gpu8": (1, "MULTI_GPU"), "gpu2x8": (2, "MULTI_GPU"), "fsdp2": (1, "FSDP"),
     }[file.stem]  # fmt: skip
 
 
-def test_accelerate_makes_fsdp_2_of_its_launch_file() -> None:
+def test_accelerate_starts_fsdp_2_from_its_launch_file() -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -58,130 +79,205 @@ def program(folder: Path, name: str, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def job(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    """The batch script with programs in the place of SLURM's: one node, two processes."""
+def job_number() -> int:
+    """A job number whose port, which the script derives from it, is free."""
+    while True:
+        number = int.from_bytes(os.urandom(2))
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", 20000 + number % 20000))
+            return number
+
+
+def job(number: int, folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """Start the batch script with stand-ins for the programs of SLURM: one node, two processes."""
     folder.mkdir(exist_ok=True)
     program(folder, "srun", 'shift; exec "$@"')
-    program(folder, "scontrol", f'[ "$1" = show ] && echo localhost || echo "$@" >> {folder}/asked')
+    program(folder, "scontrol", f'[ "$1" = show ] && echo localhost || echo "$@" >> {folder}/calls')
     program(folder, "scancel", "exit 1")  # no such step here: the script signals it itself
     environment = {
-        **os.environ, "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        **os.environ, "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(number),
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     command = ["bash", str(RECIPES / "slurm/train.sbatch"), "digits", *TINY, *more, "--out", str(out)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def test_a_slurm_job_that_is_warned_saves_goes_back_into_the_queue_and_goes_on(tmp_path: Path) -> None:
-    run, more = tmp_path / "run", ["train.epochs=20", "train.checkpoint_minutes=1000", "probe.every_epochs=20"]
-    first = job(tmp_path / "bin", run, *more)
-    deadline = time.monotonic() + 90
-    while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 8:
-        assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0]
-        time.sleep(0.05)
-    os.kill(first.pid, signal.SIGUSR1)  # as --signal=B:USR1 does: to the batch shell alone
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode != 0 and "back into the queue" in said
-    assert (tmp_path / "bin/asked").read_text().split() == ["requeue", str(os.getpid())]
-    found, damaged = latest(run)
-    assert found is not None and 8 <= found.step < 60 and not damaged
-    logged = rows(run)
-    train(tiny(*more), run, resume=True, progress=False)
-    assert rows(run)[: found.step] == logged[: found.step] and (run / "summary.json").is_file()
+def test_warned_slurm_job_saves_is_requeued_and_resumes(tmp_path: Path) -> None:
+    number, run, more = job_number(), tmp_path / "run", ["probe.every_epochs=1000", "train.checkpoint_minutes=1000"]
+    first = job(number, tmp_path / "bin", run, *more, "train.epochs=1000")
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not (run / "metrics.jsonl").is_file() or len((run / "metrics.jsonl").read_text().splitlines()) < 8:
+            assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0]
+            time.sleep(0.05)
+        os.kill(first.pid, signal.SIGUSR1)  # as --signal=B:USR1 does: to the batch shell alone
+        output, _ = first.communicate(timeout=PATIENCE)
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+            first.communicate()
+    assert first.returncode != 0 and "back into the queue" in output
+    assert (tmp_path / "bin/calls").read_text().split() == ["requeue", str(number)]
+    step, logged = newest_step(run, 8), rows(run)
+    resume_to_the_end(run, *more)
+    assert rows(run)[:step] == logged[:step]
 
 
-# --- sharded weights ------------------------------------------------------------------------------------------------------------------
-
-UNIT = 20_000
-"""Parameters from which a module is sharded on its own: the encoder and its backbone are, the projector is not."""
-VIT = [
-    "train.channels_last=false",
-    "encoder.backbone=test_vit",
-    "encoder.args={img_size: 32, patch_size: 8}",
-    "train.epochs=2",
-    "optim.lr=0.002",
-]
+# --- torchrun and accelerate launch ---------------------------------------------------------------------------------------------------
 
 
-def fsdp(**options: Any) -> Any:
-    """An Accelerator that shards as its launch file says; by itself it does so on GPUs only."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
+class Launched:
+    """A launcher and the processes that train."""
 
-    made, asked = Accelerator(**options), yaml.safe_load((RECIPES / "accelerate/fsdp2.yaml").read_text())["fsdp_config"]
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=asked["fsdp_version"], auto_wrap_policy=asked["fsdp_auto_wrap_policy"].lower(), min_num_params=UNIT,
-        reshard_after_forward=asked["fsdp_reshard_after_forward"], cpu_ram_efficient_loading=asked["fsdp_cpu_ram_efficient_loading"],
-    )  # fmt: skip
-    made.state.fsdp_plugin, made.state.distributed_type = plugin, DistributedType.FSDP
-    return made
+    def __init__(self, process: subprocess.Popen[str], run: Path) -> None:
+        self.process, self.run = process, run
 
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in rank order."""
+        pids = {}
+        for entry in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for pid in entry.read_text().split():
+                environment = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+                pids[int(environment.get("RANK", len(pids)))] = int(pid)
+        return [pids[rank] for rank in sorted(pids)]
 
-def run_half(folder: Path) -> set[torch.dtype]:
-    """What the last layer of the projector gives out in training when the recipe asks for bfloat16."""
-    seen: set[torch.dtype] = set()
-    with pytest.MonkeyPatch.context() as patch:
-        right = Trainer._forward
-
-        def forward(self: Any, batch: Any) -> Any:
-            last = [m for m in self.core.projector.modules() if isinstance(m, torch.nn.Linear)][-1]
-            handle = last.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-            try:
-                return right(self, batch)
-            finally:
-                handle.remove()
-
-        patch.setattr(Trainer, "_forward", forward)
-        train(tiny(*VIT, "train.precision=bf16", "train.epochs=1"), folder, progress=False)
-    return seen
+    def end(self) -> tuple[int, str]:
+        """Wait for the launcher; its exit code and stderr."""
+        _, err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, err
 
 
-def run_sharded(folder: str) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "Accelerator", fsdp)
-        seen: list[bool] = []
-        original = distributed.full_tensor
-        patch.setattr(distributed, "full_tensor", lambda x: (seen.append(hasattr(x, "full_tensor")), original(x))[1])
-        train(tiny(*VIT), Path(folder) / "sharded", progress=False)
-        dtypes = run_half(Path(folder) / "half")
-        train(tiny(*VIT, "optim.clip_grad=0.5"), Path(folder) / "clipped", progress=False)
-        try:
-            train(tiny(*VIT, "train.ema=0.9"), Path(folder) / "ema", progress=False)
-            refused = ""
-        except RecipeError as error:
-            refused = str(error)
-        half = tiny(*VIT, "train.epochs=1", "optim.warmup_epochs=0.5")
-        train(half, Path(folder) / "resumed", progress=False)
-        train(tiny(*VIT), Path(folder) / "resumed", resume=True, allow_change=["train.epochs"], progress=False)
-    train(tiny(*VIT), Path(folder) / "plain", progress=False)
-    train(tiny(*VIT, "optim.clip_grad=0.5"), Path(folder) / "plain-clipped", progress=False)
-    train(half, Path(folder) / "plain-resumed", progress=False)
-    train(tiny(*VIT), Path(folder) / "plain-resumed", resume=True, allow_change=["train.epochs"], progress=False)
-    return {"sharded": any(seen), "refused": refused, "dtypes": dtypes}
+@contextmanager
+def launched(run: Path, launcher: list[str], *more: str, step: int = 2) -> Iterator[Launched]:
+    """A run under a launcher that has saved a checkpoint of `step`; all its processes are killed afterwards."""
+    words = [sys.executable, *launcher, "-m", "rlpjepa_zoo", "train", "digits", *TINY, *LONG, *more, "--out", str(run), "--quiet"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = Launched(process, run)
+    pids: list[int] = []
+    try:
+        wait_for_step(run, step)
+        pids = started.ranks()
+        yield started
+    finally:
+        for pid in [process.pid, *pids, *(started.ranks() if process.poll() is None else [])]:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            process.communicate(timeout=PATIENCE)
 
 
-def close(a: Path, b: Path, steps: int = 1000) -> None:
-    for x, y in zip(rows(a)[:steps], rows(b)[:steps], strict=True):
-        for name in ("loss", "invariance", "matching", "grad_norm", "l0", "l0_eval"):
-            assert (name in x) == (name in y)
-            if name in x:
-                tolerance = {"rel": 1e-4, "abs": 1e-6} if name[:2] != "l0" else {"abs": 2e-3}  # counts jump
-                assert x[name] == pytest.approx(y[name], **tolerance), (x["step"], name)
-    assert steps < 1000 or torch.allclose(codes(a / "encoder"), codes(b / "encoder"), atol=1e-4)
+def test_ranks_of_a_killed_launcher_save_and_end(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", TORCHRUN, "train.checkpoint_minutes=1000", "probe.every_epochs=1", step=3) as run:
+        ranks = run.ranks()
+        assert len(ranks) == 2
+        run.process.kill()
+        assert gone(ranks)
+    newest_step(tmp_path / "run", 3)
 
 
-def test_sharded_weights_train_as_whole_ones_and_leave_the_same_files(tmp_path: Path) -> None:
-    found = run_ranks(run_sharded, 2, str(tmp_path), limit=150)
-    assert all(f["dtypes"] == {torch.bfloat16} for f in found)
-    assert all(f["sharded"] and "train.ema: not kept for sharded weights" in f["refused"] for f in found)
-    close(tmp_path / "sharded", tmp_path / "plain")
-    close(tmp_path / "resumed", tmp_path / "plain-resumed")
-    close(tmp_path / "clipped", tmp_path / "plain-clipped", steps=3)  # norms are summed in other orders, which sorting amplifies
-    a, b = (latest(tmp_path / name)[0] for name in ("sharded", "plain"))
-    assert a is not None and b is not None
-    assert {k: v.shape for k, v in a.model.items()} == {k: v.shape for k, v in b.model.items()}
-    assert {k: v.shape for k, v in a.optimizer.items()} == {k: v.shape for k, v in b.optimizer.items()}
-    longer = tiny(*VIT, "train.epochs=3")  # one process goes on from the checkpoint of two that were sharded
-    for name in ("sharded", "plain"):
-        train(longer, tmp_path / name, resume=True, allow_change=["train.epochs"], progress=False)
-    close(tmp_path / "sharded", tmp_path / "plain")
+@pytest.mark.slow
+def test_trainer_of_a_terminated_accelerate_launch_saves_and_ends(tmp_path: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    with launched(tmp_path / "run", launcher, "train.checkpoint_minutes=1000", "probe.every_epochs=1", step=3) as run:
+        (trainer,) = run.ranks()
+        run.process.terminate()
+        assert gone([trainer])
+        assert run.end()[1].splitlines()[-1].startswith("error: stopped by a signal after step")
+    newest_step(tmp_path / "run", 3)
+
+
+@pytest.mark.slow
+def test_torchrun_forwards_sigterm_and_all_ranks_save_once_and_end(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", TORCHRUN) as run:
+        ranks = run.ranks()
+        run.process.terminate()
+        code, err = run.end()
+        assert code != 0 and gone(ranks) and "stopped by a signal after step" in err
+    newest_step(tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+def test_ranks_killed_by_torchrun_leave_whole_checkpoints(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", [*TORCHRUN, "--shutdown-timeout=2"]) as run:
+        ranks = run.ranks()
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        run.process.terminate()
+        assert run.end()[0] != 0 and gone(ranks)
+    newest_step(tmp_path / "run", 2)
+
+
+# --- one of the processes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_run_resumes(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", TORCHRUN) as run:
+        ranks = run.ranks()
+        os.kill(ranks[1], signal.SIGKILL)
+        code, err = run.end()
+        assert code != 0 and gone(ranks) and "SIGKILL" in err and "this is a bug" not in err
+    newest_step(tmp_path / "run", 2)
+    resume_to_the_end(tmp_path / "run", *LONG)
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    with launched(tmp_path / "run", [*TORCHRUN, "--shutdown-timeout=2"], "train.timeout_minutes=0.1") as run:
+        ranks = run.ranks()
+        os.kill(ranks[1], signal.SIGSTOP)
+        code, err = run.end()
+        assert code != 0 and gone(ranks)
+        (line,) = [line for line in err.splitlines() if "error: process 0: another process is gone or does not answer" in line]
+        assert "train.timeout_minutes = 0.1" in line and "this is a bug" not in err
+    newest_step(tmp_path / "run", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_meet_are_one_line(tmp_path: Path, rank: int) -> None:
+    """The port of the meeting is taken (seen by the process that opens it), or nobody is there (seen by the others)."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if rank == 0:
+            taken.listen()
+        meeting = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **meeting, "MASTER_PORT": str(taken.getsockname()[1]), "ACCELERATE_USE_CPU": "true"}
+        more = ["train.timeout_minutes=0.05", "--out", str(tmp_path / "run")]
+        command = [sys.executable, "-m", "rlpjepa_zoo", "train", "digits", *TINY, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 5 and done.stderr.splitlines()[-1].startswith("error: the processes did not find each other: "), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- the number of processes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "near"), [(3, "63 or 66"), (100, "100")])
+def test_a_batch_not_divisible_by_the_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, near: str) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    with refused(RecipeError, match=f"train.batch_size: 64 is not divisible by {world} processes; use {near}$") as caught:
+        train(tiny(), tmp_path / "run", progress=False)
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_the_number_of_processes_is_logged_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rlpjepa_zoo")
+    stop_after(monkeypatch, 1)
+    with pytest.raises(StoppedBySignal):
+        train(tiny(), tmp_path / "run", progress=False)
+    assert "of 64 images, 64 on each of 1 x cpu" in caplog.text
+
+
+def test_a_launcher_is_watched_only_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without launcher may outlive the shell that started it."""
+    watched: list[Any] = []
+    monkeypatch.setattr(signals.Interrupts, "_watch", lambda self: watched.append(self._over))
+    train(tiny("train.epochs=1"), tmp_path / "own", progress=False)
+    assert watched == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    train(tiny("train.epochs=1"), tmp_path / "launched", progress=False)
+    assert len(watched) == 1 and watched[0].is_set()

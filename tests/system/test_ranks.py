@@ -1,20 +1,25 @@
-"""One, two and four gloo processes make the same twenty updates; planted mistakes of the kind public code makes are noticed."""
+"""One, two and four gloo processes make the same updates, and two repeat a run bit for bit; planted mistakes as in public code are noticed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
+from runs import codes, rows, stop_after, tiny
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rlpjepa_zoo.core import distributed as collectives
 from rlpjepa_zoo.core import rng
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
+from rlpjepa_zoo.errors import StoppedBySignal
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
+from rlpjepa_zoo.training.checkpoint import latest
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 UPDATES, VIEWS, BATCH, INPUTS, HIDDEN, WIDTH, DIRECTIONS = 20, 2, 24, 5, 16, 8, 34  # 34 directions: uneven shares for four
 CASES = [
@@ -25,7 +30,7 @@ CASES = [
     ("random", torch.float32),
 ]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-"""Relative to the largest entry, after twenty steps of AdamW, whose normalised steps amplify rounding."""
+"""Relative to the largest entry after twenty steps of AdamW, which amplifies rounding."""
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -33,7 +38,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def updates(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Losses of twenty updates and the parameters after them, on one process or on this rank of several."""
+    """Losses of twenty updates and the parameters after them, on one process or on a rank of several."""
     width, n = (64, 150) if kind == "hadamard" else (WIDTH, DIRECTIONS)  # transforms begin at 64
     net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width), nn.ReLU()).to(dtype)
     with torch.no_grad():
@@ -68,7 +73,7 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def without_reduction() -> dict[str, Any]:
-    """The gather's backward forgets what the other ranks send."""
+    """The backward of the gather drops the gradients of the other ranks."""
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].narrow(ctx.dim, dist.get_rank() * ctx.rows, ctx.rows), None
@@ -78,7 +83,7 @@ def without_reduction() -> dict[str, Any]:
 
 
 def with_targets_of_each_rank() -> dict[str, Any]:
-    """Every rank draws a target of its own, as with a generator that is seeded by rank."""
+    """Every rank draws its own target, as with a generator seeded by rank."""
     right = rng.generator
 
     def generator(seed: int, purpose: Any, *counters: Any, **options: Any) -> torch.Generator:
@@ -101,9 +106,9 @@ def with_directions_of_each_rank() -> dict[str, Any]:
 
     right_call = RectifiedLpJEPALoss.__call__
     with patched(RectifiedLpJEPALoss, "__call__", loss):
-        found = updates("random", torch.float64)
+        result = updates("random", torch.float64)
     assert collectives.rank is right
-    return found
+    return result
 
 
 MISTAKES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -113,18 +118,18 @@ MISTAKES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-# --- the tests ------------------------------------------------------------------------------------------------------------------------
+# --- equal updates --------------------------------------------------------------------------------------------------------------------
 
 
 def on_a_rank() -> dict[Any, dict[str, Any]]:
-    found: dict[Any, dict[str, Any]] = {case: updates(*case) for case in CASES}
-    return found | {name: mistaken() for name, mistaken in MISTAKES.items()}
+    results: dict[Any, dict[str, Any]] = {case: updates(*case) for case in CASES}
+    return results | {name: mistaken() for name, mistaken in MISTAKES.items()}
 
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[int, list[dict[Any, dict[str, Any]]]]:
-    """What each rank of two and of four found."""
-    return {world: run_ranks(on_a_rank, world, limit=120) for world in (2, 4)}
+    """Results of each rank of two and of four."""
+    return {world: run_ranks(on_a_rank, world) for world in (2, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +137,18 @@ def alone() -> dict[Any, dict[str, Any]]:
     return {case: updates(*case) for case in CASES}
 
 
-def apart(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+def apart(result: dict[str, Any], wanted: dict[str, Any]) -> float:
     """Largest difference of losses and of parameters, relative to the largest entry of each."""
-    pairs = [(torch.tensor(found["losses"]), torch.tensor(wanted["losses"])), *zip(found["parameters"], wanted["parameters"], strict=True)]
+    pairs = [
+        (torch.tensor(result["losses"]), torch.tensor(wanted["losses"])),
+        *zip(result["parameters"], wanted["parameters"], strict=True),
+    ]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_many_processes_make_the_updates_of_one(ranks: Any, alone: Any, world: int, case: tuple[str, torch.dtype]) -> None:
+def test_several_processes_make_the_updates_of_one(ranks: Any, alone: Any, world: int, case: tuple[str, torch.dtype]) -> None:
     for rank in ranks[world]:
         assert apart(rank[case], alone[case]) < TOLERANCE[case[1]]
     for a, b in zip(ranks[world][0][case]["parameters"], ranks[world][-1][case]["parameters"], strict=True):
@@ -157,3 +165,46 @@ def test_the_updates_change_the_network(alone: Any) -> None:
 def test_a_planted_mistake_is_noticed(ranks: Any, alone: Any, world: int, mistake: str) -> None:
     for rank in ranks[world]:
         assert apart(rank[mistake], alone["random", torch.float64]) > 1e-3
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------------------------
+
+SHARED = ["encoder.projector_depth=1", "encoder.freeze_backbone=true", "train.epochs=2", "probe.every_epochs=2"]
+"""A model without batch statistics, so any number of processes must agree to rounding."""
+
+
+def on_two_ranks(folder: str) -> str:
+    """Two undisturbed runs, and one that one process began: it is resumed and stopped again."""
+    for name in ("first", "second"):
+        train(tiny(*SHARED), Path(folder) / name, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        try:
+            train(tiny(*SHARED), Path(folder) / "handed over", resume=True, progress=False)
+        except StoppedBySignal as stopped:
+            return str(stopped)
+    return "finished"
+
+
+@pytest.mark.slow
+def test_two_ranks_repeat_bit_for_bit_and_agree_with_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixed_run = tmp_path / "handed over"
+    train(tiny(*SHARED), tmp_path / "alone", progress=False)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedBySignal):
+            train(tiny(*SHARED), mixed_run, progress=False)
+    assert all("after step 4" in message for message in run_ranks(on_two_ranks, 2, str(tmp_path)))
+    first, second = (latest(tmp_path / name)[0] for name in ("first", "second"))
+    assert first is not None and second is not None and all(torch.equal(a, second.model[k]) for k, a in first.model.items())
+    assert rows(tmp_path / "first") == rows(tmp_path / "second")
+    train(tiny(*SHARED), mixed_run, resume=True, progress=False)
+    assert "2 processes before, 1 now: equal up to rounding, not bit for bit" in caplog.text
+    alone, mixed = latest(tmp_path / "alone")[0], latest(mixed_run)[0]
+    assert alone is not None and mixed is not None and mixed.step == 6
+    for name, tensor in alone.model.items():
+        for other in (mixed, first):
+            assert torch.allclose(tensor.float(), other.model[name].float(), rtol=1e-5, atol=2e-6), name
+    assert torch.allclose(codes(mixed_run / "encoder"), codes(tmp_path / "alone/encoder"), atol=1e-5)

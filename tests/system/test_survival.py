@@ -1,4 +1,4 @@
-"""What a run survives and what it keeps: steps that are not finite, averaged and best weights, trackers, other data, a rank that fails."""
+"""Training runs with non-finite steps, averaged and best weights, local views, trackers, changed data, and a rank that fails."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from PIL import Image
 from processes import run_ranks
 from runs import codes, of_folder, poison, rows, stop_after, tiny
 
-from rlpjepa_zoo.core import distributed, files
+from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.core.signals import Interrupts
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.pretrained import load_encoder
@@ -27,7 +27,7 @@ from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, train
 
 
 @pytest.mark.parametrize("where", ["loss", "pixels"])
-def test_a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
+def test_a_non_finite_step_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     poison(monkeypatch, {3, 7, 8}, where)
@@ -40,7 +40,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace_and_is_counted(
     assert [row["loss"] is None for row in found] == [i + 1 in (3, 7, 8) for i in range(12)]  # strict JSON knows no NaN
 
 
-def test_a_skipped_step_changes_nothing_but_the_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_changes_only_the_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     right = trainer.Trainer._update
@@ -64,7 +64,7 @@ def test_a_skipped_step_changes_nothing_but_the_counter(tmp_path: Path, monkeypa
     assert all(torch.equal(a, b) for a, b in zip(seen["remembered"], seen["buffers"], strict=True)) and seen["buffers"]
 
 
-def test_skipped_steps_are_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_skipped_steps_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {3, 5, 6})
     train(tiny(), tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
@@ -76,7 +76,7 @@ def test_skipped_steps_are_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
 
 
-def test_too_many_skips_in_a_row_stop_with_the_layer_that_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skips_in_a_row_stop_and_name_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, set(range(8, 100)), "pixels")
     with pytest.raises(
         NonFiniteError, match=r"step 11: .*4 steps in a row; the output of \S*conv\S* \(Conv2d\) is the first, its input was not"
@@ -101,12 +101,12 @@ def test_the_diagnosis_names_weights_layers_or_the_loss() -> None:
         guard.skip(1, "", lambda: net(torch.ones(1, 2)))
 
 
-def test_fp16_may_look_for_its_scale_longer() -> None:
+def test_fp16_may_skip_more_steps_in_a_row() -> None:
     net = torch.nn.Linear(1, 1)
     assert NonFiniteGuard(net, 5, "fp16", 0.1).max_skipped == 20 and NonFiniteGuard(net, 5, "no", 0.1).max_skipped == 5
 
 
-def test_embeddings_that_are_all_zero_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_zero_embeddings_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import rlpjepa_zoo.training.tasks.pretrain as module
 
     right = module.build_encoder
@@ -127,7 +127,7 @@ def test_embeddings_that_are_all_zero_stop_the_run(tmp_path: Path, monkeypatch: 
 # --- averaged and best weights --------------------------------------------------------------------------------------------------------
 
 
-def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_averaged_weights_are_published_and_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, seen = tiny("train.ema=0.7"), []
     import rlpjepa_zoo.training.tasks.pretrain as module
 
@@ -159,7 +159,7 @@ def test_averaged_weights_are_published_and_resumed_bit_for_bit(tmp_path: Path, 
     assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
 
 
-def test_the_best_evaluation_is_kept_beside_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.2, 0.9, 0.5, 0.4])
     import rlpjepa_zoo.training.tasks.pretrain as module
 
@@ -176,7 +176,7 @@ def test_the_best_evaluation_is_kept_beside_the_newest(tmp_path: Path, monkeypat
     assert json.loads((run / "summary.json").read_text())["best"] == {"step": 6, "knn_z": 0.9}
 
 
-def test_figures_that_are_not_finite_are_never_the_best() -> None:
+def test_non_finite_metrics_are_never_the_best() -> None:
     for name, values, chosen in (
         ("knn_z", [np.nan, 0.2, np.inf, 0.3, np.nan], [1, 3]),
         ("excess", [np.nan, 0.2, -np.inf, 0.3, 0.1], [1, 4]),
@@ -188,7 +188,7 @@ def test_figures_that_are_not_finite_are_never_the_best() -> None:
         assert seen == chosen and best == values[chosen[-1]]
 
 
-def test_the_best_is_remembered_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny("train.best=excess", "probe.every_epochs=1")
     train(recipe, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
@@ -203,7 +203,7 @@ def test_the_best_is_remembered_over_a_resume(tmp_path: Path, monkeypatch: pytes
     assert torch.equal(codes(tmp_path / "run/encoder-best"), codes(tmp_path / "whole/encoder-best"))
 
 
-def test_a_best_that_is_not_measured_is_refused(tmp_path: Path) -> None:
+def test_a_best_metric_that_is_not_measured_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(24):
@@ -212,7 +212,7 @@ def test_a_best_that_is_not_measured_is_refused(tmp_path: Path) -> None:
         train(of_folder(folder, "train.best=knn_z", "train.batch_size=8", "train.epochs=1"), tmp_path / "run", progress=False)
 
 
-def test_a_best_encoder_whose_publication_was_cut_off_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_best_publication_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, run = tiny("train.best=excess", "probe.every_epochs=1", "train.epochs=3"), tmp_path / "run"
     from rlpjepa_zoo.training.publisher import Publisher
 
@@ -236,7 +236,7 @@ def test_a_best_encoder_whose_publication_was_cut_off_is_made_up_for(tmp_path: P
 # --- multi-crop -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_local_views_are_encoded_and_matched_like_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_views_are_encoded_and_matched_like_global_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
     right = RectifiedLpJEPALoss.__call__
     monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", lambda self, z, step: (shapes.add(tuple(z.shape)), right(self, z, step))[1])
@@ -246,7 +246,7 @@ def test_local_views_are_encoded_and_matched_like_the_others(tmp_path: Path, mon
     assert "2 views and 3 local ones of 16 pixels" in load_encoder(tmp_path / "run/encoder").config.info["augmentations"]
 
 
-def test_a_backbone_of_one_size_refuses_local_views_at_the_start(tmp_path: Path) -> None:
+def test_a_fixed_size_backbone_refuses_local_views_at_the_start(tmp_path: Path) -> None:
     tiny_vit = "img_size: 32, patch_size: 8, depth: 1, embed_dim: 48, num_heads: 3"
     vit = ["encoder.backbone=vit_tiny_patch16_224", f"encoder.args={{{tiny_vit}}}", "views.local={count: 2, size: 16}"]
     with pytest.raises(RecipeError, match=r"views\.local\.size: vit_tiny_patch16_224 does not take images of 16 pixels.*dynamic_img_size"):
@@ -258,7 +258,7 @@ def test_a_backbone_of_one_size_refuses_local_views_at_the_start(tmp_path: Path)
 # --- trackers -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_goes_on_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_continues_where_the_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe, run = tiny("train.trackers=[tensorboard]", "train.epochs=4"), tmp_path / "run"
@@ -275,7 +275,7 @@ def test_a_tracker_goes_on_where_the_run_does(tmp_path: Path, monkeypatch: pytes
     assert logged == pytest.approx({r["step"]: r["loss"] for r in rows(run) if r["kind"] == "train"})
 
 
-def test_trackers_get_the_id_that_the_folder_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_get_the_run_id_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 
     asked = []
@@ -292,7 +292,7 @@ def test_trackers_get_the_id_that_the_folder_keeps(tmp_path: Path, monkeypatch: 
     assert len(rows(run)) == 14  # a server that is down costs nothing
 
 
-def test_a_tracker_that_cannot_start_is_one_line_and_one_that_cannot_end_costs_a_warning(
+def test_a_tracker_error_is_one_line_at_start_a_warning_at_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from accelerate import Accelerator
@@ -311,7 +311,7 @@ def test_a_tracker_that_cannot_start_is_one_line_and_one_that_cannot_end_costs_a
     assert "tracker: ConnectionError: no key" in caplog.text
 
 
-def test_the_end_of_the_launcher_and_then_a_signal_are_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_end_followed_by_a_signal_is_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Interrupts()
     asked._parent = -1  # gone
     monkeypatch.setattr(asked._over, "wait", lambda seconds: asked.stop is not None)
@@ -326,7 +326,7 @@ def test_the_end_of_the_launcher_and_then_a_signal_are_one_request(monkeypatch: 
 # --- other data, other weights, other versions ------------------------------------------------------------------------------------------
 
 
-def test_other_images_under_the_same_name_are_refused_unless_allowed(image_folder: Path, tmp_path: Path) -> None:
+def test_renamed_images_are_refused_unless_allowed(image_folder: Path, tmp_path: Path) -> None:
     recipe, run = of_folder(image_folder, "train.batch_size=8", "train.epochs=2"), tmp_path / "run"
     train(recipe, run, progress=False)
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 3.0})})
@@ -337,13 +337,13 @@ def test_other_images_under_the_same_name_are_refused_unless_allowed(image_folde
     train(longer, run, resume=True, allow_change=["train.epochs", "data"], progress=False)
 
 
-def test_another_number_of_images_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_another_number_of_images_is_refused(tmp_path: Path) -> None:
     train(tiny("train.epochs=1"), tmp_path / "run", progress=False)
     with pytest.raises(DataError, match="trained on 192 images, the data now holds 128; the number of images cannot change"):
         train(tiny("train.epochs=1", "data.limit=128"), tmp_path / "run", resume=True, allow_change=["data.limit", "data"], progress=False)
 
 
-def test_held_out_images_without_labels_leave_knn_out(image_folder: Path, tmp_path: Path) -> None:
+def test_unlabelled_held_out_images_leave_knn_out(image_folder: Path, tmp_path: Path) -> None:
     for name in ("train/red", "train/blue", "val"):
         (tmp_path / "images" / name).mkdir(parents=True)
     for name in ("red", "blue"):
@@ -359,7 +359,7 @@ def test_held_out_images_without_labels_leave_knn_out(image_folder: Path, tmp_pa
         train(recipe.model_copy(update={"train": recipe.train.model_copy(update={"best": "knn_z"})}), tmp_path / "best", progress=False)
 
 
-def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_versions_are_logged_at_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     from rlpjepa_zoo.core import package
 
     run, real = tmp_path / "run", package.versions()
@@ -372,7 +372,7 @@ def test_other_versions_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "other versions than before" in caplog.text and f"torch 1.0 -> {real['torch']}" in caplog.text
 
 
-def test_unreadable_images_are_listed_once_whatever_was_killed(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_images_are_listed_once_after_a_resume(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (image_folder / "red" / "03.png").write_bytes(b"not an image")
     recipe, run = of_folder(image_folder, "train.batch_size=8", "train.epochs=3", "data.cache_gb=0"), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -423,7 +423,7 @@ def run_with(trouble: str, folder: str) -> str:
         if trouble == "source" and rank == 0:
             patch.setattr(setup, "open_source", lambda *a: (_ for _ in ()).throw(DataError("no such folder")))
         if trouble == "locked" and rank == 0:
-            patch.setattr(files, "lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
+            patch.setattr("rlpjepa_zoo.core.files.lock", lambda out: (_ for _ in ()).throw(UsageError("in use")))
         more = {
             "recipe": [f"train.log_every={1 + rank}"],
             "few": ["probe.eval_images=1", "probe.bank=1"],
@@ -455,8 +455,8 @@ def run_with_each(folder: str) -> dict[str, str]:
     return {trouble: run_with(trouble, f"{folder}/{trouble}") for trouble in TROUBLES}
 
 
-def test_two_ranks_stop_or_go_on_together(tmp_path: Path) -> None:
-    found = run_ranks(run_with_each, 2, str(tmp_path), limit=120)
+def test_two_ranks_stop_or_continue_together(tmp_path: Path) -> None:
+    found = run_ranks(run_with_each, 2, str(tmp_path))
     for trouble, expected in TROUBLES.items():
         assert all(wanted in said[trouble] for wanted, said in zip(expected, found, strict=True)), (trouble, found)
     assert [row.get("skipped", 0) for row in rows(tmp_path / "nan") if row["kind"] == "train"] == [0, 1, 1, 1, 1, 1]

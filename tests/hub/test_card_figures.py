@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pictures import real_training_picture
 from PIL import Image
-from rlpjepa_zoo.training.pretrain import train
+from rlpjepa_zoo.training.tasks.pretrain import train
 from runs import tiny
 
 HISTORIES = {

@@ -82,7 +82,7 @@ class ModelSource:
         """Name for tables and cards: of a local path only the last part; ``timm:`` is kept.
 
         Example:
-            >>> ModelSource.parse("timm:local-dir:/home/me/vit").label, ModelSource.parse("local-dir:/home/me/run").label
+            >>> ModelSource.parse("timm:local-dir:/data/vit").label, ModelSource.parse("local-dir:/data/run").label
             ('timm:vit', 'run')
         """
         if not self.is_local:
@@ -94,7 +94,7 @@ class ModelSource:
         would be an architecture.
 
         Example:
-            >>> ModelSource.parse("timm:local-dir:/home/me/vit").shareable(), ModelSource.parse("local-dir:/home/me/run").shareable()
+            >>> ModelSource.parse("timm:local-dir:/data/vit").shareable(), ModelSource.parse("local-dir:/data/run").shareable()
             ('timm:local-dir:vit', 'run')
         """
         if not (self.timm and self.is_local):
@@ -122,7 +122,7 @@ def shareable_path(path: str | None, name: str | None) -> str | None:
         name: the public name of the data set, if any.
 
     Example:
-        >>> shareable_path("/home/me/flowers", None), shareable_path("/home/me/cifar", "uoft-cs/cifar10")
+        >>> shareable_path("/data/flowers", None), shareable_path("/data/cifar", "uoft-cs/cifar10")
         ('flowers', None)
     """
     return None if path is None or name is not None else _last_part(path)

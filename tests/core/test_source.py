@@ -106,5 +106,5 @@ def test_repository_names_follow_the_rules_of_the_hub(name: str, valid: bool) ->
 
 def test_path_of_data_is_cut_or_left_out() -> None:
     assert shareable_path(None, None) is None
-    assert shareable_path("/home/me/flowers/", None) == "flowers"
-    assert shareable_path("/home/me/cifar", "uoft-cs/cifar10") is None
+    assert shareable_path("/data/flowers/", None) == "flowers"
+    assert shareable_path("/data/cifar", "uoft-cs/cifar10") is None

@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=source(seed), dtype=dtype)
 
 
-def slices(n: int, dim: int, seed: int = 9) -> Tensor:
+def drawn(n: int, dim: int, seed: int = 9) -> Tensor:
     return directions("random", n, dim, source(seed)).double()
 
 
@@ -102,7 +102,7 @@ def apart(got: tuple[float, Tensor], expected: tuple[float, Tensor]) -> tuple[fl
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("batch", "dim"), SIZES)
 def test_strong_equals_the_oracles_in_both_precisions(batch: int, dim: int, rule: tuple[int, float]) -> None:
-    x, c = 0.3 + 1.3 * normal(batch, dim, dtype=torch.float32), slices(24, dim).float()
+    x, c = 0.3 + 1.3 * normal(batch, dim, dtype=torch.float32), drawn(24, dim).float()
     expected = with_gradient(strong_autograd, x.double(), c.double(), *rule)
     assert expected[0] == pytest.approx(strong(x.double().numpy(), c.double().numpy(), *rule), rel=1e-12)
     value, gradient = apart(with_gradient(strong_sigreg, x.double(), c, *rule), expected)
@@ -113,45 +113,45 @@ def test_strong_equals_the_oracles_in_both_precisions(batch: int, dim: int, rule
 
 @pytest.mark.parametrize("rule", [*RULES, (3, 1.0), (5, 2.0), (65, 8.0)])
 def test_real_and_complex_characteristic_functions_agree(rule: tuple[int, float]) -> None:
-    x, c = normal(50, 6).abs(), slices(20, 6)
+    x, c = normal(50, 6).abs(), drawn(20, 6)
     got = float(strong_sigreg(x, c, *rule))
     assert got == pytest.approx(strong_complex(x.numpy(), c.numpy(), *rule), rel=1e-12)
     assert got == pytest.approx(strong(x.numpy(), c.numpy(), *rule), rel=1e-12)
 
 
 def test_doubled_knots_on_one_side_equal_knots_on_both() -> None:
-    x, c = normal(40, 7) - 0.5, slices(16, 7)
+    x, c = normal(40, 7) - 0.5, drawn(16, 7)
     assert float(strong_sigreg(x, c, *KINDS["lejepa"])) == pytest.approx(lejepa(x.numpy(), c.numpy()), rel=1e-12)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_of_strong_pass_gradcheck(rule: tuple[int, float]) -> None:
-    c = slices(5, 4)
+    c = drawn(5, 4)
     for x in (normal(6, 4), normal(2, 6, 4)):
         assert torch.autograd.gradcheck(lambda z: strong_sigreg(z, c, *rule), x.requires_grad_())
 
 
 @pytest.mark.parametrize(("batch", "dim"), [(32, 4), (128, 64), (512, 16)])
 def test_strong_of_gaussian_samples_is_the_null_value(batch: int, dim: int) -> None:
-    values = [float(strong_sigreg(normal(batch, dim, seed=i), slices(64, dim, seed=i))) for i in range(100)]
+    values = [float(strong_sigreg(normal(batch, dim, seed=i), drawn(64, dim, seed=i))) for i in range(100)]
     assert np.mean(values) == pytest.approx(math.sqrt(2 * math.pi) * (1 - 1 / math.sqrt(3)), abs=0.05)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 128])
 def test_strong_of_zeros_grows_with_the_batch_and_has_no_gradient(batch: int) -> None:
-    value, gradient = with_gradient(strong_sigreg, torch.zeros(batch, 10, dtype=torch.float64), slices(12, 10))
+    value, gradient = with_gradient(strong_sigreg, torch.zeros(batch, 10, dtype=torch.float64), drawn(12, 10))
     assert value == pytest.approx(batch * 0.4089, rel=1e-4)
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_strong_of_half_normals_equals_the_reference_value() -> None:
-    values = [float(strong_sigreg(normal(128, 512, seed=i).clamp(min=0), slices(64, 512, seed=i))) for i in range(10)]
+    values = [float(strong_sigreg(normal(128, 512, seed=i).clamp(min=0), drawn(64, 512, seed=i))) for i in range(10)]
     assert np.mean(values) == pytest.approx(27.5, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunks_change_nothing_beyond_rounding(dtype: torch.dtype) -> None:
-    x, c = normal(33, 9, dtype=dtype), slices(50, 9)
+    x, c = normal(33, 9, dtype=dtype), drawn(50, 9)
     reference = with_gradient(strong_sigreg, x, c)
     eps = torch.finfo(dtype).eps
     for chunk in (1, 7, 50, 1000):
@@ -160,7 +160,7 @@ def test_chunks_change_nothing_beyond_rounding(dtype: torch.dtype) -> None:
 
 
 def test_order_of_rows_does_not_matter() -> None:
-    x, c, order = normal(40, 60), slices(30, 60), torch.randperm(40, generator=source())
+    x, c, order = normal(40, 60), drawn(30, 60), torch.randperm(40, generator=source())
     for f, args in ((strong_sigreg, (c,)), (weak_sigreg, ()), (weak_sigreg, (sketch(8, 60, source()),))):
         value, gradient = with_gradient(f, x, *args)
         shuffled, moved = with_gradient(f, x[order], *args)
@@ -169,7 +169,7 @@ def test_order_of_rows_does_not_matter() -> None:
 
 
 def test_views_are_averaged() -> None:
-    x, c, s = normal(3, 20, 8), slices(30, 8), sketch(5, 8, source())
+    x, c, s = normal(3, 20, 8), drawn(30, 8), sketch(5, 8, source())
     for f, args in ((strong_sigreg, (c,)), (weak_sigreg, ()), (weak_sigreg, (s,))):
         value, gradient = with_gradient(f, x, *args)
         each = [with_gradient(f, view, *args) for view in x]
@@ -179,7 +179,7 @@ def test_views_are_averaged() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_strong_moves_samples_towards_the_gaussian(rule: tuple[int, float]) -> None:
-    x, c = (0.5 + 0.5 * normal(64, 2).abs()).requires_grad_(), slices(16, 2)
+    x, c = (0.5 + 0.5 * normal(64, 2).abs()).requires_grad_(), drawn(16, 2)
     optimizer = torch.optim.Adam([x], lr=0.05)
     for _ in range(100):
         optimizer.zero_grad()
@@ -259,7 +259,7 @@ def test_sketch_multiplies_before_the_covariance() -> None:
 
 
 def loss(kind: str) -> Callable[[Tensor], Tensor]:
-    c, s = slices(32, 12), sketch(6, 12, source())
+    c, s = drawn(32, 12), sketch(6, 12, source())
     return (lambda x: strong_sigreg(x, c)) if kind == "strong" else (lambda x: weak_sigreg(x, s))
 
 
@@ -356,11 +356,11 @@ def test_hidden_states_are_averaged_and_narrow_ones_not_sketched() -> None:
     s = sketch(32, 40, rng.generator(0, "sigreg-directions", 1))
     got = float(SIGReg("weak", 32)([narrow, wide], 1))
     assert got == pytest.approx((weak(narrow.double().numpy()) + weak((wide @ s.T).double().numpy())) / 2, rel=1e-5)
-    c = slices(6, 8).float()
+    c = drawn(6, 8).float()
     layers = [narrow, wide, normal(2, 16, 5, dtype=torch.float32)]
     got = float(SIGReg("strong", 6, family="orthogonal")(layers, 2))
-    drawn = rng.generator(0, "sigreg-directions", 2)
-    expected = [strong_sigreg(x, directions("orthogonal", 6, x.shape[-1], drawn)) for x in layers]
+    stream = rng.generator(0, "sigreg-directions", 2)
+    expected = [strong_sigreg(x, directions("orthogonal", 6, x.shape[-1], stream)) for x in layers]
     assert got == pytest.approx(float(sum(expected) / 3), rel=1e-6)
     assert got != pytest.approx(float(strong_sigreg(narrow, c)))
 

@@ -77,9 +77,9 @@ def limits(annotation: Any) -> Iterator[Any]:
 
 
 def describe_range(field: FieldInfo) -> str:
-    found = [*field.metadata, *limits(field.annotation)]
+    metadata = [*field.metadata, *limits(field.annotation)]
     signs = {Gt: ("> ", "gt"), Ge: (">= ", "ge"), Lt: ("< ", "lt"), Le: ("<= ", "le")}
-    texts = [f"{sign}{getattr(item, name)}" for kind, (sign, name) in signs.items() for item in found if isinstance(item, kind)]
+    texts = [f"{sign}{getattr(item, name)}" for kind, (sign, name) in signs.items() for item in metadata if isinstance(item, kind)]
     return ", ".join(dict.fromkeys(texts))
 
 

@@ -112,7 +112,7 @@ class Lora(Section):
     ungrouped convolutions if it has none."""
 
 
-class Classes(Section):
+class ClassifierOptions(Section):
     """Which weights are trained, and how labels are smoothed or mixed."""
 
     train: Literal["full", "linear", "lora"] = "full"
@@ -184,7 +184,7 @@ class TuningRecipe(Plan):
     data: TuningData
     views: TuningViews = TuningViews()
     start: Start
-    classifier: Classes = Classes()
+    classifier: ClassifierOptions = ClassifierOptions()
     optim: TuningOptim
     train: TuningTrain
     hub: Hub = Hub()

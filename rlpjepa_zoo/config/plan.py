@@ -31,7 +31,7 @@ def without_folder(name: str) -> str:
     """Reduce the path in a model name to its last component, so that the name can be published.
 
     Example:
-        >>> without_folder("timm:local-dir:/home/me/vit"), without_folder("resnet18")
+        >>> without_folder("timm:local-dir:models/vit"), without_folder("resnet18")
         ('timm:local-dir:vit', 'resnet18')
     """
     kind, mark, path = name.rpartition("local-dir:")

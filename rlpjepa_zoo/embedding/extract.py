@@ -120,13 +120,9 @@ def extract(
         ...     totals["rows"], rlpjepa_zoo.SparseEmbeddings.load(scratch).shape
         (2, (2, 16))
     """
-    how, out = how or Extraction(), Path(out)
-    manifest = {
-        "format": FORMAT,
-        "model": model or provenance(encoder, encoder.config.architecture),
-        "input": feed.identity,
-        "options": how.fixed(),
-    }
+    how, out, model = how or Extraction(), Path(out), model or provenance(encoder, encoder.config.architecture)
+    manifest = {"format": FORMAT, "model": model, "input": feed.identity, "options": how.fixed()}
+    meta = {"model": model["fingerprint"], "architecture": model["architecture"], "provenance": json.dumps(manifest, sort_keys=True)}
     with ExitStack() as stack:
         done = set[int]()
         with distributed.fail_together():
@@ -137,7 +133,7 @@ def extract(
         with distributed.fail_together():
             check_equal(first, manifest, "processes see another", "give all the same encoder, images and options")
         with encoder.evaluating(), Interrupts() as interrupts:
-            _write_parts(encoder, feed, out, how, manifest, done, interrupts, progress)
+            _write_parts(encoder, feed, out, how, meta, done, interrupts, progress)
         try:
             distributed.barrier()
         except RuntimeError as error:
@@ -193,15 +189,16 @@ def _write_parts(
     feed: ImageRows,
     out: Path,
     how: Extraction,
-    manifest: dict[str, Any],
+    meta: dict[str, str],
     done: set[int],
     interrupts: Interrupts,
     progress: bool,
 ) -> None:
-    """Embed and write the parts of this process that are not done. A part is written in the background while the next one is embedded."""
+    """Embed and write the parts of this process that are not done. A part is written in the background while the next one is embedded.
+
+    `meta` is stored in every part.
+    """
     rank, world = distributed.rank(), distributed.world_size()
-    model = manifest["model"]
-    meta = {"model": model["fingerprint"], "architecture": model["architecture"], "provenance": json.dumps(manifest, sort_keys=True)}
 
     def mine(part: int) -> bool:
         return part not in done and part % world == rank

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pictures import real_training_picture
 from PIL import Image
-from rlpjepa_zoo.training.tasks.pretrain import train
 from runs import tiny
+
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 HISTORIES = {
     "a run": [{"step": i, "l0": 0.5 - i / 100, "excess": 0.1 / i} for i in range(1, 9)] + [{"step": 9, "l0_eval": 0.4}],

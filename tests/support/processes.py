@@ -1,7 +1,7 @@
-"""Run a function on several gloo processes of this machine, or one command of the package in a process of its own.
+"""Run a function on several gloo processes of this machine.
 
-All are forked from one server for each worker of pytest-xdist (the start method "forkserver"). The server imports torch and the package once, so a
-process starts in a tenth of a second instead of five. Every call gets new processes: nothing passes from one to the next.
+Each process of pytest starts one server that imports torch and the package once and forks the ranks (the start method "forkserver"), so a rank starts
+in a tenth of a second instead of five. Every call gets new processes, so no state passes from one call to the next.
 """
 
 import functools
@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pictures import small_pictures
 
-PRELOADED = [
+PRELOADED = [  # a module that is missing would only cost time, so test_ranks.py checks the names
     "torch.distributed.fsdp",
     "accelerate",
     "datasets",
@@ -31,7 +31,7 @@ PRELOADED = [
     "rlpjepa_zoo.training.pretrain",
 ]
 ENVIRONMENT = dict(os.environ)
-"""That of the test session; a test may have changed its own when the server starts."""
+"""Environment of the session; a test may have changed some variables before the server starts."""
 
 PATIENCE = 300.0
 """Seconds after which ranks count as hanging. The cores may be busy, so this says nothing about speed."""

@@ -1,5 +1,6 @@
 """One, two and four gloo processes make the same updates, and two repeat a run bit for bit; planted mistakes as in public code are noticed."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_ranks
+from processes import PRELOADED, run_ranks
 from runs import codes, rows, stop_after, tiny
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -165,6 +166,11 @@ def test_the_updates_change_the_network(alone: Any) -> None:
 def test_a_planted_mistake_is_noticed(ranks: Any, alone: Any, world: int, mistake: str) -> None:
     for rank in ranks[world]:
         assert apart(rank[mistake], alone["random", torch.float64]) > 1e-3
+
+
+@pytest.mark.parametrize("module", PRELOADED)
+def test_preloaded_module_exists(module: str) -> None:
+    assert importlib.util.find_spec(module) is not None
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------------------------

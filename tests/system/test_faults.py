@@ -86,7 +86,7 @@ def known_tests(folder: Path) -> dict[str, set[str]]:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 own = {mark for mark in ("slow", "gpu") for d in node.decorator_list if ast.unparse(d) == f"pytest.mark.{mark}"}
-                found[f"{path.name}::{node.name}"] = own | of_module
+                found[f"{path.relative_to(folder)}::{node.name}"] = own | of_module
     return found
 
 
@@ -100,7 +100,7 @@ def problems(text: str, known: dict[str, set[str]]) -> list[str]:
         if len(cells) != 3 or not all(cells):
             wrong.append(f"{name}: expected four filled columns, found {1 + len(cells)}")
             continue
-        tests = re.findall(r"`(test_\w+\.py::\w+)`(?: \((\w+)\))?", cells[2])
+        tests = re.findall(r"`([\w/]*test_\w+\.py::\w+)`(?: \((\w+)\))?", cells[2])
         if not tests and not re.match(r"reason: \S.{20,}", cells[2]):
             wrong.append(f"{name}: neither a test nor a reason")
         for test, mark in tests:
@@ -123,7 +123,7 @@ def test_every_fault_of_the_catalogue_has_a_test_that_exists_or_a_reason() -> No
         (r"\| N14 ", "| N15 ", "N15: unknown"),
         (
             r"test_checkpoint\.py::test_files_are",
-            "training/test_checkpoint.py::test_no_files_are",
+            "test_checkpoint.py::test_no_files_are",
             "there is no training/test_checkpoint.py::test_no_files",
         ),
         (r"(\| A22 .* \| ).*? \|\n", r"\1by inspection |\n", "A22: neither a test nor a reason"),
@@ -658,7 +658,7 @@ def test_rows_without_a_label_take_no_part_in_the_probes() -> None:
     bias = model.probes["z"].bias.grad
     assert bias is not None and bool((bias[[3, 5]] < 0).all()) and abs(float(bias.sum())) < 1e-6
     none = model([x], torch.full((4,), -1))
-    assert none.probe_loss.item() == 0 and none.probe_right.tolist() == [0, 0]
+    assert none.probe_loss.item() == 0 and none.probe_accuracy.tolist() == [0, 0]
 
 
 def test_files_that_vanish_or_change_during_a_run_are_left_out_and_counted(

@@ -104,7 +104,15 @@ def problems(text: str, known: dict[str, set[str]]) -> list[str]:
         if len(cells) != 3 or not all(cells):
             wrong.append(f"{name}: expected four filled columns, found {1 + len(cells)}")
             continue
-        tests = re.findall(r"`([\w/]+\.py::\w+)`(?: \((\w+)\))?", cells[2])
+        tests = re.findall(r"`(
+<<<<<<< ours
+[
+||||||| base
+test_
+=======
+[\w/]*test_
+>>>>>>> theirs
+\w/]+\.py::\w+)`(?: \((\w+)\))?", cells[2])
         if not tests and not re.match(r"reason: \S.{20,}", cells[2]):
             wrong.append(f"{name}: neither a test nor a reason")
         for test, mark in tests:
@@ -127,7 +135,7 @@ def test_every_fault_has_an_existing_test_or_a_reason() -> None:
         (r"\| N14 ", "| N15 ", "N15: unknown"),
         (
             r"training/test_checkpoint\.py::test_files_are",
-            "training/test_checkpoint.py::test_no_files_are",
+            "test_checkpoint.py::test_no_files_are",
             "there is no training/test_checkpoint.py::test_no_files",
         ),
         (r"(\| A22 .* \| ).*? \|\n", r"\1by inspection |\n", "A22: neither a test nor a reason"),
@@ -656,7 +664,7 @@ def test_rows_without_a_label_are_left_out_of_the_probes() -> None:
     bias = model.probes["z"].bias.grad
     assert bias is not None and bool((bias[[3, 5]] < 0).all()) and abs(float(bias.sum())) < 1e-6
     none = model([x], torch.full((4,), -1))
-    assert none.probe_loss.item() == 0 and none.probe_right.tolist() == [0, 0]
+    assert none.probe_loss.item() == 0 and none.probe_accuracy.tolist() == [0, 0]
 
 
 def test_files_that_vanish_or_change_in_a_run_are_counted(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

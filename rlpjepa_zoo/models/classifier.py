@@ -194,7 +194,9 @@ def make_classifier(encoder: SparseEncoder, classes: Sequence[str], input: str =
     if len(classes) < 2:
         raise UsageError(f"classes: expected at least two, got {len(classes)}")
     if input == "z" and encoder.config.dial is not None:
-        raise UsageError("start.input: an encoder with a dial is not trained; use features, or the encoder without the dial")
+        raise UsageError(
+            "start.input: the encoder has a dial, which passes no gradient to dropped values; use features, or the encoder without the dial"
+        )
     config = ClassifierConfig(dataclasses.replace(encoder.config, dial=None), input, tuple(map(str, classes)))
     if input == "features":
         with torch.device("meta"):

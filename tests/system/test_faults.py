@@ -104,15 +104,7 @@ def problems(text: str, known: dict[str, set[str]]) -> list[str]:
         if len(cells) != 3 or not all(cells):
             wrong.append(f"{name}: expected four filled columns, found {1 + len(cells)}")
             continue
-        tests = re.findall(r"`(
-<<<<<<< ours
-[
-||||||| base
-test_
-=======
-[\w/]*test_
->>>>>>> theirs
-\w/]+\.py::\w+)`(?: \((\w+)\))?", cells[2])
+        tests = re.findall(r"`([\w/]+\.py::\w+)`(?: \((\w+)\))?", cells[2])
         if not tests and not re.match(r"reason: \S.{20,}", cells[2]):
             wrong.append(f"{name}: neither a test nor a reason")
         for test, mark in tests:

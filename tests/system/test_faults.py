@@ -127,7 +127,7 @@ def test_every_fault_has_an_existing_test_or_a_reason() -> None:
         (r"\| N14 ", "| N15 ", "N15: unknown"),
         (
             r"training/test_checkpoint\.py::test_files_are",
-            "test_checkpoint.py::test_no_files_are",
+            "training/test_checkpoint.py::test_no_files_are",
             "there is no training/test_checkpoint.py::test_no_files",
         ),
         (r"(\| A22 .* \| ).*? \|\n", r"\1by inspection |\n", "A22: neither a test nor a reason"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import yaml
 from pydantic import ValidationError
 
+from ..core.source import shareable_path
 from ..errors import RecipeError, UsageError
 from .base import Section
 from .errors import explain
@@ -16,7 +17,7 @@ from .load import override, read_text, read_yaml, remove_excluded
 from .sections import Data, Views
 from .training_sections import Hub, Optim, Train
 
-__all__ = ["KINDS", "Plan", "data_section", "kind_of", "without_folder"]
+__all__ = ["KINDS", "Plan", "data_section", "kind_of"]
 
 KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
 """Commands that take a recipe, and the sections that only their recipes have."""
@@ -25,17 +26,6 @@ KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("sta
 def kind_of(values: dict[str, Any]) -> str:
     """Return the command that a recipe is for, told by its sections."""
     return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
-
-
-def without_folder(name: str) -> str:
-    """Reduce the path in a model name to its last component, so that the name can be published.
-
-    Example:
-        >>> without_folder("timm:local-dir:models/vit"), without_folder("resnet18")
-        ('timm:local-dir:vit', 'resnet18')
-    """
-    kind, mark, path = name.rpartition("local-dir:")
-    return f"{kind}{mark}{Path(path).name}" if mark else name
 
 
 class Plan(Section):
@@ -84,7 +74,7 @@ class Plan(Section):
         Paths keep their last component; data.path is removed if data.name names the data set. Of `hub` only the licence remains, so that
         running the recipe again does not push to the same repository.
         """
-        path = None if self.data.path is None or self.data.name is not None else Path(self.data.path).name
+        path = shareable_path(self.data.path, self.data.name)
         common = {"data": self.data.model_copy(update={"path": path}), "hub": Hub(license=self.hub.license)}
         return self.model_copy(update=common | self._shareable_model()).dump()
 

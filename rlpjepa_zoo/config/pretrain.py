@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from ..core.source import ModelSource
 from ..errors import UsageError
 from ..objectives import OBJECTIVES
 from ..objectives.base import Options
 from .base import Section
 from .errors import explain
-from .plan import Plan, without_folder
+from .plan import Plan
 from .sections import Data, Encoder, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
@@ -128,4 +129,5 @@ class Recipe(Plan):
         return self.probe.lr * self.train.batch_size / self.optim.reference_batch
 
     def _shareable_model(self) -> dict[str, Section]:
-        return {"encoder": self.encoder.model_copy(update={"backbone": without_folder(self.encoder.backbone)})}
+        backbone = ModelSource.parse(self.encoder.backbone, timm=True).shareable()
+        return {"encoder": self.encoder.model_copy(update={"backbone": backbone})}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.source import shareable_path
 from ..errors import RecipeError, did_you_mean
 from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
 
@@ -90,9 +90,9 @@ class Data(Section):
 
     def label(self) -> str:
         """Name of the data set on cards."""
-        if self.path is None:
-            return self.name or self.source
-        return f"{self.name} (local copy)" if self.name else Path(self.path).name
+        if self.path is not None and self.name:
+            return f"{self.name} (local copy)"
+        return shareable_path(self.path, self.name) or self.name or self.source
 
 
 class Local(Section):

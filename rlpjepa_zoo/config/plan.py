@@ -13,7 +13,7 @@ from ..core.source import shareable_path
 from ..errors import RecipeError, UsageError
 from .base import Section
 from .errors import explain
-from .load import override, read_text, read_yaml, remove_excluded
+from .load import override, read_text, read_yaml
 from .sections import Data, Views
 from .training_sections import Hub, Optim, Train
 
@@ -83,6 +83,10 @@ class Plan(Section):
         raise NotImplementedError
 
     @classmethod
+    def _drop_replaced(cls, values: dict[str, Any], overrides: Sequence[str]) -> None:
+        """Remove from the values of a recipe, in place, the keys that an override of another key replaces."""
+
+    @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a recipe.
 
@@ -110,7 +114,7 @@ class Plan(Section):
         values = read_yaml(text, where)
         for given in overrides:
             override(values, given)
-        remove_excluded(values, overrides)
+        cls._drop_replaced(values, overrides)
         if (kind := kind_of(values)) != cls.kind:
             mark = next(section for section in KINDS[kind] if section in values)
             raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -209,6 +210,13 @@ class Target(Section):
     """Expected fraction of non-zero values of z; mu is solved from it."""
     sigma: Literal["gn", "rgn"] | Positive = "gn"
     """Scale before rectification. gn: unit variance before rectification (default of the paper). rgn: unit variance after it. Or a number."""
+
+    @classmethod
+    def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:
+        """Remove mu if an override gives density, and the other way round; arguments as of `rlpjepa_zoo.objectives.base.Options.drop_replaced`."""
+        for key, other in (("mu", "density"), ("density", "mu")):
+            if key in overrides and other not in overrides:
+                values.pop(other, None)
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

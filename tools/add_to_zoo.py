@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core import files
+from rlpjepa_zoo.core.source import ModelSource
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate, with_results
 from rlpjepa_zoo.hub import card, zoo
@@ -37,7 +38,7 @@ def add(run: Path, name: str, repo: str, overrides: list[str]) -> None:
 
 def pin(name: str, repo: str, commit: str | None) -> None:
     """Write repository and commit into the manifest, when what is there is what is here."""
-    path = resolve(f"hf-hub:{repo}", revision=commit)
+    path = resolve(ModelSource.repository(repo, commit).text)
     if files.sha256(path / "config.json") != files.sha256(ROOT / "hub" / name / "config.json"):
         sys.exit(f"{repo}: is not hub/{name}; push it with `rlpjepa push hub/{name} {repo}`")
     manifest = ROOT / "hub" / "manifest.json"

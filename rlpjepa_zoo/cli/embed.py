@@ -151,6 +151,7 @@ def dial(
     quiet: Quiet = False,
 ) -> None:
     """Make a trained encoder sparser without training, and save it with this setting."""
+    from ..core.source import ModelSource
     from ..models.pretrained import load_encoder
 
     if (density is None) == (budget is None):
@@ -165,7 +166,7 @@ def dial(
     else:
         options = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
         sparser = encoder.with_density(density or 0.0, mode, images, **options)  # type: ignore[arg-type]
-    sparser.save_pretrained(out, name=f"local-dir:{out}")
+    sparser.save_pretrained(out, name=ModelSource.folder(out).text)
     setting = sparser.config.dial
     description = "" if setting is None else setting.describe(sparser.config.dim)
     print_values({"encoder": str(out), "dial": description, "model": sparser.fingerprint()}, as_json)

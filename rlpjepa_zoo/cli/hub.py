@@ -23,7 +23,6 @@ from .options import (
     own_folder,
     print_table,
     print_values,
-    without_scheme,
 )
 
 if TYPE_CHECKING:
@@ -124,6 +123,7 @@ def _files_to_push(source: str, repo: str, license: str | None, notes: str | Non
     """Return the kind of repository and the files for it. What does not load raises here and is not published."""
     import tempfile
 
+    from ..core.source import ModelSource
     from ..embedding.card import publishable
     from ..hub import zoo
     from ..hub.card import rewritten
@@ -132,10 +132,12 @@ def _files_to_push(source: str, repo: str, license: str | None, notes: str | Non
     from ..hub.push import DATASET, MODEL
     from ..models.pretrained import load_published
 
-    path = without_scheme(source)
-    if (Path(path) / "embeddings.json").is_file():
-        return DATASET, publishable(path, repo, license, notes)
-    folder = resolve(source if source in zoo.list_encoders() or source.startswith("hf-hub:") else f"local-dir:{path}")
+    place = ModelSource.parse(source)
+    if place.existing_folder is not None and (place.existing_folder / "embeddings.json").is_file():
+        return DATASET, publishable(place.existing_folder, repo, license, notes)
+    if place.kind != "folder" and source not in zoo.list_encoders() and not place.has_prefix:
+        place = ModelSource.folder(source)  # a missing folder, not a repository
+    folder = resolve(place.text)
     contents = rewritten(folder, repo, license, notes)
     with tempfile.TemporaryDirectory() as scratch:
         load_published(write_folder(Path(scratch) / "model", contents))

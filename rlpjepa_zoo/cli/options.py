@@ -47,21 +47,17 @@ def choose_device(asked: str | None) -> str:
     return asked
 
 
-def without_scheme(source: str) -> str:
-    """Return the path of ``local-dir:PATH``; other sources as they are."""
-    return source.removeprefix("local-dir:")
-
-
 def own_folder(source: str, option: str) -> Path:
     """Return the encoder folder of a source whose card can be rewritten.
 
     Raises:
         UsageError: the source is no folder, or lies in the cache of the Hub client.
     """
+    from ..core.source import ModelSource
     from ..hub.folder import find_folder
 
-    path = Path(without_scheme(source)).expanduser()
-    if not path.is_dir() or path.parent.name == "snapshots":
+    path = ModelSource.parse(source).existing_folder
+    if path is None or path.parent.name == "snapshots":
         raise UsageError(f"{option}: '{source}' is not a folder of your own, so its card cannot be written")
     return find_folder(path)
 
@@ -75,9 +71,9 @@ def card_name(path: Path) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under its final name only when it is complete."""
-    from ..core.files import whole_file
+    from ..core.files import atomic_file
 
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_bytes(content)
 
 

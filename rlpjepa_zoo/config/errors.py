@@ -46,8 +46,6 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
         return str(first["ctx"]["error"]) + more
     if name == "target.sigma":
         return f"target.sigma: got {first['input']!r}, expected gn, rgn or a number greater than 0"
-    if name.startswith("objective.num_directions."):
-        return f"objective.num_directions: got {first['input']!r}, expected a whole number above 0, or auto"
     if name == "target.density":
         return f"target.density: got {first['input']!r}, expected a number strictly between 0 and 1{more}"
     expected = re.sub(r"^Input should be ", "", first["msg"]).split(", unable")[0]

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.source import ModelSource
 from ..errors import RecipeError
 from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
 from .load import read_text, read_yaml
-from .plan import Plan, kind_of, without_folder
+from .plan import Plan, kind_of
 from .pretrain import Recipe
 from .sections import Data, Views
 from .training_sections import Hub, Optim, Train
@@ -89,15 +90,12 @@ class Start(Section):
     @property
     def of_timm(self) -> bool:
         """Whether the source is a plain timm model."""
-        return self.source is not None and self.source.startswith("timm:")
+        return self.source is not None and ModelSource.parse(self.source).timm
 
     @property
     def name(self) -> str:
         """The source without folders of this machine."""
-        name = without_folder(self.source or "")
-        if name.startswith("local-dir:"):
-            return name.removeprefix("local-dir:")
-        return Path(name).name if not self.of_timm and Path(name).expanduser().exists() else name
+        return ModelSource.parse(self.source).shareable() if self.source else ""
 
 
 class Lora(Section):

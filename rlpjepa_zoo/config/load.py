@@ -13,7 +13,7 @@ import yaml
 from ..core import package
 from ..errors import RecipeError, UsageError, did_you_mean
 
-__all__ = ["find_recipe", "list_recipes", "override", "read_text", "read_yaml", "remove_excluded"]
+__all__ = ["find_recipe", "list_recipes", "override", "overrides_of", "read_text", "read_yaml"]
 
 
 def list_recipes() -> list[str]:
@@ -117,23 +117,12 @@ def override(values: dict[str, Any], given: str) -> None:
         values[last] = ""
 
 
-def remove_excluded(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Remove from the values of a recipe, in place, the keys that an override excludes.
+def overrides_of(section: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Values of the overrides ``"section.key=value"`` of one section, by key.
 
-    target.mu and target.density exclude each other; directions=paper excludes another number of directions.
+    Example:
+        >>> overrides_of("target", ["target.mu=0", "train.epochs=3"])
+        {'mu': '0'}
     """
-    given = dict(o.partition("=")[::2] for o in overrides)
-    excluded = {"target.mu": ["target.density"], "target.density": ["target.mu"]}
-    if given.get("objective.directions") == "paper":
-        excluded["objective.directions"] = ["objective.num_directions", "objective.gradient_error"]
-    if given.get("objective.num_directions", "auto") != "auto":
-        excluded["objective.num_directions"] = ["objective.gradient_error"]
-    objective = values.get("objective")
-    if isinstance(objective, dict) and objective.get("directions") == "paper" and "objective.directions" not in given:
-        if "objective.num_directions" in given:
-            objective["directions"] = "random"  # the family of the paper, with another number
-    for key in excluded.keys() & given.keys():
-        for other in set(excluded[key]) - given.keys():
-            section, _, name = other.partition(".")
-            if isinstance(values.get(section), dict):
-                values[section].pop(name, None)
+    pairs = (text.partition("=") for text in overrides)
+    return {name.partition(".")[2]: value for name, _, value in pairs if name.partition(".")[0] == section}

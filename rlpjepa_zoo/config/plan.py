@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import yaml
 from pydantic import ValidationError
 
+from ..core.source import shareable_path
 from ..errors import RecipeError, UsageError
 from .base import Section
 from .errors import explain
-from .load import override, read_text, read_yaml, remove_excluded
+from .load import override, read_text, read_yaml
 from .sections import Data, Views
 from .training_sections import Hub, Optim, Train
 
-__all__ = ["KINDS", "Plan", "data_section", "kind_of", "without_folder"]
+__all__ = ["KINDS", "Plan", "data_section", "kind_of"]
 
 KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
 """Commands that take a recipe, and the sections that only their recipes have."""
@@ -25,17 +26,6 @@ KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("sta
 def kind_of(values: dict[str, Any]) -> str:
     """Return the command that a recipe is for, told by its sections."""
     return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
-
-
-def without_folder(name: str) -> str:
-    """Reduce the path in a model name to its last component, so that the name can be published.
-
-    Example:
-        >>> without_folder("timm:local-dir:models/vit"), without_folder("resnet18")
-        ('timm:local-dir:vit', 'resnet18')
-    """
-    kind, mark, path = name.rpartition("local-dir:")
-    return f"{kind}{mark}{Path(path).name}" if mark else name
 
 
 class Plan(Section):
@@ -84,13 +74,17 @@ class Plan(Section):
         Paths keep their last component; data.path is removed if data.name names the data set. Of `hub` only the licence remains, so that
         running the recipe again does not push to the same repository.
         """
-        path = None if self.data.path is None or self.data.name is not None else Path(self.data.path).name
+        path = shareable_path(self.data.path, self.data.name)
         common = {"data": self.data.model_copy(update={"path": path}), "hub": Hub(license=self.hub.license)}
         return self.model_copy(update=common | self._shareable_model()).dump()
 
     def _shareable_model(self) -> dict[str, Section]:
         """Sections that name a model, without folders of this machine."""
         raise NotImplementedError
+
+    @classmethod
+    def _drop_replaced(cls, values: dict[str, Any], overrides: Sequence[str]) -> None:
+        """Remove from the values of a recipe, in place, the keys that an override of another key replaces."""
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -120,7 +114,7 @@ class Plan(Section):
         values = read_yaml(text, where)
         for given in overrides:
             override(values, given)
-        remove_excluded(values, overrides)
+        cls._drop_replaced(values, overrides)
         if (kind := kind_of(values)) != cls.kind:
             mark = next(section for section in KINDS[kind] if section in values)
             raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")

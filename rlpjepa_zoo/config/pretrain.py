@@ -6,16 +6,20 @@ The section classes are the only source of defaults and descriptions. Derived va
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from ..core.source import ModelSource
 from ..errors import UsageError
 from ..objectives import OBJECTIVES
 from ..objectives.base import Options
 from .base import Section
 from .errors import explain
-from .plan import Plan, without_folder
+from .load import overrides_of
+from .plan import Plan
 from .sections import Data, Encoder, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
@@ -25,6 +29,11 @@ __all__ = ["Recipe"]
 DEFAULT_OBJECTIVE = "rectified_lpjepa"
 
 
+def _options_class(values: Mapping[str, Any]) -> type[Options]:
+    """The `Options` of the objective that a section names."""
+    return OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+
+
 def _objective_options(values: Any) -> Any:
     """Validate the section by the `Options` of the objective that `name` selects."""
     if isinstance(values, Options):
@@ -32,7 +41,7 @@ def _objective_options(values: Any) -> Any:
     if not isinstance(values, dict):
         raise ValueError(f"objective: got {values!r}, expected a valid dictionary")
     try:
-        options = OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+        options = _options_class(values)
     except UsageError as error:
         raise ValueError(f"objective.name: {error}") from error
     try:
@@ -72,6 +81,14 @@ class Recipe(Plan):
     probe: Probe = Probe()
     train: Train
     hub: Hub = Hub()
+
+    @classmethod
+    def _drop_replaced(cls, values: dict[str, Any], overrides: Sequence[str]) -> None:
+        if isinstance(target := values.get("target"), dict):
+            Target.drop_replaced(target, overrides_of("target", overrides))
+        if isinstance(objective := values.get("objective"), dict):
+            with contextlib.suppress(UsageError):  # an unknown objective is refused later
+                _options_class(objective).drop_replaced(objective, overrides_of("objective", overrides))
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -128,4 +145,5 @@ class Recipe(Plan):
         return self.probe.lr * self.train.batch_size / self.optim.reference_batch
 
     def _shareable_model(self) -> dict[str, Section]:
-        return {"encoder": self.encoder.model_copy(update={"backbone": without_folder(self.encoder.backbone)})}
+        backbone = ModelSource.parse(self.encoder.backbone, timm=True).shareable()
+        return {"encoder": self.encoder.model_copy(update={"backbone": backbone})}

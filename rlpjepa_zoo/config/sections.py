@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.source import shareable_path
 from ..errors import RecipeError, did_you_mean
 from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
 
@@ -90,9 +91,9 @@ class Data(Section):
 
     def label(self) -> str:
         """Name of the data set on cards."""
-        if self.path is None:
-            return self.name or self.source
-        return f"{self.name} (local copy)" if self.name else Path(self.path).name
+        if self.path is not None and self.name:
+            return f"{self.name} (local copy)"
+        return shareable_path(self.path, self.name) or self.name or self.source
 
 
 class Local(Section):
@@ -209,6 +210,13 @@ class Target(Section):
     """Expected fraction of non-zero values of z; mu is solved from it."""
     sigma: Literal["gn", "rgn"] | Positive = "gn"
     """Scale before rectification. gn: unit variance before rectification (default of the paper). rgn: unit variance after it. Or a number."""
+
+    @classmethod
+    def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:
+        """Remove mu if an override gives density, and the other way round; arguments as of `rlpjepa_zoo.objectives.base.Options.drop_replaced`."""
+        for key, other in (("mu", "density"), ("density", "mu")):
+            if key in overrides and other not in overrides:
+                values.pop(other, None)
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:

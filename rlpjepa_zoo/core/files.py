@@ -72,7 +72,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path in the same folder, which is renamed to `path` on success and removed on error.
 
     Raises:

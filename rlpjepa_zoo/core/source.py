@@ -57,6 +57,55 @@ class ModelSource:
             return cls(text, "hub", repo, revision or None, timm)
         return cls(text, "name", name, timm=timm)
 
+    @classmethod
+    def folder(cls, path: str | Path) -> ModelSource:
+        """Source of a folder; its text is ``local-dir:PATH``.
+
+        Example:
+            >>> ModelSource.folder("runs/digits").text
+            'local-dir:runs/digits'
+        """
+        return cls(f"local-dir:{path}", "folder", str(path))
+
+    @classmethod
+    def repository(cls, name: str, revision: str | None = None) -> ModelSource:
+        """Source of a repository on the Hub; its text is ``hf-hub:NAME@REVISION``.
+
+        Args:
+            name: ``owner/repo``, or ``owner/repo@revision``.
+            revision: branch, tag or commit, if `name` has none.
+
+        Example:
+            >>> ModelSource.repository("owner/repo", "v1").text, ModelSource.repository("owner/repo@v1").revision
+            ('hf-hub:owner/repo@v1', 'v1')
+        """
+        return cls.parse(f"hf-hub:{name}" + (f"@{revision}" if revision else ""), look_for_folders=False)
+
+    @property
+    def bare(self) -> str:
+        """The text without prefix, with the revision.
+
+        Example:
+            >>> ModelSource.parse("hf-hub:owner/repo@v1").bare, ModelSource.parse("local-dir:/data/run").bare
+            ('owner/repo@v1', '/data/run')
+        """
+        return f"{self.value}@{self.revision}" if self.revision else self.value
+
+    @property
+    def timm_name(self) -> str:
+        """Name that `timm.create_model` takes.
+
+        Example:
+            >>> ModelSource.parse("timm:resnet18").timm_name, ModelSource.parse("owner/repo@v1").timm_name
+            ('resnet18', 'hf-hub:owner/repo@v1')
+        """
+        return {"folder": "local-dir:", "hub": "hf-hub:", "name": ""}[self.kind] + self.bare
+
+    @property
+    def existing_folder(self) -> Path | None:
+        """The folder of an encoder or classifier of this package, if it exists; None for a timm model and for other kinds."""
+        return self.path if self.kind == "folder" and not self.timm and _exists(self.path, folder=True) else None
+
     @property
     def path(self) -> Path:
         """The folder, with ``~`` expanded.
@@ -69,11 +118,16 @@ class ModelSource:
         return _expand(self.value)
 
     @property
+    def has_prefix(self) -> bool:
+        """Whether the text says what it is: ``timm:``, ``hf-hub:`` or ``local-dir:``."""
+        return self.text.startswith(("timm:", "hf-hub:", "local-dir:"))
+
+    @property
     def is_local(self) -> bool:
         """Whether the text names a place on this machine: a folder, an existing file, or a path written as one."""
         if self.kind == "folder":
             return True
-        if self.timm or self.kind == "hub" and self.text.startswith("hf-hub:"):
+        if self.timm or self.kind == "hub" and self.has_prefix:
             return False
         return self.text.startswith(("/", "~", "./", "../")) or _exists(_expand(self.text))
 

@@ -277,10 +277,10 @@ def _finish(out: Path, manifest: dict[str, Any], feed: ImageRows) -> dict[str, A
         "columns": list(feed.columns),
     }  # fmt: skip
     if failures:
-        with files.whole_file(out / "failed.jsonl") as aside:
+        with files.atomic_file(out / "failed.jsonl") as aside:
             aside.write_text("".join(json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in failures))
     manifest = {**manifest, "made with": (read_manifest(out) or {}).get("made with"), "result": totals}
-    with files.whole_file(out / "README.md") as aside:
+    with files.atomic_file(out / "README.md") as aside:
         aside.write_text(card(manifest))
     write_json(out / "embeddings.json", manifest)
     return totals

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..core import package
+from ..core.source import ModelSource
 from ..errors import DataError, OutputError, UsageError, first_line
 from ..models.encoder import SparseEncoder
 from .parts import part_number, read_summary, write_json
@@ -35,10 +36,8 @@ def provenance(encoder: SparseEncoder, source: str, revision: str | None = None)
         revision: branch, tag or commit on the Hub.
     """
     config = encoder.config
-    kind, _, place = source.partition(":")
-    local = kind == "local-dir" or Path(source).is_dir()
     return {
-        "source": Path(place or source).resolve().name if local else source, "revision": revision, "fingerprint": encoder.fingerprint(),
+        "source": ModelSource.parse(source).label, "revision": revision, "fingerprint": encoder.fingerprint(),
         "architecture": config.architecture, "dim": config.dim, "preprocess": repr(config.preprocess),
         "dial": None if config.dial is None else config.dial.saved(),
     }  # fmt: skip

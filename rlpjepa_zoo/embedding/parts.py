@@ -37,7 +37,7 @@ def part_paths(out: Path) -> list[Path]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file completely or not at all."""
-    with files.whole_file(path) as aside:
+    with files.atomic_file(path) as aside:
         aside.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -81,7 +81,7 @@ def write_part(
     header = json.loads(table.schema.metadata[b"rlpjepa_zoo"]) | {"part": summary}
     info = {"info": {"features": _features(table.schema, columns)}}
     table = table.replace_schema_metadata({"rlpjepa_zoo": json.dumps(header), "huggingface": json.dumps(info)})
-    with files.whole_file(out / "data" / f"part-{number:06d}.parquet") as aside:
+    with files.atomic_file(out / "data" / f"part-{number:06d}.parquet") as aside:
         pq.write_table(table, aside, compression="zstd")
 
 

@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..core import rng
+from ..core.source import ModelSource
 from ..data.images import Images
 from ..errors import DataError, UsageError
 from ..models.encoder import SparseEncoder
@@ -177,8 +177,8 @@ def _other_encoder(name: str, encoder: SparseEncoder) -> tuple[SparseEncoder, tu
                 **config.model_args,
             )  # fmt: skip
         return fresh.to(encoder.device), ("z", "features")
-    if name.startswith("timm:"):  # its projector has fresh weights, so z is left out
-        return create_encoder(name.removeprefix("timm:"), dim=1, hidden_dim=1, pretrained=True).to(encoder.device), ("features",)
+    if ModelSource.parse(name).timm:  # its projector has fresh weights, so z is left out
+        return create_encoder(name, dim=1, hidden_dim=1, pretrained=True).to(encoder.device), ("features",)
     return load_encoder(name, device=str(encoder.device)), ("z", "features")
 
 
@@ -246,14 +246,6 @@ def with_results(info: dict[str, Any], report: dict[str, Any], data: str) -> dic
         return [rounded(v) for v in value] if isinstance(value, list) else round(value, 4) if isinstance(value, float) else value
 
     if "against" in report:
-        report = {**report, "against": {_public_name(name): entry for name, entry in report["against"].items()}}
+        report = {**report, "against": {ModelSource.parse(name).label: entry for name, entry in report["against"].items()}}
     density = {**info.get("density", {}), "eval": round(report["l0"], 4), "eval_images": f"test images of {data}"}
     return {**info, "results": rounded({**report, "data": data}), "density": density}
-
-
-def _public_name(name: str) -> str:
-    """Name of a compared encoder; of a local path only the last part, because a card is published."""
-    kind, _, path = name.rpartition("local-dir:")
-    if kind or name.startswith("local-dir:") or Path(name).expanduser().exists():
-        return kind + Path(path or name).name
-    return name

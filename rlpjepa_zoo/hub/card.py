@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.measures import measure_label, measures_of
+from ..core.source import ModelSource
 from ..errors import ModelError, UsageError
 from . import card_figures
 from .folder import snapshot_folder
@@ -202,13 +203,14 @@ def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
     density, results, training = info["density"] or {}, info["results"] or {}, info["training"] or {}
     asked, measured = density.get("asked"), density.get("eval")
     height, width = model.preprocess["size"]
+    source = ModelSource.parse(model.name, look_for_folders=False)
     best = {space: max(results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES) for space in _SPACES}
     return {
         "model": model, "info": info, "classifier": model.classifier, "name": model.name, "height": height, "width": width,
         "figures": figures, "front": _front_matter(model), "notes": str(info["notes"] or "").strip(),
         "data": model.info.get("data", "images"),
         "images": f" ({training['images']:,} images)" if isinstance(training.get("images"), int) else "",
-        "timm_name": model.name if model.name.startswith("local-dir:") else f"hf-hub:{model.name}",
+        "source": source, "timm_name": (source if source.kind == "folder" else ModelSource.repository(source.bare)).timm_name,
         "density": {key: density.get(key) for key in _Density.model_fields},
         "densities": ["-" if density.get(key) is None else f"{density[key]:.3f}" for key in ("asked", "theory", "train", "eval") if density],
         "missed": bool(asked and measured and not 0.67 < measured / asked < 1.5),
@@ -232,9 +234,9 @@ def _front_matter(model: Published) -> str:
     }  # fmt: skip
     data["tags"] = [tag for tag, given in tags.items() if given]
     if entry := _evaluation(model):
-        title = model.name.removeprefix("hf-hub:")
-        if "local-dir:" in model.name:
-            title = model.architecture if head is None else "classifier"
+        source = ModelSource.parse(model.name, look_for_folders=False)
+        unnamed = model.architecture if head is None else "classifier"
+        title = unnamed if source.kind == "folder" else source.bare
         data["model-index"] = [{"name": title, "results": [entry]}]
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 

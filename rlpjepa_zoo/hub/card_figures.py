@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
-INK, ACCENT, SECOND, SOFT = "#1b2a41", "#c8553d", "#2a7f9e", "#b8c4d0"
+__all__ = ["ACCENT", "INK", "SECOND", "SOFT", "accuracy", "draw_accuracy", "draw_training", "hide_spines", "new_figure", "training"]
 
+INK, ACCENT, SECOND, SOFT = "#1b2a41", "#c8553d", "#2a7f9e", "#b8c4d0"
 
 _MEASURES = {"linear": ("linear", ACCENT), "knn": ("kNN", INK), "one_shot": ("1-shot", SECOND)}
 
@@ -18,8 +19,8 @@ def training(history: list[dict[str, Any]], theory: float) -> bytes:
         history: rows with step and, where measured, l0 (training batches), excess (distance above its floor) and l0_eval.
         theory: density of the target law, drawn as a line.
     """
-    figure = _figure(7.2, 3.8)
-    _training(figure.add_subplot(), history, theory)
+    figure = new_figure(7.2, 3.8)
+    draw_training(figure.add_subplot(), history, theory)
     return _png(figure)
 
 
@@ -29,32 +30,35 @@ def accuracy(results: dict[str, Any]) -> bytes:
     Args:
         results: report of `rlpjepa_zoo.evaluation.evaluate` with its `curve`.
     """
-    figure = _figure(7.2, 3.8)
-    _curve(figure.add_subplot(), results)
+    figure = new_figure(7.2, 3.8)
+    draw_accuracy(figure.add_subplot(), results)
     return _png(figure)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty white figure, in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=130, facecolor="white")
 
 
-def _tidy(figure: Any) -> None:
+def hide_spines(figure: Any) -> None:
+    """Hide the upper and right borders of all axes; the right one stays where it carries the y label."""
     for axes in figure.axes:
         axes.spines["top"].set_visible(False)
         axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
 
 
 def _png(figure: Any) -> bytes:
-    _tidy(figure)
+    hide_spines(figure)
     figure.tight_layout()
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})  # equal figures have equal bytes
     return file.getvalue()
 
 
-def _training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
+def draw_training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
+    """Draw density of z and distance to the target over the steps; arguments as of `training`."""
     rows = [r for r in history if r.get("l0") is not None]
     axes.plot([r["step"] for r in rows], [r["l0"] for r in rows], color=ACCENT, lw=1.8, label="density of z, training")
     evaluated = [r for r in history if r.get("l0_eval") is not None]
@@ -77,7 +81,8 @@ def _training(axes: Any, history: list[dict[str, Any]], theory: float) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _curve(axes: Any, results: dict[str, Any]) -> None:
+def draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
+    """Draw accuracy of z against the number of largest values kept; arguments as of `accuracy`."""
     curve = results["curve"]
     for kind, (label, color) in _MEASURES.items():
         if not curve.get(kind):

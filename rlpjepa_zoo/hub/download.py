@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..core.files import sha256
-from ..core.source import is_repository
+from ..core.source import ModelSource, is_repository
 from ..errors import HubError, ModelError, UsageError, did_you_mean
 from . import zoo
 from .folder import find_folder, matches, read_folder
@@ -44,33 +44,31 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
         ModelError: ``local-dir:`` of a folder that does not exist, or a repository without a published model.
         HubError: the Hub refused or could not be reached.
     """
-    text = str(source)
-    folder = _folder(text.removeprefix("local-dir:"))
+    text, place = str(source), ModelSource.parse(source)
+    folder = _folder(place)
     if folder is not None and revision is not None:
         raise UsageError(f"'{text}' is a folder, which has no revision '{revision}'; leave it out, or write 'hf-hub:owner/repo'")
     if folder is not None:
         return folder
-    if text.startswith("local-dir:") or isinstance(source, Path):
-        raise ModelError(f"{text.removeprefix('local-dir:')}: no such folder")
-    repo, _, suffix = text.removeprefix("hf-hub:").partition("@")
-    if suffix and revision is not None and suffix != revision:
+    if place.kind == "folder" and not place.timm:
+        raise ModelError(f"{place.value}: no such folder")
+    if place.revision and revision is not None and place.revision != revision:
         raise UsageError(f"'{text}' and revision '{revision}': the revision is given twice; give one")
     if text in zoo.list_encoders():
         return _resolve_zoo_name(text, revision, token, cache_dir)
-    if not is_repository(repo):
+    if place.kind != "hub" or place.timm or not is_repository(place.value):
         names = zoo.list_encoders()
         raise UsageError(
             f"'{text}' is neither a folder, nor a name of the zoo ({', '.join(names) or 'empty'}), nor 'owner/repo'.{did_you_mean(text, names)}"
         )
-    return _encoder(repo, revision or suffix or None, token, cache_dir)
+    return _encoder(place.value, revision or place.revision, token, cache_dir)
 
 
-def _folder(text: str) -> Path | None:
-    """The published folder at a path; None if there is no folder."""
+def _folder(place: ModelSource) -> Path | None:
+    """The published folder of a source; None if there is no folder."""
     try:
-        path = Path(text).expanduser()
-        return find_folder(path) if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # name too long, no such user after ~, NUL
+        return None if place.existing_folder is None else find_folder(place.existing_folder)
+    except OSError:  # no permission to read the folder
         return None
 
 

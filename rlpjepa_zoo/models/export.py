@@ -76,7 +76,7 @@ def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False)
     format, state = EXPORT_FORMATS[path.suffix], encoder.state_dict()
     _check_weights(state)
     format.check(path, state)
-    with files.whole_file(path) as aside, torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with files.atomic_file(path) as aside, torch.no_grad(), torch.autocast("cpu", enabled=False):
         if path.exists() and not (overwrite and path.is_file()):
             raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
         aside.touch()  # a read-only folder fails here, before the minutes of tracing

@@ -16,6 +16,7 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
 from ..core.files import MAX_JSON, parse_json, tensor_shapes
+from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from ..hub.download import fetch
@@ -43,7 +44,7 @@ def create_encoder(
 
     Args:
         name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
-            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``.
+            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``. A prefix ``timm:`` is ignored.
         dim: D, width of the embedding, >= 1.
         hidden_dim: H, width of the projector's hidden layers, >= 1.
         pretrained: load timm's weights for the name.
@@ -63,7 +64,9 @@ def create_encoder(
     for argument, value in (("dim", dim), ("hidden_dim", hidden_dim), ("projector_depth", projector_depth)):
         if value < 1:
             raise UsageError(f"{argument}: expected >= 1, got {value}")
-    backbone = _backbone(name, pretrained, timm_kwargs)
+    source = ModelSource.parse(name, timm=True)
+    name = source.timm_name
+    backbone = _backbone(source, pretrained, timm_kwargs)
     features = int(backbone.head_hidden_size)
     try:
         preprocess = preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size"))
@@ -76,17 +79,18 @@ def create_encoder(
     return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
 
 
-def _backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
+def _backbone(source: ModelSource, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
     if timm_kwargs.get("in_chans", 3) != 3:
         raise ModelError(f"in_chans: images are RGB, so it must be 3, got {timm_kwargs['in_chans']!r}")
     if timm_kwargs.get("global_pool", "avg") in ("", None, False):
         raise ModelError("global_pool: the projector needs pooled features, so it must not be empty")
     if timm_kwargs.get("features_only"):
         raise ModelError("features_only gives feature maps; the projector needs pooled features, so leave it out")
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
+    name = source.timm_name
+    if source.kind == "name" and not timm.is_model(name.split(".")[0]):
         raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
     try:
-        timm_name, overlay = _locate_weights(name, pretrained, timm_kwargs)
+        timm_name, overlay = _locate_weights(source, pretrained, timm_kwargs)
         return timm.create_model(timm_name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **timm_kwargs)
     except ZooError:
         raise
@@ -95,19 +99,17 @@ def _backbone(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:
         raise ModelError(f"backbone '{name}' with {arguments[:200]}: {first_line(error)}") from error
 
 
-def _locate_weights(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+def _locate_weights(source: ModelSource, pretrained: bool, timm_kwargs: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     """The name to build, and an overlay of timm's configuration that points to weights in a local safetensors file, never a pickle."""
     files = [CONFIG, BACKBONE] if pretrained else [CONFIG]
-    if name.startswith("hf-hub:"):
-        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-        name = f"local-dir:{fetch(repo, files, revision or None)}"
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")).expanduser()
+    if source.kind != "name":
+        path = source.path if source.kind == "folder" else fetch(source.value, files, source.revision)
         for file in files:
             if not (path / file).is_file():
                 raise ModelError(f"{path}: no {file}" + ("; pickles are not read" if file.endswith(".safetensors") else ""))
         _validate_untrusted_config(path, pretrained, timm_kwargs)
-        return f"local-dir:{path}", None
+        return ModelSource.folder(path).timm_name, None
+    name = source.value
     if not pretrained:
         return name, None
     config = timm.models.get_pretrained_cfg(name)
@@ -118,8 +120,8 @@ def _locate_weights(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) ->
     file = config.hf_hub_filename or "pytorch_model.bin"
     safetensors = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
     file = safetensors.get(file) or re.sub(r"\.bin$", ".safetensors", file)
-    repo, _, revision = config.hf_hub_id.partition("@")
-    return name, {"file": str(fetch(repo, [file], revision or None) / file), "custom_load": False}
+    weights = ModelSource.repository(config.hf_hub_id)
+    return name, {"file": str(fetch(weights.value, [file], weights.revision) / file), "custom_load": False}
 
 
 def _validate_untrusted_config(path: Path, pretrained: bool, timm_kwargs: dict[str, Any]) -> None:

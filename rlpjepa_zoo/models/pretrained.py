@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core import rng
 from ..core.files import tensor_shapes
+from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, first_line
 from ..hub import zoo
@@ -120,8 +121,7 @@ def verify_entry(name: str, root: str | Path | None = None, online: bool = False
     entry = zoo.entry(name)
     if online and not (entry.get("repo") and entry.get("commit")):
         raise UsageError(f"{name} is not published yet, so there is nothing to check on the Hub; leave out --hub")
-    source = f"hf-hub:{entry['repo']}@{entry['commit']}" if online else name if root is None else f"local-dir:{Path(root) / name}"
-    path = resolve(source)
+    path = resolve(ModelSource.repository(entry["repo"], entry["commit"]).text if online else name if root is None else Path(root) / name)
     record = zoo.describe(path)
     differing = [key for key, value in record.items() if key not in ("repo", "commit") and entry.get(key) != value]
     if differing:

@@ -35,6 +35,15 @@ class Options(BaseModel):
             return values
         return {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()}
 
+    @classmethod
+    def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:
+        """Remove the keys that an override of another key replaces; by default none.
+
+        Args:
+            values: the section as text, with the overrides; changed in place.
+            overrides: values of the overridden keys of this section.
+        """
+
     def check_dim(self, dim: int) -> None:
         """Refuse options that do not fit an embedding width.
 

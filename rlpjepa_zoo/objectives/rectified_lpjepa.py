@@ -49,6 +49,18 @@ class RectifiedLpJEPAOptions(Options):
     chunk: Count | None = None
     """Directions per chunk: bounds memory, changes nothing else; null takes 128 for each thread of a CPU, 4096 elsewhere."""
 
+    @classmethod
+    def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:
+        if values.get("directions") == "paper" and "num_directions" in overrides and "directions" not in overrides:
+            values["directions"] = "random"  # the family of the paper, with another number
+        replaced = set()
+        if overrides.get("directions") == "paper":
+            replaced |= {"num_directions", "gradient_error"}
+        if overrides.get("num_directions", "auto") != "auto":
+            replaced |= {"gradient_error"}
+        for key in replaced - overrides.keys():
+            values.pop(key, None)
+
     @model_validator(mode="before")
     @classmethod
     def _paper(cls, values: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config.pretrain import Recipe
+from ..core.source import ModelSource
 from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import UsageError
 from ..evaluation.datasets import open_set
@@ -44,7 +45,7 @@ def run_demo(out: Path, density: float = 0.12, epochs: float = 50, progress: boo
     encoder = load_encoder(folder)
     digits = open_set("digits")
     report = evaluate(encoder, digits.train, digits.test, budgets="auto", shots=[1], seeds=1)
-    encoder.save_pretrained(folder, info=with_results(encoder.config.info, report, "digits"), name=f"local-dir:{folder}")
+    encoder.save_pretrained(folder, info=with_results(encoder.config.info, report, "digits"), name=ModelSource.folder(folder).text)
     embeddings = encoder.embed(digits.test)
     file = embeddings.save(out / "test-embeddings.safetensors")
     reloaded = SparseEmbeddings.load(file)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.images import Images
 from ..distributions import RectifiedGeneralizedGaussian
 from ..evaluation.diagnostics import selective_units
-from ..hub.card_figures import INK, SECOND, SOFT, _curve, _figure, _tidy, _training
+from ..hub.card_figures import INK, SECOND, SOFT, draw_accuracy, draw_training, hide_spines, new_figure
 
 
 def overview(
@@ -33,14 +33,14 @@ def overview(
     Returns:
         The path.
     """
-    figure = _figure(13, 7.8)
+    figure = new_figure(13, 7.8)
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.92), hspace=0.4, wspace=0.42, left=0.05, right=0.985, top=0.885, bottom=0.02)
     figure.suptitle(title, x=0.05, ha="left", fontsize=14, color=INK, fontweight="bold")
-    _training(figure.add_subplot(grid[0, 0]), history, float(law.l0))
+    draw_training(figure.add_subplot(grid[0, 0]), history, float(law.l0))
     _law(figure.add_subplot(grid[0, 1]), law, z)
-    _curve(figure.add_subplot(grid[0, 2]), results)
+    draw_accuracy(figure.add_subplot(grid[0, 2]), results)
     _units(figure, grid[1, :], z, images)
-    _tidy(figure)
+    hide_spines(figure)
     figure.savefig(path)
     return Path(path)
 

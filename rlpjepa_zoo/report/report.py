@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..config.pretrain import Recipe
-from ..core.files import whole_file
+from ..core.files import atomic_file
 from ..core.rng import generator
 from ..data.images import Images
 from ..data.sources import open_source
@@ -88,7 +88,7 @@ def write_report(
         sections += [rates_section(sample, figures), neighbours_section(sample), units_section(sample)]
     command = shlex.join(["rlpjepa", "report", str(run), *overrides, *(["--images", str(images)] if images != 2000 else [])])
     text = render(header(files, sample, missing, figures), sections, origin(files, sample, command))
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(text, "utf-8")
     return {"page": str(path), **figures, "missing": missing or None}
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..core.files import whole_file
+from ..core.files import atomic_file
 from ..errors import DataError, ModelError, UsageError, first_line
 
 __all__ = ["Arrays", "Values", "arrow_table", "index_dtype", "number_array", "part_files", "read", "write"]
@@ -125,7 +125,7 @@ def write(rows: Arrays, path: Path, values: Values) -> None:
         raise UsageError(f"{path}: scipy would read uint8 values as they are; use float16, or .parquet or .safetensors")
     writers = {".safetensors": _write_safetensors, ".npz": _write_npz, ".parquet": _write_parquet}
     encoded = _encode(rows, values)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         writers[path.suffix](temporary, rows, encoded, values)
 
 

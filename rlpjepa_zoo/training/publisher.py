@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.training_sections import Hub
+from ..core.source import ModelSource
 from ..errors import ModelError
 from ..hub import card
 from ..hub.folder import read_folder, write_folder
@@ -34,7 +35,7 @@ class Publisher:
     def __init__(self, out: Path, name: str, options: Hub, recipe: str) -> None:
         self.out, self.name, self.options, self.recipe = out, name, options, recipe
         self.path = out / name
-        self.title = options.repo or f"local-dir:{self.path}"
+        self.title = options.repo or ModelSource.folder(self.path).text
         self.pusher = Background(self._push) if options.repo is not None else None
 
     def write(self, model: Any, info: dict[str, Any], step: int, total: int, again: bool = False) -> None:
@@ -54,7 +55,7 @@ class Publisher:
 
     def copy_as(self, name: str, note: str) -> None:
         """Copy the published folder within the run directory; the card of the copy says by `note` how it was chosen."""
-        write_folder(self.out / name, card.rewritten(self.path, f"local-dir:{self.out / name}", chosen=note))
+        write_folder(self.out / name, card.rewritten(self.path, ModelSource.folder(self.out / name).text, chosen=note))
 
     def finish(self) -> None:
         """Wait for the last push; if it does not finish in time, log the command that sends it."""

@@ -120,7 +120,7 @@ class RunLog:
         Raises:
             OutputError: it cannot be written.
         """
-        with files.whole_file(self.out / "summary.json") as aside:
+        with files.atomic_file(self.out / "summary.json") as aside:
             aside.write_text(json.dumps(values, indent=1) + "\n")
 
     def warn_once(self, sentence: str) -> None:

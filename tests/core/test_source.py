@@ -51,6 +51,40 @@ def test_existing_folder_comes_before_repository_and_name(tmp_path: Path, monkey
     assert ModelSource.parse("timm:owner").kind == ModelSource.parse("owner", timm=True).kind == "name"
 
 
+@pytest.mark.parametrize(
+    ("text", "bare", "timm_name", "has_prefix"),
+    [
+        ("owner/repo@v1", "owner/repo@v1", "hf-hub:owner/repo@v1", False),
+        ("hf-hub:owner/repo@", "owner/repo", "hf-hub:owner/repo", True),
+        ("timm:hf-hub:owner/repo@v1", "owner/repo@v1", "hf-hub:owner/repo@v1", True),
+        ("timm:local-dir:~/vit", "~/vit", "local-dir:~/vit", True),
+        ("local-dir:/data/run", "/data/run", "local-dir:/data/run", True),
+        ("timm:resnet18.a1_in1k", "resnet18.a1_in1k", "resnet18.a1_in1k", True),
+        ("cifar10-vit", "cifar10-vit", "cifar10-vit", False),
+    ],
+)
+def test_source_gives_bare_and_timm_name(text: str, bare: str, timm_name: str, has_prefix: bool) -> None:
+    source = ModelSource.parse(text)
+    assert (source.bare, source.timm_name, source.has_prefix) == (bare, timm_name, has_prefix)
+
+
+def test_constructed_source_equals_its_parsed_text(tmp_path: Path) -> None:
+    for source in (
+        ModelSource.folder(tmp_path),
+        ModelSource.folder("a@b"),
+        ModelSource.repository("a/b"),
+        ModelSource.repository("a/b", "v1"),
+    ):
+        assert ModelSource.parse(source.text) == source
+    assert ModelSource.repository("a/b@v1") == ModelSource.repository("a/b", "v1")
+
+
+def test_existing_folder_is_one_of_this_package(tmp_path: Path) -> None:
+    assert ModelSource.parse(f"local-dir:{tmp_path}").existing_folder == ModelSource.parse(str(tmp_path)).existing_folder == tmp_path
+    for text in (f"local-dir:{tmp_path}/gone", f"timm:local-dir:{tmp_path}", "owner/repo", "resnet18", "local-dir:a\0b"):
+        assert ModelSource.parse(text).existing_folder is None
+
+
 def test_path_object_is_always_a_folder() -> None:
     assert ModelSource.parse(Path("owner/repo")).kind == "folder"
     assert ModelSource.parse(Path("owner/repo")).path == Path("owner/repo")

@@ -120,7 +120,7 @@ def raw() -> list[dict[str, Any]]:
 def test_stopped_run_continues_and_ends_byte_equal(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enc = settled()
     extract(enc, open_images(photos), tmp_path / "unbroken", HOW)
-    write = files.whole_file
+    write = files.atomic_file
     for stop in range(1, 8):
         out, seen = tmp_path / f"out{stop}", [0]
 
@@ -131,7 +131,7 @@ def test_stopped_run_continues_and_ends_byte_equal(photos: Path, tmp_path: Path,
             return write(path)
 
         with monkeypatch.context() as patch:
-            patch.setattr("rlpjepa_zoo.core.files.whole_file", failing)
+            patch.setattr("rlpjepa_zoo.core.files.atomic_file", failing)
             with pytest.raises(KeyboardInterrupt):
                 extract(enc, open_images(photos), out, HOW)
         before = {name: (out / name).stat().st_mtime_ns for name in contents(out) if "part-" in name}

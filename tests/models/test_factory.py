@@ -51,6 +51,17 @@ def test_config_larger_than_its_files_is_refused_at_once(tmp_path, contents, nam
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("name", ["hf_hub:owner/repo", "file:model", "owner/repo", "timm:owner/repo"])
+def test_name_with_another_prefix_is_no_timm_model(name):
+    with refused(ModelError, match="is not a timm model"):
+        rz.create_encoder(name, dim=8)
+
+
+def test_timm_prefix_of_a_backbone_is_ignored():
+    config = rz.create_encoder("timm:test_resnet", dim=8, hidden_dim=8).config
+    assert config == rz.create_encoder("test_resnet", dim=8, hidden_dim=8).config
+
+
 @pytest.mark.slow
 def test_every_timm_architecture_builds_without_memory():
     failed = []

@@ -63,7 +63,7 @@ def start_encoder(start: Start, seed: int) -> SparseEncoder:
         )
     with rng.seeded(seed, "init"):
         if start.of_timm:
-            return create_encoder(start.source.removeprefix("timm:"), 1, 1, not start.random, projector_depth=1, **start.args)
+            return create_encoder(start.source, 1, 1, not start.random, projector_depth=1, **start.args)
         encoder = load_encoder(start.source, start.revision)
         config = encoder.config
         return encoder if not start.random else create_encoder(

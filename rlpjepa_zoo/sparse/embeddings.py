@@ -246,7 +246,9 @@ class SparseEmbeddings:
         """`scipy.sparse.csr_array`, float32, which scikit-learn accepts."""
         from scipy.sparse import csr_array
 
-        rows = self.indptr.astype(np.int32) if self.nnz < 2**31 else self.indptr  # many scikit-learn functions take 32-bit indices only
+        rows = (
+            self.indptr.astype(np.int32) if self.nnz < io.INT32_LIMIT else self.indptr
+        )  # many scikit-learn functions take 32-bit indices only
         return csr_array((self.values, self.indices, rows), shape=self.shape)
 
     def to_torch(self, layout: Literal["csr", "coo"] = "csr") -> Any:

@@ -19,6 +19,8 @@ __all__ = ["Arrays", "Values", "arrow_table", "index_dtype", "number_array", "pa
 FORMAT = "rlpjepa_zoo.sparse/1"
 QUANTISED_FORMAT = "rlpjepa_zoo.sparse/2"
 """Format of files with uint8 values; readers of the first format would take them for the values themselves."""
+INT32_LIMIT = 2**31
+"""From this number of entries on, row starts are 64-bit integers."""
 SUFFIXES = (".safetensors", ".npz", ".parquet")
 HEADER = "rlpjepa_zoo"
 """Key of the header in safetensors and parquet metadata."""
@@ -106,7 +108,7 @@ def arrow_table(rows: Arrays, values: Values) -> Any:
         raise DataError("an id is not valid UTF-8 text, which Arrow and Parquet need; save as .npz or .safetensors") from error
     except OverflowError as error:
         raise DataError("an id is above 2^63 - 1, which Arrow and Parquet do not hold; use text") from error
-    small = len(rows.values) < 2**31
+    small = len(rows.values) < INT32_LIMIT
     lists = pa.ListArray if small else pa.LargeListArray
     offsets = pa.array(rows.indptr.astype(np.int32) if small else rows.indptr)
     columns = {name: pa.array(array) for name, array in _encode(rows, values).items()}

@@ -10,19 +10,19 @@ from runs import of_folder, rows, stop_after, tiny
 
 from rlpjepa_zoo.errors import StoppedBySignal
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.training.tasks import pretrain
+from rlpjepa_zoo.objectives import rectified_lpjepa
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
 from rlpjepa_zoo.training.tasks.pretrain import train
 
 
 def test_resumed_run_keeps_its_number_of_directions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, auto = tmp_path / "run", tiny("objective.num_directions=auto")
-    monkeypatch.setattr(pretrain, "directions_needed", lambda *args: 64)
+    monkeypatch.setattr(rectified_lpjepa, "directions_needed", lambda *args: 64)
     with monkeypatch.context() as patch:
         stop_after(patch, 8)
         with pytest.raises(StoppedBySignal):
             train(auto, run, progress=False)
-    monkeypatch.setattr(pretrain, "directions_needed", lambda *args: 32)  # another processor may choose another number
+    monkeypatch.setattr(rectified_lpjepa, "directions_needed", lambda *args: 32)  # another processor may choose another number
     train(tiny("objective.num_directions=auto", "objective.chunk=1"), run, resume=True, progress=False)
     train(tiny(), tmp_path / "unbroken", progress=False)
     losses, wanted = ([row["loss"] for row in rows(folder) if row["kind"] == "train"] for folder in (run, tmp_path / "unbroken"))

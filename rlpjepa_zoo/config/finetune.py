@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import RecipeError
-from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
+from .base import Count, Finite, NonNegative, OneOf, Positive, Probability, Section, parse_scalars
 from .load import read_text, read_yaml
 from .plan import Plan, kind_of, without_folder
 from .pretrain import Recipe
 from .sections import Data, Views
-from .training_sections import Hub, Optim, Train
+from .training_sections import OPTIMIZER_KEYS, Hub, Optim, Train
 
 __all__ = ["Lora", "Start", "TuningRecipe", "load_any"]
 
@@ -140,7 +140,7 @@ class ClassifierOptions(Section):
 class TuningOptim(Optim):
     """Optimiser and learning-rate schedule: linear warm-up, then cosine decay."""
 
-    name: Literal["adamw", "sgd"] = "adamw"  # type: ignore[assignment]
+    name: Annotated[str, OneOf(OPTIMIZER_KEYS, without={"lars"})] = "adamw"
     """Optimiser: AdamW, or SGD with momentum."""
     weight_decay: NonNegative = 0.05
     """Weight decay of the optimiser."""

@@ -67,13 +67,7 @@ def test_python_blocks_run(photos: Path, page: str, heading: str, text: str) -> 
         exec(compile(block, f"{page}, {heading}", "exec"), namespace)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(text, id=heading, marks=[pytest.mark.xfail(reason="a draft", strict=True)] if "<!-- draft" in text else [])
-        for _, heading, text in IN_A_PROCESS_OF_THEIR_OWN
-    ],
-)
+@pytest.mark.parametrize("text", [pytest.param(text, id=heading) for _, heading, text in IN_A_PROCESS_OF_THEIR_OWN])
 def test_examples_of_extending_run(tmp_path: Path, text: str) -> None:
     (tmp_path / "example.py").write_text("import torch\n\ntorch.set_num_threads(1)\n" + "\n".join(blocks(text, "python")))
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240)

@@ -17,9 +17,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rlpjepa_zoo.config.base import OneOf
 from rlpjepa_zoo.config.finetune import TuningRecipe, load_any
 from rlpjepa_zoo.config.load import find_recipe, list_recipes
 from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.objectives import OBJECTIVES
 
 PAGE = Path(__file__).parent.parent / "docs/recipes.md"
 INTRODUCTION = """# Recipes
@@ -46,6 +48,11 @@ TYPES: dict[Any, str] = {bool: "true, false", int: "whole number", float: "numbe
 def first_comment(name: str) -> str:
     """Return the first comment line of a shipped recipe."""
     return find_recipe(name).read_text().splitlines()[0].removeprefix("# ")
+
+
+def field_sections(key: str, field: FieldInfo) -> list[type[BaseModel]]:
+    """Return the section classes of a field: for `objective` those of all registered objectives, else those in its type."""
+    return [OBJECTIVES[name].Options for name in OBJECTIVES] if key == "objective" else sections(field.annotation)
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
@@ -94,19 +101,20 @@ def describe_default(field: FieldInfo) -> str:
 
 def row(key: str, field: FieldInfo) -> str:
     meaning = " ".join((field.description or "").split())
-    cells = [f"`{key}`", describe_type(field.annotation), describe_default(field), describe_range(field), meaning]
+    choices = [f"`{name}`" for item in field.metadata if isinstance(item, OneOf) for name in item.names()]
+    cells = [f"`{key}`", ", ".join(choices) or describe_type(field.annotation), describe_default(field), describe_range(field), meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def tables(title: str, recipe: type[BaseModel], base: type[BaseModel] | None = None) -> Iterator[str]:
     """Yield a table for the top level and for each section; with `base`, only the keys that differ from the sections of `base`."""
-    top = {key: field for key, field in recipe.model_fields.items() if not sections(field.annotation)}
+    top = {key: field for key, field in recipe.model_fields.items() if not field_sections(key, field)}
     if base is None:
         yield f"### {title}: top level\n\n" + HEADER + "".join(row(key, field) for key, field in top.items())
     for key, field in recipe.model_fields.items():
-        kinds = sections(field.annotation)
+        kinds = field_sections(key, field)
         for section in kinds:
-            name = f" with `name: {section.model_fields['name'].default}`" if len(kinds) > 1 else ""
+            name = f" with `name: {section.model_fields['name'].default}`" if key == "objective" or len(kinds) > 1 else ""
             yield from section_tables(
                 title, key, section, sections(base.model_fields[key].annotation) if base and key in base.model_fields else [], name
             )

@@ -32,7 +32,7 @@ def demo(
 
 
 def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Validate a recipe and print it in full, with its expected density and number of parameters. Trains nothing."""
+    """Validate a recipe and print it in full, with the density of its target and the number of parameters. Trains nothing."""
     from ..config.finetune import TuningRecipe, load_any
 
     resolved = load_any(recipe, overrides or [])
@@ -101,7 +101,6 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
     from ..training.tasks.encoders import build_encoder, preprocessing_warnings
     from ..training.tasks.pretrain import build_objective
 
-    mu, sigma = recipe.target.law()
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
     with torch.device("meta"):
         encoder = build_encoder(without_weights)
@@ -112,9 +111,12 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
             raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
     for sentence in preprocessing_warnings(recipe, encoder):
         logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
-    return {
-        "target": f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}",
-        "expected density": recipe.target.density_in_theory(),
+    facts: dict[str, Any] = {}
+    if recipe.target is not None:
+        mu, sigma = recipe.target.law()
+        facts["target"] = f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}"
+        facts["expected density"] = recipe.target.density_in_theory()
+    return facts | {
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-__all__ = ["Count", "Finite", "NonNegative", "Positive", "Probability", "Section", "parse_scalars"]
+from ..errors import did_you_mean
+
+__all__ = ["Count", "Finite", "NonNegative", "OneOf", "Positive", "Probability", "Section", "parse_scalars"]
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,6 +33,31 @@ def parse_scalars(value: Any) -> Any:
         except (yaml.YAMLError, ValueError, RecursionError):
             return value
     return value
+
+
+class OneOf:
+    """Annotation of a text field whose value must be a key of a table. The table is read at validation, so rows can be added.
+
+    Args:
+        table: the values by name.
+        without: keys that this field does not accept.
+    """
+
+    def __init__(self, table: Mapping[str, Any], without: Collection[str] = ()) -> None:
+        self.table, self.without = table, without
+
+    def names(self) -> list[str]:
+        """Accepted values."""
+        return [name for name in self.table if name not in self.without]
+
+    def _check(self, value: str) -> str:
+        if value not in self.names():
+            expected = f"one of {', '.join(self.names())}.{did_you_mean(value, self.names())}"
+            raise PydanticCustomError("one_of", "{expected}", {"expected": expected.rstrip(".")})
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
 
 
 class Section(BaseModel):

@@ -11,12 +11,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.source import ModelSource
 from ..errors import RecipeError
-from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
+from .base import Count, Finite, NonNegative, OneOf, Positive, Probability, Section, parse_scalars
 from .load import read_text, read_yaml
 from .plan import Plan, kind_of
 from .pretrain import Recipe
 from .sections import Data, Views
-from .training_sections import Hub, Optim, Train
+from .training_sections import OPTIMIZER_KEYS, Hub, Optim, Train
 
 __all__ = ["Lora", "Start", "TuningRecipe", "load_any"]
 
@@ -138,7 +138,7 @@ class ClassifierOptions(Section):
 class TuningOptim(Optim):
     """Optimiser and learning-rate schedule: linear warm-up, then cosine decay."""
 
-    name: Literal["adamw", "sgd"] = "adamw"  # type: ignore[assignment]
+    name: Annotated[str, OneOf(OPTIMIZER_KEYS, without={"lars"})] = "adamw"
     """Optimiser: AdamW, or SGD with momentum."""
     weight_decay: NonNegative = 0.05
     """Weight decay of the optimiser."""

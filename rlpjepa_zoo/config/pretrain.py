@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
@@ -23,10 +23,10 @@ from .plan import Plan
 from .sections import Data, Encoder, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
-__all__ = ["Recipe"]
-
+__all__ = ["DEFAULT_OBJECTIVE", "Recipe"]
 
 DEFAULT_OBJECTIVE = "rectified_lpjepa"
+"""Objective of a recipe that names none."""
 
 
 def _options_class(values: Mapping[str, Any]) -> type[Options]:
@@ -72,11 +72,10 @@ class Recipe(Plan):
     data: Data
     views: Views = Views()
     encoder: Encoder
-    if TYPE_CHECKING:
-        target: Target
-    else:
-        target: Target | None = None  # an objective says whether it needs one; those registered today do
+    target: Target | None = None
+    """Target distribution of z; needed if and only if the objective has one."""
     objective: Objective = Field(default_factory=dict, validate_default=True)
+    """Training objective: `name` selects it, and the other keys are its options."""
     optim: Optim
     probe: Probe = Probe()
     train: Train
@@ -106,13 +105,15 @@ class Recipe(Plan):
 
     def _check_objective(self) -> None:
         """Check that the target is given if and only if the objective needs it, and the objective's options for the embedding width."""
-        name, needs_target = self.objective.name, OBJECTIVES[self.objective.name].needs_target
-        if needs_target and not self.target:
+        name, objective = self.objective.name, OBJECTIVES[self.objective.name]
+        if objective.needs_target and self.target is None:
             raise ValueError(f"target: missing; objective {name} needs one")
-        if self.target and not needs_target:
+        if self.target is not None and not objective.needs_target:
             raise ValueError(f"target: has no meaning for objective {name}; remove it")
-        if needs_target:
+        if self.target is not None:
             self.target.law()
+        if self.train.best == "excess" and "excess" not in objective.monitored:
+            raise ValueError(f"train.best: objective {name} does not measure excess; choose knn_z or knn_features, or set it to null")
         try:
             self.objective.check_dim(self.encoder.dim)
         except ValueError as error:

@@ -1,17 +1,20 @@
-"""Recipe sections for images, views, encoder, target and objective: every key with its type, default and meaning."""
+"""Recipe sections for images, views, encoder and target: every key with its type, default and meaning."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.source import shareable_path
-from ..errors import RecipeError, did_you_mean
-from .base import Count, Finite, NonNegative, Positive, Probability, Section, parse_scalars
+from ..errors import RecipeError
+from .base import Count, Finite, NonNegative, OneOf, Positive, Probability, Section, parse_scalars
 
-__all__ = ["Data", "Encoder", "Local", "Target", "Views"]
+if TYPE_CHECKING:
+    from ..distributions import RectifiedGeneralizedGaussian
+
+__all__ = ["SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
 
 
 SOURCE_KEYS: dict[str, set[str]] = {
@@ -28,7 +31,7 @@ SOURCE_KEYS: dict[str, set[str]] = {
 class Data(Section):
     """Images, labels and preprocessing."""
 
-    source: str
+    source: Annotated[str, OneOf(SOURCE_KEYS)]
     """Where the images come from: digits (scikit-learn, no download), a torchvision data set, a folder of images, a Hugging Face data set (hf),
     local parquet files, or tar files (webdataset)."""
     name: str | None = None
@@ -70,9 +73,6 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.source not in SOURCE_KEYS:
-            hint = did_you_mean(self.source, SOURCE_KEYS) or f" Expected one of {', '.join(SOURCE_KEYS)}."
-            raise ValueError(f"data.source: got '{self.source}'.{hint}")
         others = set().union(*SOURCE_KEYS.values()) - SOURCE_KEYS[self.source]
         changed = {k for k in others if getattr(self, k) != type(self).model_fields[k].default}
         if changed:
@@ -200,7 +200,8 @@ class Encoder(Section):
 
 
 class Target(Section):
-    """Target distribution of z: the rectified generalized Gaussian RGN_p(mu, sigma). Give mu or density."""
+    """Target distribution of z: the rectified generalized Gaussian RGN_p(mu, sigma). Give mu or density. Needed if and only if the objective
+    has a target."""
 
     p: Positive = 1.0
     """Shape of the generalized Gaussian: 1 is Laplace, 2 is Gaussian."""
@@ -242,6 +243,13 @@ class Target(Section):
             return mu, sigma_rgn(self.p, mu)
         except ValueError as error:
             raise RecipeError(f"target: {error}") from error
+
+    def distribution(self) -> RectifiedGeneralizedGaussian:
+        """Return the law of one coordinate of z."""
+        from ..distributions import RectifiedGeneralizedGaussian
+
+        mu, sigma = self.law()
+        return RectifiedGeneralizedGaussian(mu, sigma, self.p)
 
     def density_in_theory(self) -> float:
         """Return P(Y > 0) of the target."""

@@ -7,15 +7,23 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ..core.source import is_repository
-from .base import Count, NonNegative, Positive, Probability, Section
+from .base import Count, NonNegative, OneOf, Positive, Probability, Section
 
-__all__ = ["Hub", "Optim", "Probe", "Train"]
+__all__ = ["OPTIMIZER_KEYS", "Hub", "Optim", "Probe", "Train"]
+
+
+OPTIMIZER_KEYS: dict[str, set[str]] = {
+    "adamw": {"betas", "decay_bias_and_norm"},
+    "lars": {"momentum", "trust_coefficient"},
+    "sgd": {"momentum", "decay_bias_and_norm"},
+}
+"""Values of `optim.name`, and the keys of the section that not every optimiser uses; `rlpjepa_zoo.training.optim` builds them."""
 
 
 class Optim(Section):
     """Optimiser and learning-rate schedule: linear warm-up, then cosine decay."""
 
-    name: Literal["adamw", "lars"] = "adamw"
+    name: Annotated[str, OneOf(OPTIMIZER_KEYS, without={"sgd"})] = "adamw"
     """Optimiser: AdamW, or LARS as in the code of the paper."""
     lr: Annotated[float, Field(gt=0, le=1e6)]
     """Peak learning rate at a batch of reference_batch; the rate used is lr * train.batch_size / reference_batch."""
@@ -44,12 +52,7 @@ class Optim(Section):
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        others = {
-            "adamw": ("momentum", "trust_coefficient"),
-            "lars": ("betas", "decay_bias_and_norm"),
-            "sgd": ("betas", "trust_coefficient"),
-        }[self.name]
-        for name in others:
+        for name in sorted(set().union(*OPTIMIZER_KEYS.values()) - OPTIMIZER_KEYS[self.name]):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"optim.{name}: has no meaning for {self.name}; remove it")
         return self

@@ -230,7 +230,7 @@ def _front_matter(model: Published) -> str:
     sparse = model.projector is not None
     tags = {
         "timm": not model.needs_package and not (head is not None and sparse), "rlpjepa_zoo": True, "sparse": sparse,
-        "self-supervised": head is None, task: True, "arxiv:2602.01456": head is None and bool(info.get("target")),
+        "self-supervised": head is None, task: True, "arxiv:2602.01456": head is None and bool(info.get("target")) and not info.get("method"),
     }  # fmt: skip
     data["tags"] = [tag for tag, given in tags.items() if given]
     if entry := _evaluation(model):

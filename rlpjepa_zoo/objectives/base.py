@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 class Options(BaseModel):
     """The section `objective` of a recipe: frozen, and unknown keys are refused. Each objective has a subclass with its own keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
     name: str
     """Name of the objective, see `rlpjepa_zoo.list_objectives`."""
@@ -68,7 +68,9 @@ class Objective(ABC):
     Options: ClassVar[type[Options]]
     """Keys of the recipe's section `objective` for this objective."""
     needs_target: ClassVar[bool] = False
-    """Whether the recipe must have a section `target`."""
+    """Whether the recipe must have a section `target`. If not, it must have none."""
+    monitored: ClassVar[tuple[str, ...]] = ()
+    """Names of the numbers that `monitor` returns for a run. `train.best` can name `excess` if it is one of them."""
 
     @classmethod
     @abstractmethod

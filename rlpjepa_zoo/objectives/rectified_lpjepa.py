@@ -32,22 +32,25 @@ PAPER_ERROR = 0.45
 
 
 class RectifiedLpJEPAOptions(Options):
-    """Weights and directions of the loss."""
+    """Rectified LpJEPA: weights of its two terms, and directions of the sliced distance."""
 
     name: Literal["rectified_lpjepa"] = "rectified_lpjepa"
+    """Name of the objective: Rectified LpJEPA."""
     invariance: NonNegative = 25.0
-    """Weight of the squared difference between views."""
+    """Weight of the invariance term: mean squared difference between views."""
     matching: NonNegative = 125.0
-    """Weight of the mean over views of the sliced distance."""
+    """Weight of the matching term: sliced distance between z and the target, mean over views."""
     directions: str = "hadamard"
-    """random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random; paper for the paper's 8192 random ones."""
+    """Family of directions: random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random. paper: the 8192 random
+    directions of the paper."""
     num_directions: Count | Literal["auto"] = "auto"
-    """auto: the fewest that keep the gradient within `gradient_error`; for random, orthogonal and hadamard."""
+    """Number of directions. auto: the fewest that keep the relative error of the gradient within gradient_error; only for random, orthogonal
+    and hadamard."""
     gradient_error: Positive | None = None
-    """Relative error of the gradient from finitely many directions, where embeddings are a sample of the target. For auto; null takes 0.45,
-    the error of 8192 random directions at a batch of 256 and a width of 512."""
+    """num_directions: auto only: relative error of the gradient that the directions cause, for embeddings that are a sample of the target.
+    Null means 0.45, the error of 8192 random directions at a batch of 256 and a dimension of 512."""
     chunk: Count | None = None
-    """Directions per chunk: bounds memory, changes nothing else; null takes 128 for each thread of a CPU, 4096 elsewhere."""
+    """Directions processed at once: limits memory and changes no result. Null: 128 per thread on a CPU, 4096 on other devices."""
 
     @classmethod
     def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:
@@ -116,6 +119,7 @@ class RectifiedLpJEPALoss(Objective):
 
     Options = RectifiedLpJEPAOptions
     needs_target = True
+    monitored = ("floor", "excess")
 
     def __init__(
         self,

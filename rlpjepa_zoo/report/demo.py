@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..config.pretrain import Recipe
+from ..config.sections import Target
 from ..core.source import ModelSource
-from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import UsageError
 from ..evaluation.datasets import open_set
 from ..evaluation.evaluate import evaluate, with_results
@@ -50,16 +50,15 @@ def run_demo(out: Path, density: float = 0.12, epochs: float = 50, progress: boo
     file = embeddings.save(out / "test-embeddings.safetensors")
     reloaded = SparseEmbeddings.load(file)
 
-    mu, sigma = recipe.target.law()
-    law = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+    target = cast(Target, recipe.target)  # the recipe digits has one
     picture = overview(
-        out / "overview.png", encoder.config.info["history"], law, torch.from_numpy(embeddings.to_dense()), digits.test, report,
+        out / "overview.png", encoder.config.info["history"], target.distribution(), torch.from_numpy(embeddings.to_dense()), digits.test, report,
         f"Rectified LpJEPA on 1437 digits without labels: {embeddings.dim} dimensions, {embeddings.l0:.1%} active",
     )  # fmt: skip
 
     n, dim = embeddings.shape
     results = {
-        "asked": density, "theory": recipe.target.density_in_theory(), "measured": embeddings.l0,
+        "asked": density, "theory": target.density_in_theory(), "measured": embeddings.l0,
         **{k: v for k, v in report.items() if not isinstance(v, str | dict)}, "encoder": str(folder), "embeddings": str(file), "picture": str(picture),
         "bytes_sparse": file.stat().st_size, "bytes_dense": 4 * n * dim, "reloaded_equal": reloaded == embeddings, "seconds": time.monotonic() - started,
     }  # fmt: skip

@@ -21,7 +21,6 @@ from ..core.files import atomic_file
 from ..core.rng import generator
 from ..data.images import Images
 from ..data.sources import open_source
-from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
 from ..evaluation.intervals import mean_interval
 from ..evaluation.metrics import alarms
@@ -80,8 +79,8 @@ def write_report(
     except (DataError, HubError, ModelError, NonFiniteError) as error:
         missing = str(error)
         log.warning("%s; the report holds the curves only", missing)
-    law = _target_law(files.recipe)
-    figures = _figures(files, sample, law)
+    law = None if files.recipe.target is None else files.recipe.target.distribution()
+    figures = _figures(files, sample)
     sections = [training_section(files, figures)]
     if sample is not None:
         sections += [law_section(sample, law, figures)] if law is not None else []
@@ -91,15 +90,6 @@ def write_report(
     with atomic_file(path) as aside:
         aside.write_text(text, "utf-8")
     return {"page": str(path), **figures, "missing": missing or None}
-
-
-def _target_law(recipe: Recipe) -> RectifiedGeneralizedGaussian | None:
-    """Law that the objective asks of z; None for an objective without a target."""
-    target: Any = recipe.target
-    if target is None:
-        return None
-    mu, sigma = target.law()
-    return RectifiedGeneralizedGaussian(mu, sigma, target.p)
 
 
 # --- embedding ------------------------------------------------------------------------------------------------------------------------
@@ -148,15 +138,16 @@ def _published_encoder(run: RunFiles, device: str) -> SparseEncoder:
 # --- figures --------------------------------------------------------------------------------------------------------------------------
 
 
-def _figures(run: RunFiles, sample: Sample | None, law: RectifiedGeneralizedGaussian | None) -> dict[str, Any]:
+def _figures(run: RunFiles, sample: Sample | None) -> dict[str, Any]:
     """The main figures, JSON-able; None where a figure was not measured."""
-    theory = None if law is None else run.recipe.target.density_in_theory()
+    target = run.recipe.target
+    theory = None if target is None else target.density_in_theory()
     info = sample.info if sample is not None else run.info
     step, steps = int(run.rows[-1]["step"]), _steps(run, info)
     speed = run.series("images_per_second", "train")[1]
     figures: dict[str, Any] = {
         "finished": bool(run.summary) and step >= steps, "step": step, "steps": steps,
-        "density_asked": None if law is None else run.recipe.target.density,
+        "density_asked": target and target.density,
         "density_theory": theory, "density_eval": run.last("l0_eval", "eval"), "dead_eval": run.last("dead_eval", "eval"),
         "knn_z": run.last("knn_z", "eval"), "knn_features": run.last("knn_features", "eval"), "excess": run.last("excess"),
         "scored": _scored(run, sample), "images_per_second": float(np.median(speed)) if speed else None,

@@ -72,9 +72,9 @@ def _density_keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any])
     asked = figures["density_asked"]
     if asked is not None:
         yield Key("Density asked for", f"{asked:.3g}", "target.density")
-    if figures["density_theory"] is not None:
-        mu, sigma = run.recipe.target.law()
-        note = f"P(Y > 0) of the law p = {run.recipe.target.p:g}, mu = {mu:.4g}, sigma = {sigma:.4g}"
+    if (target := run.recipe.target) is not None:
+        mu, sigma = target.law()
+        note = f"P(Y > 0) of the law p = {target.p:g}, mu = {mu:.4g}, sigma = {sigma:.4g}"
         yield Key("Density in theory", three_digits(figures["density_theory"]), note + ("" if asked is not None else "; mu was asked for"))
     if sample is not None:
         interval = f"95 % interval {three_digits(figures['density_low'])} to {three_digits(figures['density_high'])}"

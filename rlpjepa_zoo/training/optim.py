@@ -1,6 +1,6 @@
 """Optimisers (timm's) by name, parameter groups, and the learning-rate schedule as a pure function of the step.
 
-To add an optimiser: register a row here and add its name to `Optim.name` or `TuningOptim.name`.
+To add an optimiser: register a row here, and add a row to `OPTIMIZER_KEYS` in `rlpjepa_zoo.config.training_sections`.
 """
 
 from __future__ import annotations

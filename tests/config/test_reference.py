@@ -28,7 +28,7 @@ def reference() -> Iterator[object]:
 def keys(section: type[BaseModel], prefix: str, reference: object) -> Iterator[tuple[str, str]]:
     """Dotted name and description of every key; of a section its docstring."""
     for name, field in section.model_fields.items():
-        inner = reference.sections(field.annotation)  # type: ignore[attr-defined]
+        inner = reference.field_sections(prefix + name, field)  # type: ignore[attr-defined]
         yield prefix + name, inner[0].__doc__ or "" if inner else field.description or ""
         for part in inner:
             yield from keys(part, f"{prefix}{name}.", reference)

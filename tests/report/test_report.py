@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from objectives import Spread
 
 from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.config.pretrain import Recipe
@@ -22,7 +24,7 @@ from rlpjepa_zoo.errors import OutputError, UsageError
 from rlpjepa_zoo.evaluation.diagnostics import choose_queries, neighbours
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.report import report as module
+from rlpjepa_zoo.objectives import OBJECTIVES
 from rlpjepa_zoo.report.report import write_report
 from rlpjepa_zoo.training.run_dir import history, read_run
 from rlpjepa_zoo.training.tasks.pretrain import train
@@ -292,7 +294,10 @@ def test_unknown_terms_of_an_objective_get_a_chart(run: Path) -> None:
 
 
 def test_objective_without_a_target_law_has_no_law_section(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_target_law", lambda recipe: None)
+    monkeypatch.setitem(OBJECTIVES._load(), "spread", Spread)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"objective": {"name": "spread"}}
+    del recipe["target"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     figures = write_report(run, images=30)
     text = visible(run / "report.html")
     assert figures["density_theory"] is None and figures["density_asked"] is None and not any("density" in a for a in figures["alarms"])

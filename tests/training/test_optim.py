@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 
 from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.config.training_sections import OPTIMIZER_KEYS
 from rlpjepa_zoo.models.factory import create_encoder
-from rlpjepa_zoo.training.optim import build_optimizer, learning_rate, set_learning_rates
+from rlpjepa_zoo.training.optim import OPTIMIZERS, build_optimizer, learning_rate, set_learning_rates
 from rlpjepa_zoo.training.tasks.pretrain import param_groups
 
 
@@ -26,6 +27,10 @@ def optimizer_of(encoder: nn.Module, probes: nn.Module | None, options: Recipe) 
 
 def lars(lr: float, *overrides: str) -> Recipe:
     return recipe("optim.name=lars", f"optim.lr={lr!r}", *overrides)
+
+
+def test_every_optimizer_has_a_row_of_recipe_keys() -> None:
+    assert sorted(OPTIMIZER_KEYS) == list(OPTIMIZERS)
 
 
 class Net(nn.Module):

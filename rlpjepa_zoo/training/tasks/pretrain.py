@@ -1,4 +1,4 @@
-"""Pretraining by Rectified LpJEPA, as a task of the trainer."""
+"""Pretraining without labels, as a task of the trainer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...config.pretrain import Recipe
+from ...config.pretrain import DEFAULT_OBJECTIVE, Recipe
 from ...core import distributed, package, rng
 from ...data.images import Images
 from ...data.sources import Source
-from ...distributions import RectifiedGeneralizedGaussian
 from ...errors import RecipeError
 from ...evaluation.metrics import alarms, batch_metrics
 from ...evaluation.training_eval import during_training, has_labels
@@ -60,16 +59,13 @@ def build_objective(recipe: Recipe) -> Objective:
     Raises:
         RecipeError: options that cannot be used.
     """
-    target = None
-    if recipe.target is not None:
-        mu, sigma = recipe.target.law()
-        target = RectifiedGeneralizedGaussian(mu, sigma, recipe.target.p)
+    target = None if recipe.target is None else recipe.target.distribution()
     objective = OBJECTIVES[recipe.objective.name]
     return objective.build(recipe.objective, target=target, dim=recipe.encoder.dim, batch_size=recipe.train.batch_size, seed=recipe.seed)
 
 
 class PretrainTask(Task):
-    """Makes the views of an image agree and the embeddings follow the target law; linear probes measure both along the way."""
+    """Trains an encoder without labels by the objective of the recipe; linear probes on detached embeddings measure it along the way."""
 
     name = "encoder"
     best = {"knn_z": Best(True), "knn_features": Best(True), "excess": Best(False, "chosen by the {metric} of training batches")}
@@ -125,7 +121,8 @@ class PretrainTask(Task):
             return Logged(row)
         return Logged(row, (
             "every embedding is zero, and a rectified zero has no gradient to leave it by; "
-            f"lower optim.lr = {self.recipe.optim.lr:g} or raise the density of the target; the last checkpoint is from before"
+            f"lower optim.lr = {self.recipe.optim.lr:g}{' or raise the density of the target' if self.recipe.target else ''}; "
+            "the last checkpoint is from before"
         ))  # fmt: skip
 
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
@@ -150,12 +147,14 @@ class PretrainTask(Task):
         if recipe.target is not None:
             mu, sigma = recipe.target.law()
             law = {"target": {"p": recipe.target.p, "mu": mu, "sigma": sigma}}
+        if recipe.objective.name != DEFAULT_OBJECTIVE:  # the card describes the default objective itself
+            law["method"] = f"objective {recipe.objective.name}: {self.objective.describe()}"
         return {
             "recipe": recipe.name, "data": recipe.data.label(), "dataset": recipe.data.name if recipe.data.source == "hf" else None,
             "license": recipe.hub.license, "base_model": cfg.get("hf_hub_id") if recipe.encoder.pretrained else None,
             "augmentations": recipe.views.describe(), **law,
             "density": {
-                "asked": law and recipe.target.density, "theory": density, "train": metrics.get("l0_train"), "eval": metrics.get("l0_eval"),
+                "asked": recipe.target and recipe.target.density, "theory": density, "train": metrics.get("l0_train"), "eval": metrics.get("l0_eval"),
                 "eval_images": "held-out images" if held_out else "training images",
             },
             "results": self._results(metrics),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ..errors import UsageError, did_you_mean
 
@@ -14,7 +14,7 @@ __all__ = ["Registry"]
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T]):
+class Registry(Generic[T]):
     """Entries by name. Every module of one sub-package is imported before the first lookup, so a new file registers itself.
 
     Args:
@@ -51,9 +51,9 @@ class Registry(Mapping[str, T]):
 
     def _load(self) -> dict[str, T]:
         if not self._complete and self.package is not None:
-            self._complete = True
             for module in pkgutil.iter_modules(import_module(self.package).__path__):
                 import_module(f"{self.package}.{module.name}")
+            self._complete = True
         return self._entries
 
     def __getitem__(self, name: str) -> T:
@@ -76,3 +76,11 @@ class Registry(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._load())
+
+    def items(self) -> list[tuple[str, T]]:
+        """Names and entries, sorted by name."""
+        return sorted(self._load().items(), key=lambda item: item[0])
+
+    def values(self) -> list[T]:
+        """Entries, sorted by name."""
+        return [entry for _, entry in self.items()]

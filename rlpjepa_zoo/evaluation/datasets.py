@@ -64,7 +64,7 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
         kind, _ = folder_contents(Path(data))
         if kind == "folder":
             return Data(source="folder", path=data)
-        return Data(source="webdataset" if kind == "webdataset" else "hf", path=data, eval_split="test")
+        return Data(source="hf" if kind == "parquet" else kind, path=data, eval_split="test")  # hf reads rows of parquet files in any order
     known = [*SETS, *list_recipes()]
     if not Path(data).is_file() and data not in known:
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."

@@ -23,7 +23,7 @@ from .encoding import encode_sparse, pixels
 from .intervals import paired_difference
 from .metrics import sparse_densities
 from .probes.base import Array, Scores
-from .protocol import DEFAULT_PROBES, Protocol, measure
+from .protocol import Protocol, measure
 
 __all__ = ["budget_curve", "check_budgets", "evaluate", "with_results"]
 
@@ -35,7 +35,7 @@ MOST_PIXELS = 1 << 30
 
 def evaluate(
     encoder: SparseEncoder, train: Images, test: Images, batch_size: int = 256, num_workers: int = 0, k: int = 20, temperature: float = 0.07,
-    progress: bool = False, with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | str = DEFAULT_PROBES,
+    progress: bool = False, with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | str | None = None,
     budgets: Sequence[int] | str = (), shots: Sequence[int] = (1, 5, 10), seeds: int = 3, queries: int = 2000, against: Sequence[str] = (),
     note: str = "",
 ) -> dict[str, Any]:  # fmt: skip
@@ -48,7 +48,7 @@ def evaluate(
         k, temperature: of the kNN vote.
         with_pixels: measure raw pixels too.
         limit: use at most this many training images, drawn at random.
-        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`: knn, linear, few_shot, mlp, retrieval, clustering; or "all".
+        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`: knn, linear, few_shot, mlp, retrieval, clustering; or "all". None: knn, linear, few_shot.
         budgets: measure z also with only the k largest values of each image, for each k of these; "auto" is 1, 2, 4, ... up to 64 or D.
         shots: images per class of few_shot.
         seeds: repetitions of what is random.
@@ -83,7 +83,7 @@ def evaluate(
         (100, True, 'kNN: k = 20, cosine, T = 0.07, deterministic')
     """
     protocol = Protocol(
-        (probes,) if isinstance(probes, str) else tuple(probes), seeds, shots=tuple(shots), k=k, temperature=temperature, queries=queries
+        (probes,) if isinstance(probes, str) else probes, seeds, shots=tuple(shots), k=k, temperature=temperature, queries=queries
     )
     budgets = check_budgets(budgets, encoder.config.dim)
     if "pixels" in against and not with_pixels:

@@ -12,19 +12,24 @@ from ..errors import DataError, UsageError, did_you_mean
 from .probes import PROBES
 from .probes.base import Array, Probe, Rows, Scores, Split, at_least_one, rows
 
-__all__ = ["DEFAULT_PROBES", "PROBE_NAMES", "Protocol", "measure"]
+__all__ = ["Protocol", "default_probes", "measure", "probe_names"]
 
-PROBE_NAMES = tuple(sorted(PROBES, key=lambda name: PROBES[name].order))
-"""All probes, in the order of reports."""
-DEFAULT_PROBES = tuple(name for name in PROBE_NAMES if PROBES[name].default)
-"""Probes that run when none is named."""
+
+def probe_names() -> tuple[str, ...]:
+    """All registered probes, in the order of reports."""
+    return tuple(sorted(PROBES, key=lambda name: PROBES[name].order))
+
+
+def default_probes() -> tuple[str, ...]:
+    """Probes that run when none is named, in the order of reports."""
+    return tuple(name for name in probe_names() if PROBES[name].default)
 
 
 class Protocol:
     """How representations are measured.
 
     Args:
-        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`, or ("all",).
+        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`, or ("all",); None for `default_probes`.
         seeds: repetitions of what is random (held-out images of the linear probe, draws of few-shot, first weights and centres), >= 1.
         options: hyper-parameters of the probes by name: k and temperature (kNN), grid (linear), shots and draws (few-shot), queries (retrieval).
 
@@ -37,20 +42,21 @@ class Protocol:
         'kNN: k = 5, cosine, T = 0.07, deterministic'
     """
 
-    def __init__(self, probes: Sequence[str] = DEFAULT_PROBES, seeds: int = 3, **options: Any) -> None:
-        names = PROBE_NAMES if "all" in probes else tuple(probes)
+    def __init__(self, probes: Sequence[str] | None = None, seeds: int = 3, **options: Any) -> None:
+        registered = probe_names()
+        names = default_probes() if probes is None else registered if "all" in probes else tuple(probes)
         for name in names:
             if name not in PROBES:
-                hint = did_you_mean(name, PROBE_NAMES) or f" Known probes: {', '.join(PROBE_NAMES)}, all."
+                hint = did_you_mean(name, registered) or f" Known probes: {', '.join(registered)}, all."
                 raise UsageError(f"probes: '{name}' is not a probe.{hint}")
         if not names:
-            raise UsageError(f"probes: expected at least one of {', '.join(PROBE_NAMES)}, or all")
-        known = {parameter.name for name in PROBE_NAMES for parameter in fields(PROBES[name])}
+            raise UsageError(f"probes: expected at least one of {', '.join(registered)}, or all")
+        known = {parameter.name for name in registered for parameter in fields(PROBES[name])}
         if unknown := options.keys() - known:
             raise TypeError(f"options of no probe: {', '.join(sorted(unknown))}")
         at_least_one(seeds=seeds)
         # all probes are built, so that every option is checked
-        built = {name: PROBES[name].from_options(options) for name in PROBE_NAMES}
+        built = {name: PROBES[name].from_options(options) for name in registered}
         self.probes: dict[str, Probe] = {name: probe for name, probe in built.items() if name in names}
         self.seeds = seeds
 

@@ -285,7 +285,7 @@ class Trainer:
                 state = {
                     "recipe": self.recipe.dump(), "optimizer": scalars, "images": self.source.length, "data": self.data,
                     "seconds": self.seconds, "scaler": self.trained.scaler_state(), "bad": self.bad.reasons, "metrics": self.last_metrics,
-                    "best": self.best, "skipped": [self.guard.skipped, self.guard.in_a_row], **environment(), **self.task.state(),
+                    "best": self.best, "skipped": [self.guard.skipped, self.guard.in_a_row], **environment(), "task": self.task.state(),
                 }  # fmt: skip
                 if not (self.out / ".lock").exists():
                     raise OutputError(f"{self.out}: moved or removed while the run went on; go on from its last checkpoint with --resume")
@@ -299,7 +299,7 @@ class Trainer:
         self.step, self.seconds = saved.step, state["seconds"]
         self.bad.reasons = {int(row): reason for row, reason in state["bad"].items()}
         self.last_metrics, self.best = state["metrics"], state["best"] and tuple(state["best"])
-        self.task.load_state(state)
+        self.task.load_state(state.get("task", state))  # older checkpoints have the state of the task among the other keys
         self.guard.skipped, self.guard.in_a_row = state["skipped"]
         warn_of_other_environment(state)
 

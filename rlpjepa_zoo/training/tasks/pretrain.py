@@ -181,11 +181,11 @@ class PretrainTask(Task):
         return self.source.eval if isinstance(self.source.train, Images) else None
 
     def state(self) -> dict[str, Any]:
-        return {"zeros": self.all_zero, **self.objective.state()}
+        return {"zeros": self.all_zero, "objective": self.objective.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.all_zero = state["zeros"]
-        self.objective.load_state(state)
+        self.objective.load_state(state.get("objective", state))
 
 
 def param_groups(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe) -> list[ParamGroup]:

@@ -161,7 +161,7 @@ class Task:
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned. `state` may hold keys of the trainer too."""
+        """Restore what `state` returned. From older checkpoints `state` has keys of the trainer too."""
 
 
 def largest_over_ranks(device: torch.device, *values: float) -> list[float]:

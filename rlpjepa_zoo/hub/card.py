@@ -6,9 +6,10 @@ The text is in card.md.j2. This module checks the record that the card shows, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +20,9 @@ from ..errors import ModelError, UsageError
 from . import card_figures
 from .folder import snapshot_folder
 from .format import CARD, Published, is_card, pack
+
+if TYPE_CHECKING:
+    import jinja2
 
 __all__ = ["checked_info", "files", "render", "rewritten"]
 
@@ -188,13 +192,18 @@ def render(model: Published, figures: tuple[str, ...] = ()) -> str:
         model: as in config.json.
         figures: file names of the figures beside the card.
     """
+    return _template().render(_context(model, figures))
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    return environment.get_template("card.md.j2").render(_context(model, figures))
+    return environment.get_template("card.md.j2")
 
 
 def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:

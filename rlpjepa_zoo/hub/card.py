@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,9 +20,6 @@ from ..errors import ModelError, UsageError
 from . import card_figures
 from .folder import snapshot_folder
 from .format import CARD, Published, is_card, pack
-
-if TYPE_CHECKING:
-    import jinja2
 
 __all__ = ["checked_info", "files", "render", "rewritten"]
 
@@ -196,7 +193,7 @@ def render(model: Published, figures: tuple[str, ...] = ()) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(

@@ -213,26 +213,46 @@ def test_help_imports_nothing_heavy() -> None:
     assert probe(code).splitlines()[-1] == "[]"
 
 
-def test_embedding_imports_neither_accelerate_nor_datasets() -> None:
-    code = (
-        "import sys, torch, rlpjepa_zoo as rz\ntorch.set_num_threads(1)\n"
-        "enc = rz.create_encoder('test_resnet', dim=8)\nenc.embed(torch.zeros(1, 3, 32, 32))\n"
-        "print([m for m in ('accelerate', 'datasets', 'matplotlib', 'typer', 'sklearn') if m in sys.modules])"
-    )
-    assert probe(code) == "[]"
+IMPORTS = """
+import os, sys, torch, timm
+torch.set_num_threads(1)
+assert "rlpjepa_zoo" not in sys.modules
+
+child = os.fork()  # both halves begin with torch and timm only, whose import takes most of the time
+if child == 0:
+    import rlpjepa_zoo as rz
+    enc = rz.create_encoder("test_resnet", dim=8)
+    enc.embed(torch.zeros(1, 3, 32, 32))
+    print([m for m in ("accelerate", "datasets", "matplotlib", "typer", "sklearn") if m in sys.modules], flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+
+import importlib, random, warnings, datasets, accelerate, matplotlib.figure, sklearn.linear_model, scipy.optimize, tqdm.auto
+import torchvision.transforms.v2, pyarrow.parquet, huggingface_hub, safetensors.torch, typer, pydantic
+
+def state():
+    return dict(os.environ), list(warnings.filters), torch.get_rng_state().sum().item(), random.getstate(), torch.get_num_threads()
+
+before = state()
+for name in NAMES:
+    importlib.import_module("rlpjepa_zoo." + name)
+print([a == b for a, b in zip(before, state())])
+"""
 
 
-def test_importing_every_module_changes_no_global_state(trees: Modules) -> None:
+@pytest.fixture(scope="module")
+def imported(trees: Modules) -> list[str]:
+    """Lines that one new process prints: packages that embedding has imported; which global states are equal after all modules were."""
     names = sorted(name.removesuffix(".__init__") for name in trees)
-    code = (
-        "import os, random, warnings, torch, timm, datasets, accelerate, matplotlib.figure, sklearn.linear_model, scipy.optimize, tqdm.auto\n"
-        "import torchvision.transforms.v2, pyarrow.parquet, huggingface_hub, safetensors.torch, typer, pydantic\n"
-        "before = dict(os.environ), list(warnings.filters), torch.get_rng_state().sum().item(), random.getstate(), torch.get_num_threads()\n"
-        f"import importlib\n[importlib.import_module('rlpjepa_zoo.' + n) for n in {names}]\n"
-        "after = dict(os.environ), list(warnings.filters), torch.get_rng_state().sum().item(), random.getstate(), torch.get_num_threads()\n"
-        "print([a == b for a, b in zip(before, after)])"
-    )
-    assert probe(code) == "[True, True, True, True, True]"
+    return probe(IMPORTS.replace("NAMES", repr(names))).splitlines()
+
+
+def test_embedding_imports_neither_accelerate_nor_datasets(imported: list[str]) -> None:
+    assert imported[0] == "[]"
+
+
+def test_importing_every_module_changes_no_global_state(imported: list[str]) -> None:
+    assert imported[1] == "[True, True, True, True, True]"
 
 
 def test_public_names_are_listed_and_typed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib import metadata
 from pathlib import Path
 
@@ -16,10 +17,12 @@ def resource(name: str) -> Path:
 def versions() -> dict[str, str]:
     """Versions of the packages that affect results; packages that are not installed are left out."""
     names = ("rlpjepa-zoo", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "numpy")
-    installed = {}
-    for name in names:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
+    return {name: version for name in names if (version := _version(name)) is not None}
+
+
+@functools.cache  # a run asks for it several times, and each answer parses a file of metadata
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

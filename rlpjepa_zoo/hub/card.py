@@ -6,6 +6,7 @@ The text is in card.md.j2. This module checks the record that the card shows, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -188,13 +189,18 @@ def render(model: Published, figures: tuple[str, ...] = ()) -> str:
         model: as in config.json.
         figures: file names of the figures beside the card.
     """
+    return _template().render(_context(model, figures))
+
+
+@functools.cache
+def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
-    return environment.get_template("card.md.j2").render(_context(model, figures))
+    return environment.get_template("card.md.j2")
 
 
 def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:

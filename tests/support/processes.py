@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes of this machine.
+"""Run a function on several gloo processes of this machine, or in one process of its own.
 
 Each process of pytest starts one server that imports torch and the package once and forks the ranks (the start method "forkserver"), so a rank starts
 in a tenth of a second instead of five. Every call gets new processes, so no state passes from one call to the next.
@@ -80,17 +80,36 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, limit: float = PAT
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         arguments = (fn, world, folder, dict(os.environ), args)
         context = mp.start_processes(_rank, arguments, nprocs=world, join=False, start_method="forkserver")
-        deadline = time.monotonic() + limit
-        try:
-            while not context.join(timeout=1.0):
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{world} ranks were still running after {limit} s")
-        finally:
-            for process in context.processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+        _join(context, limit)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _alone(_: int, fn: Callable[..., None], environment: dict[str, str], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    _set_environment(environment)
+    with small_pictures():
+        fn(*args)
+
+
+def run_alone(fn: Callable[..., None], *args: Any, limit: float = PATIENCE) -> None:
+    """`fn(*args)` in one new process without a group, as `run_ranks` does; for functions that change the state of their process."""
+    start_server()
+    context = mp.start_processes(_alone, (fn, dict(os.environ), args), nprocs=1, join=False, start_method="forkserver")
+    _join(context, limit)
+
+
+def _join(context: Any, limit: float) -> None:
+    """Wait for all processes and kill those that are left; errors as of `run_ranks`."""
+    deadline = time.monotonic() + limit
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(context.processes)} processes were still running after {limit} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
 
 
 def alive(pid: int) -> bool:

@@ -254,10 +254,10 @@ def test_processes_that_do_not_meet_are_one_line(tmp_path: Path, rank: int) -> N
 # --- the number of processes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("world", "near"), [(3, "63 or 66"), (100, "100")])
+@pytest.mark.parametrize(("world", "near"), [(3, "30 or 33"), (100, "100")])
 def test_a_batch_not_divisible_by_the_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, near: str) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: world)
-    with refused(RecipeError, match=f"train.batch_size: 64 is not divisible by {world} processes; use {near}$") as caught:
+    with refused(RecipeError, match=f"train.batch_size: 32 is not divisible by {world} processes; use {near}$") as caught:
         train(tiny(), tmp_path / "run", progress=False)
     assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
 
@@ -269,7 +269,7 @@ def test_the_number_of_processes_is_logged_at_the_start(
     stop_after(monkeypatch, 1)
     with pytest.raises(StoppedBySignal):
         train(tiny(), tmp_path / "run", progress=False)
-    assert "of 64 images, 64 on each of 1 x cpu" in caplog.text
+    assert "of 32 images, 32 on each of 1 x cpu" in caplog.text
 
 
 def test_a_launcher_is_watched_only_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,7 +242,7 @@ def test_local_views_are_encoded_and_matched_like_global_ones(tmp_path: Path, mo
     monkeypatch.setattr(RectifiedLpJEPALoss, "__call__", lambda self, z, step: (shapes.add(tuple(z.shape)), right(self, z, step))[1])
     recipe = tiny("views.local={count: 3, size: 16, crop_scale: [0.05, 0.3]}", "train.epochs=2")
     train(recipe, tmp_path / "run", progress=False)
-    assert shapes == {(5, 64, 32)}
+    assert shapes == {(5, 32, 32)}
     assert "2 views and 3 local ones of 16 pixels" in load_encoder(tmp_path / "run/encoder").config.info["augmentations"]
 
 
@@ -339,8 +339,8 @@ def test_renamed_images_are_refused_unless_allowed(image_folder: Path, tmp_path:
 
 def test_another_number_of_images_is_refused(tmp_path: Path) -> None:
     train(tiny("train.epochs=1"), tmp_path / "run", progress=False)
-    with pytest.raises(DataError, match="trained on 192 images, the data now holds 128; the number of images cannot change"):
-        train(tiny("train.epochs=1", "data.limit=128"), tmp_path / "run", resume=True, allow_change=["data.limit", "data"], progress=False)
+    with pytest.raises(DataError, match="trained on 96 images, the data now holds 64; the number of images cannot change"):
+        train(tiny("train.epochs=1", "data.limit=64"), tmp_path / "run", resume=True, allow_change=["data.limit", "data"], progress=False)
 
 
 def test_unlabelled_held_out_images_leave_knn_out(image_folder: Path, tmp_path: Path) -> None:
@@ -443,7 +443,7 @@ TROUBLES = {
     "images": ["processes see different images", "processes see different images"],
     "nan": ["finished", "finished"],
     "journal": ["OutputError: no room", "OutputError: process 0: no room"],
-    "unreadable": ["DataError: 2 of 192 images cannot be read", "DataError: 2 of 192 images cannot be read"],
+    "unreadable": ["DataError: 2 of 96 images cannot be read", "DataError: 2 of 96 images cannot be read"],
     "recipe": ["different recipes: train.log_every is [1, 2]", "different recipes: train.log_every is [1, 2]"],
     "few": ["finished", "finished"],
     "source": ["DataError: no such folder", "DataError: process 0: no such folder"],

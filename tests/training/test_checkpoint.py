@@ -465,7 +465,7 @@ def holder(run: Path) -> Iterator[int]:
     def hold() -> None:
         with lock(run):
             os.write(tell, b"x")
-            time.sleep(20)
+            time.sleep(600)  # until it is killed
 
     try:
         with forked(hold) as child:

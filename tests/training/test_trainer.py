@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import forked
+from processes import PATIENCE
 from runs import TINY, codes, of_folder, rows, stop_after, tiny, wait_for_step
 
 from rlpjepa_zoo.config.pretrain import Recipe
@@ -190,7 +192,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         "probe.every_epochs=2",
     ]
     process = launch(["train", "digits", *TINY, *more, "--out", str(tmp_path / "two"), "--quiet"], processes=2)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     train(tiny(*more), tmp_path / "one", progress=False)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -204,17 +206,15 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 def test_terminated_killed_and_resumed_run_is_bit_equal(tmp_path: Path) -> None:
     recipe = ["train.checkpoint_minutes=0", "train.epochs=10", "train.num_workers=1"]
-    arguments = ["train", "digits", *TINY, *recipe, "--out", str(tmp_path / "run"), "--quiet"]
-    process = launch(arguments)
+    process = launch(["train", "digits", *TINY, *recipe, "--out", str(tmp_path / "run"), "--quiet"])
     wait_for_step(tmp_path / "run", 4)
     os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and err.splitlines()[-1].startswith("error: stopped by a signal after step")
-    process = launch([*arguments, "--resume"])
-    wait_for_step(tmp_path / "run", 12)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert (latest(tmp_path / "run")[0] or pytest.fail("no checkpoint")).step < 30
+    stopped = (latest(tmp_path / "run")[0] or pytest.fail("no checkpoint")).step
+    with forked(lambda: train(tiny(*recipe), tmp_path / "run", resume=True, progress=False)):  # killed when it has made three more steps
+        wait_for_step(tmp_path / "run", stopped + 3)
+    assert stopped + 3 <= (latest(tmp_path / "run")[0] or pytest.fail("no checkpoint")).step < 30
     train(tiny(*recipe), tmp_path / "run", resume=True, progress=False)
     train(tiny("train.epochs=10"), tmp_path / "unbroken", progress=False)
     assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")

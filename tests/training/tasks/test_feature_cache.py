@@ -48,7 +48,7 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, monkeypatch: pytest.Mo
     recipe = tiny("encoder.cached_views=5", *FROZEN, "train.precision=bf16")
     with caplog.at_level("INFO", "rlpjepa_zoo"):
         train(recipe, tmp_path / "unbroken", progress=False)
-    assert "cached features: 5 views of 192 images, 96 wide, float32" in caplog.text
+    assert "cached features: 5 views of 96 images, 96 wide, float32" in caplog.text
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(StoppedBySignal):
@@ -72,12 +72,12 @@ def test_views_are_drawn_by_seed_epoch_and_row() -> None:
 
 
 def test_large_features_are_kept_in_float16_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    need = 4 * 192 * 4 * 96 / 2**30  # in float32
+    need = 4 * 96 * 4 * 96 / 2**30  # in float32
     more = ["encoder.cached_views=4", "train.epochs=1", *FROZEN]
     with caplog.at_level("INFO", "rlpjepa_zoo"):
         train(tiny(*more, f"data.cache_gb={0.6 * need}"), tmp_path / "half", progress=False)
     assert "float16" in caplog.text
-    with refused(RecipeError, match=r"encoder\.cached_views: 4 views of 192 images with 96 features need .* data\.cache_gb is"):
+    with refused(RecipeError, match=r"encoder\.cached_views: 4 views of 96 images with 96 features need .* data\.cache_gb is"):
         train(tiny(*more, f"data.cache_gb={0.4 * need}"), tmp_path / "none", progress=False)
 
 

@@ -87,7 +87,7 @@ def evaluate(
     )
     budgets = check_budgets(budgets, encoder.config.dim)
     if "pixels" in against and not with_pixels:
-        raise UsageError("against: pixels are compared with but not measured; drop one of the two options")
+        raise UsageError('against: "pixels" needs with_pixels=True (--pixels)')
     if train.labels is None or test.labels is None:
         raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
     train, test = _with_labels(train, "training"), _with_labels(test, "test")
@@ -187,8 +187,8 @@ def _differences(ours: dict[str, Scores], theirs: dict[str, Scores]) -> list[dic
     rows = []
     for space in ("z", "features"):
         minus = space if space in theirs else next(iter(theirs))
-        for name in ours[space].right:
-            interval = paired_difference(ours[space].right[name], theirs[minus].right[name])
+        for name in ours[space].per_image:
+            interval = paired_difference(ours[space].per_image[name], theirs[minus].per_image[name])
             rows.append({"measure": name, "space": space, "minus": minus, **interval})
     return rows
 

@@ -125,7 +125,7 @@ class PublishedModel(nn.Module):
 
         Raises:
             UsageError: a malformed name or contradictory options.
-            HubError: one line with the mend.
+            HubError: one line with the fix.
         """
         contents = self.contents(recipe, info, repo_id)
         return push(

@@ -266,7 +266,7 @@ class SparseEncoder(PublishedModel):
         parts = []
         batches = source_batches(
             images, self.config.preprocess, self.device, batch_size=batch_size, num_workers=num_workers, on_error=on_error,
-            mend="; leave such images out with on_error='skip' (--skip-bad)", progress="embed" if progress else None,
+            fix="; leave such images out with on_error='skip' (--skip-bad)", progress="embed" if progress else None,
         )  # fmt: skip
         with self.evaluating(), closing(batches):
             for batch in batches:

@@ -79,7 +79,7 @@ def pixel_batches(
     row: Callable[[T], Row] = lambda item: cast(Row, item),
     num_workers: int = 0,
     on_error: OnError = "raise",
-    mend: str = "",
+    fix: str = "",
     progress: Callable[[int], object] | None = None,
 ) -> Generator[Batch[T], None, None]:
     """Resized and cropped images of groups of items, in order; the images of a few groups are decoded ahead.
@@ -92,7 +92,7 @@ def pixel_batches(
         row: from an item to its `Row`, whose `read` gives the RGB image in any thread; an item is a `Row` itself by default.
         num_workers: threads that decode; 0 decodes in the calling thread.
         on_error: ``raise`` ends at the first unreadable image; ``skip`` leaves it out and lists it in `Batch.failures`.
-        mend: appended to the error message.
+        fix: appended to the error message.
         progress: called with the number of items of a group after the group was used.
 
     Raises:
@@ -103,7 +103,7 @@ def pixel_batches(
             ids = {place: row(group.items[place]).id for place, _ in group.bad}
             failures = [(ids[place], reason_with_id(ids[place], reason)) for place, reason in group.bad]
             if failures and on_error == "raise":
-                raise DataError(f"{failures[0][1]}{mend}")
+                raise DataError(f"{failures[0][1]}{fix}")
             items = [group.items[place] for place in group.good]
             yield Batch(group.items, items, [row(item).id for item in items], group.pixels, failures)
             if progress is not None:
@@ -135,7 +135,7 @@ def source_batches(
     batch_size: int,
     num_workers: int = 0,
     on_error: OnError = "raise",
-    mend: str = "",
+    fix: str = "",
     progress: str | None = None,
 ) -> Generator[Batch[Any], None, None]:
     """Batches of any image source.
@@ -144,7 +144,7 @@ def source_batches(
         source: a float tensor (B, 3, H, W) that is already preprocessed, or a source of `rlpjepa_zoo.data.sources.open_images`.
         batch_size: images in a batch.
         progress: label of a progress bar on stderr; None shows none.
-        preprocess, device, num_workers, on_error, mend: those of `image_batches`.
+        preprocess, device, num_workers, on_error, fix: those of `image_batches`.
 
     Raises:
         DataError: no such images, an unreadable one, or a tensor of another shape or type.
@@ -163,4 +163,4 @@ def source_batches(
     images = source if isinstance(source, ImageRows) else open_images(source)
     with tqdm(total=images.length, desc=progress, unit="image", disable=progress is None) as bar:
         rows = batched(images.rows(0), batch_size)
-        yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, mend=mend, progress=bar.update)
+        yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, fix=fix, progress=bar.update)

@@ -535,7 +535,7 @@ def test_another_format_is_refused(copy, value):
         load_encoder(copy)
 
 
-def test_plain_timm_folder_is_refused_with_a_mend_that_works(tmp_path, encoder):
+def test_plain_timm_folder_is_refused_with_a_fix_that_works(tmp_path, encoder):
     import timm
 
     timm.models.save_for_hf(encoder.backbone, tmp_path / "plain", safe_serialization=True)

@@ -83,13 +83,11 @@ def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
         RecipeError: names the first.
     """
     if refused := refused_arguments(arguments):
-        raise RecipeError(
-            f"{key}.{refused[0]}: is not an argument of a backbone, which are those such as img_size or patch_size; remove it"
-        )
+        raise RecipeError(f"{key}.{refused[0]}: is not a backbone argument (such as img_size or patch_size); remove it")
 
 
 def preprocessing_warnings(recipe: Recipe, encoder: SparseEncoder) -> list[str]:
-    """Differences between the preprocessing of a recipe and that of its pretrained backbone, in sentences with the mend."""
+    """Differences between the preprocessing of a recipe and that of its pretrained backbone, in sentences with the fix."""
     cfg: Any = encoder.backbone.pretrained_cfg
     warnings = []
     for name in ("mean", "std", "interpolation") if recipe.encoder.pretrained else ():
@@ -114,5 +112,5 @@ def _check_size(encoder: SparseEncoder, size: int, name: str) -> None:
         with encoder.evaluating():
             encoder(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        mend = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
-        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {mend}") from error
+        fix = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
+        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {fix}") from error

@@ -16,7 +16,7 @@ from ..core.source import ModelSource
 from ..data.images import Images
 from ..errors import DataError, UsageError
 from ..models.encoder import SparseEncoder
-from ..models.factory import create_encoder
+from ..models.factory import create_encoder, fresh_copy
 from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
 from .encoding import encode_sparse, pixels
@@ -169,14 +169,9 @@ class _LabelledSplit:
 
 def _other_encoder(name: str, encoder: SparseEncoder) -> tuple[SparseEncoder, tuple[str, ...]]:
     """An encoder to compare with, and the names of its representations that are worth measuring."""
-    config = encoder.config
     if name == "random":
         with rng.seeded(0, "against-random"):
-            fresh = create_encoder(
-                config.architecture, config.dim, config.hidden_dim, projector_depth=config.projector_depth, preprocess=config.preprocess,
-                **config.model_args,
-            )  # fmt: skip
-        return fresh.to(encoder.device), ("z", "features")
+            return fresh_copy(encoder).to(encoder.device), ("z", "features")
     if ModelSource.parse(name).timm:  # its projector has fresh weights, so z is left out
         return create_encoder(name, dim=1, hidden_dim=1, pretrained=True).to(encoder.device), ("features",)
     return load_encoder(name, device=str(encoder.device)), ("z", "features")

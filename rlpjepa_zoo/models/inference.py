@@ -18,6 +18,7 @@ from ..data.images import ImageRows, Row, reason_with_id
 from ..data.preprocess import Preprocess, batched, ready
 from ..data.sources import open_images
 from ..errors import DataError, UsageError
+from .base import check_float_batch
 
 __all__ = ["Batch", "OnError", "OutputOptions", "image_batches", "pixel_batches", "source_batches"]
 
@@ -150,9 +151,7 @@ def source_batches(
         DataError: no such images, an unreadable one, or a tensor of another shape or type.
     """
     if isinstance(source, Tensor):
-        if source.dim() != 4 or source.shape[1] != 3 or not source.is_floating_point():
-            given = f"{source.dtype} of shape {tuple(source.shape)}"
-            raise DataError(f"expected a float tensor (B, 3, H, W), got {given}; pass PIL images for uint8 pixels")
+        check_float_batch(source, DataError, "pass PIL images for uint8 pixels")
         with tqdm(total=len(source), desc=progress, unit="image", disable=progress is None) as bar:
             for start in range(0, len(source), batch_size):
                 x = source[start : start + batch_size]

@@ -14,7 +14,7 @@ from ...core import rng
 from ...data.preprocess import Preprocess
 from ...errors import RecipeError, first_line
 from ...models.encoder import SparseEncoder
-from ...models.factory import create_encoder, refused_arguments
+from ...models.factory import create_encoder, fresh_copy, refused_arguments
 from ...models.pretrained import load_encoder
 
 __all__ = ["build_encoder", "check_arguments", "preprocessing_warnings", "start_encoder"]
@@ -65,11 +65,7 @@ def start_encoder(start: Start, seed: int) -> SparseEncoder:
         if start.of_timm:
             return create_encoder(start.source, 1, 1, not start.random, projector_depth=1, **start.args)
         encoder = load_encoder(start.source, start.revision)
-        config = encoder.config
-        return encoder if not start.random else create_encoder(
-            config.architecture, config.dim, config.hidden_dim, projector_depth=config.projector_depth,
-            preprocess=config.preprocess, **config.model_args,
-        )  # fmt: skip
+        return fresh_copy(encoder) if start.random else encoder
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:

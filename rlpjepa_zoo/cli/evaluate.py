@@ -36,7 +36,9 @@ def evaluate(
         ),
     ],
     overrides: Overrides = None,
-    probes: Annotated[str, typer.Option(help="Any of knn,linear,few_shot,mlp,retrieval,clustering; or all.")] = "knn,linear,few_shot",
+    probes: Annotated[
+        str | None, typer.Option(help="Any of knn,linear,few_shot,mlp,retrieval,clustering; or all. Without it: knn,linear,few_shot.")
+    ] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Also measure z with only this many largest values of each image: 4,8,16, or auto: 1, 2, 4, ... 64.")
     ] = None,
@@ -63,7 +65,7 @@ def evaluate(
     from ..evaluation.datasets import open_set
     from ..evaluation.evaluate import check_budgets, with_results
     from ..evaluation.evaluate import evaluate as run
-    from ..evaluation.protocol import Protocol
+    from ..evaluation.protocol import Protocol, default_probes
     from ..evaluation.tables import accuracy_table
     from ..models.pretrained import load_encoder
 
@@ -71,7 +73,8 @@ def evaluate(
         raise UsageError(f"--plot {plot}: expected a file ending in .png")
     asked = budgets or ("auto" if plot is not None else "")
     counts: Any = asked if asked == "auto" else _whole_numbers("--budgets", asked) if asked else ()
-    names, images_per_class = tuple(name.strip() for name in probes.split(",")), tuple(_whole_numbers("--shots", shots))
+    names = default_probes() if probes is None else tuple(name.strip() for name in probes.split(","))
+    images_per_class = tuple(_whole_numbers("--shots", shots))
     protocol = Protocol(names, seeds, shots=images_per_class, queries=queries)  # refuses wrong values before anything is read
     if plot is not None and not {"knn", "linear", "few_shot" if 1 in images_per_class else ""} & set(protocol.probes):
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")

@@ -1,24 +1,18 @@
-"""Base class and number types of recipe sections."""
+"""Types of recipe values that depend on tables, and the conversion of free-form mappings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ..errors import did_you_mean
 
-__all__ = ["Count", "Finite", "NonNegative", "OneOf", "Positive", "Probability", "Section", "parse_scalars"]
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+__all__ = ["OneOf", "parse_scalars"]
 
 
 def parse_scalars(value: Any) -> Any:
@@ -58,19 +52,3 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: frozen, refuses unknown keys. The docstring under a field is its description."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_none(cls, values: Any) -> Any:
-        """Read `key:` and `key: null` as None."""
-        return (
-            {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()}
-            if isinstance(values, dict)
-            else values
-        )

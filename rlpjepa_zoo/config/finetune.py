@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Section
 from ..core.source import ModelSource
 from ..errors import RecipeError
-from .base import Count, Finite, NonNegative, OneOf, Positive, Probability, Section, parse_scalars
+from .base import OneOf, parse_scalars
 from .load import read_text, read_yaml
 from .plan import Plan, kind_of
 from .pretrain import Recipe

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import yaml
 from pydantic import ValidationError
 
+from ..core.schema import Section
 from ..core.source import shareable_path
 from ..errors import RecipeError, UsageError
-from .base import Section
 from .errors import explain
 from .load import override, read_text, read_yaml
 from .sections import Data, Views

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
+from ..core.schema import Section
 from ..core.source import ModelSource
 from ..errors import UsageError
 from ..objectives import OBJECTIVES
 from ..objectives.base import Options
-from .base import Section
 from .errors import explain
 from .load import overrides_of
 from .plan import Plan

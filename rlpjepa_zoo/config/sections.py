@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Section
 from ..core.source import shareable_path
 from ..errors import RecipeError
-from .base import Count, Finite, NonNegative, OneOf, Positive, Probability, Section, parse_scalars
+from .base import OneOf, parse_scalars
 
 if TYPE_CHECKING:
     from ..distributions import RectifiedGeneralizedGaussian

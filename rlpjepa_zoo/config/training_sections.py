@@ -6,8 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ..core.schema import Count, NonNegative, Positive, Probability, Section
 from ..core.source import is_repository
-from .base import Count, NonNegative, OneOf, Positive, Probability, Section
+from .base import OneOf
 
 __all__ = ["OPTIMIZER_KEYS", "Hub", "Optim", "Probe", "Train"]
 

@@ -18,7 +18,7 @@ MEASURES = {
     "precision_at": "precision at {}",
     "nmi": "clustering NMI",
 }
-"""Label of each measure, in the order of tables. A measure whose label has {} is followed by a number: shot_5, precision_at_10."""
+"""Label of each measure, in the order of tables. {} in a label stands for the number at the end of the key, as in shot_5 or precision_at_10."""
 
 
 def _split(measure: str) -> tuple[str, str | None]:

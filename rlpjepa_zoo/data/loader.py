@@ -76,7 +76,7 @@ class Batches:
         except RuntimeError as again:
             if "DataLoader worker" not in str(again):
                 raise
-        # a dead worker leaves half a batch behind, or torch raises from a signal handler, wherever the program is
+        # a dead worker leaves an incomplete batch behind, or torch raises from its signal handler at any line of the program
         if raised is not None and (worker_ended or (isinstance(raised, RuntimeError) and "DataLoader worker" in str(raised))):
             raise self._worker_died(raised) from raised
 
@@ -84,7 +84,7 @@ class Batches:
         """Exit codes of the workers; None for those that run."""
         workers = getattr(self.iterator, "_workers", [])
         for worker in workers:
-            with contextlib.suppress(RuntimeError):  # of the signal handler, see above
+            with contextlib.suppress(RuntimeError):  # raised by torch's signal handler
                 worker.join(0.2)
         return {worker.exitcode for worker in workers}
 
@@ -108,8 +108,8 @@ class Batches:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             if "DataLoader timed out" in reason:
-                mend = "does a file hang? Set train.num_workers=0 to see where, or raise train.loader_timeout_minutes"
-                raise DataError(f"no batch from the workers: {reason}; {mend}") from error
+                fix = "does a file hang? Set train.num_workers=0 to see where, or raise train.loader_timeout_minutes"
+                raise DataError(f"no batch from the workers: {reason}; {fix}") from error
             if "DataLoader worker" not in reason:
                 raise
             raise self._worker_died(error) from error

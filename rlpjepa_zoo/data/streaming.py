@@ -22,9 +22,9 @@ __all__ = ["StreamedBatches", "shard_groups"]
 
 _MAX_GROUPS = 64
 _ROWS_PER_EPOCH = 10**12
-"""Distance between the numbers that the same row has in the bad-image log in two epochs."""
+"""Offset added per epoch to the row numbers in the bad-image log."""
 _SHORTEST_GROUP = 0.85
-"""Share of its part of an epoch that a shard group must hold; the group starts again for the rest."""
+"""Smallest allowed length of a shard group, as a share of the images it supplies per epoch. A shorter group is read again from its start."""
 
 
 def shard_groups(batch: int, shards: int) -> int:

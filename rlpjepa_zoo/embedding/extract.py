@@ -137,7 +137,9 @@ def extract(
         try:
             distributed.barrier()
         except RuntimeError as error:
-            raise HubError(f"another process ended, see its own error ({first_line(error)}); the same command continues") from error
+            raise HubError(
+                f"another process ended, see the error of that process ({first_line(error)}); the same command continues"
+            ) from error
         with distributed.fail_together():
             totals = _finish(out, manifest, feed) if distributed.rank() == 0 else {}
         return dict(distributed.gather_objects(totals)[0])
@@ -170,7 +172,7 @@ def _encode(
     """
     loop = image_batches(
         groups, encoder.config.preprocess, encoder.device, row=lambda item: item[1], num_workers=how.num_workers,
-        on_error="skip" if how.skip_bad else "raise", mend="; leave such images out with --skip-bad",
+        on_error="skip" if how.skip_bad else "raise", fix="; leave such images out with --skip-bad",
     )  # fmt: skip
     with closing(loop) as batches:
         for batch in batches:

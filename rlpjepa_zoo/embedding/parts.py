@@ -1,7 +1,7 @@
 """One part of a folder of embeddings: a parquet file that holds a fixed range of input rows.
 
 data/part-000003.parquet     columns id, indices, values (scale), and the copied columns; number, rows, nnz and failures in the schema metadata
-data/.part-000003.json       in its place if none of its images can be read: a parquet file without rows keeps others from opening the folder
+data/.part-000003.json       written instead if no image of the part can be read, because datasets cannot open a folder with an empty part
 """
 
 from __future__ import annotations

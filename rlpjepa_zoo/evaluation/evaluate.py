@@ -16,7 +16,7 @@ from ..core.source import ModelSource
 from ..data.images import Images
 from ..errors import DataError, UsageError
 from ..models.encoder import SparseEncoder
-from ..models.factory import create_encoder
+from ..models.factory import create_encoder, fresh_copy
 from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
 from .encoding import encode_sparse, pixels
@@ -87,7 +87,7 @@ def evaluate(
     )
     budgets = check_budgets(budgets, encoder.config.dim)
     if "pixels" in against and not with_pixels:
-        raise UsageError("against: pixels are compared with but not measured; drop one of the two options")
+        raise UsageError('against: "pixels" needs with_pixels=True (--pixels)')
     if train.labels is None or test.labels is None:
         raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
     train, test = _with_labels(train, "training"), _with_labels(test, "test")
@@ -169,14 +169,9 @@ class _LabelledSplit:
 
 def _other_encoder(name: str, encoder: SparseEncoder) -> tuple[SparseEncoder, tuple[str, ...]]:
     """An encoder to compare with, and the names of its representations that are worth measuring."""
-    config = encoder.config
     if name == "random":
         with rng.seeded(0, "against-random"):
-            fresh = create_encoder(
-                config.architecture, config.dim, config.hidden_dim, projector_depth=config.projector_depth, preprocess=config.preprocess,
-                **config.model_args,
-            )  # fmt: skip
-        return fresh.to(encoder.device), ("z", "features")
+            return fresh_copy(encoder).to(encoder.device), ("z", "features")
     if ModelSource.parse(name).timm:  # its projector has fresh weights, so z is left out
         return create_encoder(name, dim=1, hidden_dim=1, pretrained=True).to(encoder.device), ("features",)
     return load_encoder(name, device=str(encoder.device)), ("z", "features")
@@ -187,8 +182,8 @@ def _differences(ours: dict[str, Scores], theirs: dict[str, Scores]) -> list[dic
     rows = []
     for space in ("z", "features"):
         minus = space if space in theirs else next(iter(theirs))
-        for name in ours[space].right:
-            interval = paired_difference(ours[space].right[name], theirs[minus].right[name])
+        for name in ours[space].per_image:
+            interval = paired_difference(ours[space].per_image[name], theirs[minus].per_image[name])
             rows.append({"measure": name, "space": space, "minus": minus, **interval})
     return rows
 

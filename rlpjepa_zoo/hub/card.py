@@ -47,7 +47,7 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
         name: source name in the examples.
         license: SPDX identifier; unchanged when None.
         notes: Markdown of your own that the card shows; unchanged when None.
-        chosen: how this model was chosen among others by the results it shows; appended to the protocol.
+        chosen: rule by which this checkpoint was selected, if any; appended to the protocol.
 
     Raises:
         ModelError: a file other than the card does not verify.

@@ -1,7 +1,7 @@
 """Resolve source names to folders on this machine, downloading from the Hub where needed.
 
 A request that a busy Hub refuses (429, 5xx, a broken connection) is repeated for about a minute; then the error is one line with its cause
-and the mend. With HF_HUB_OFFLINE=1, and for a commit whose files are all in the cache, nothing is requested.
+and the fix. With HF_HUB_OFFLINE=1, and for a commit whose files are all in the cache, nothing is requested.
 """
 
 from __future__ import annotations

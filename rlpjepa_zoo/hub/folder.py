@@ -97,11 +97,11 @@ def verify_folder(folder: str | Path, published: Published, only: Iterable[str] 
             raise ModelError(f"{path}: missing; download or save the encoder again")
         if not matches(path, listed[name]):
             raise ModelError(
-                f"{path}: differs from the sha256 in config.json (damaged, edited or from another version); {_mend(folder, name)}"
+                f"{path}: differs from the sha256 in config.json (damaged, edited or from another version); {_fix(folder, name)}"
             )
 
 
-def _mend(folder: Path, name: str) -> str:
+def _fix(folder: Path, name: str) -> str:
     if not is_card(name):
         return "download or save the encoder again"
     if folder.parent.name == "snapshots":  # of the Hub's cache

@@ -12,6 +12,10 @@ classifier has, and no head.safetensors. A classifier on z has the projector and
 
 No file is pickled. config.json is written last and holds the sha256 of every other file and of itself, so a changed byte in any file is
 detected, and a folder with some old and some new files does not verify.
+
+To add a key: add a field to `Published`, a line to `pack` and a checked line to `parse`. `PublishedModel.contents` in `models/base.py` fills
+the field, and `models/pretrained.py` uses it on load if needed. Raise `FORMAT` if an older reader must refuse the folder, and write the new
+number only for models that use the key.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT = 3
-"""Newest version. Version 1 has no sha256 of config.json. Version 3 is written for encoders with a dial only: readers of 2 ignore the dial."""
+"""Newest version. Version 1 has no sha256 of config.json. Format 3 is written only for encoders with a dial (`sparse/topk.py`); a reader of format 2 would ignore it."""
 
 CONFIG, BACKBONE, HEAD, GOLDEN = "config.json", "model.safetensors", "head.safetensors", "golden.safetensors"
 RECIPE, CARD, FIGURES = "recipe.yaml", "README.md", ("training.png", "accuracy.png")
@@ -87,7 +91,7 @@ class Published:
         fingerprint: digest of weights and preprocessing.
         info: JSON-able record of training and results.
         versions: of the packages that trained or saved the model.
-        files: size and sha256 of the other files, by name; set by `pack` and `read`.
+        files: size and sha256 of the other files, by name. `parse` sets it from config.json; `pack` computes its own and ignores this field.
     """
 
     timm: dict[str, Any]

@@ -104,7 +104,7 @@ def push(
 
     Raises:
         UsageError: a malformed name, contradictory options, an access token inside a file, or a repository that holds another model or data set.
-        HubError: one line with the mend.
+        HubError: one line with the fix.
     """
     from huggingface_hub import HfApi
 

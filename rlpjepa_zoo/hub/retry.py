@@ -148,7 +148,7 @@ def cause(error: BaseException) -> str:
 
 
 def explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
-    """An error of one line with the mend, for each class of Hub error."""
+    """Convert a Hub error to one line that says how to fix it."""
     from huggingface_hub import errors as hub
 
     status, login = status_of(error), "run `hf auth login`, or set HF_TOKEN"
@@ -165,7 +165,7 @@ def explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
             f"{where}: HF_HUB_OFFLINE is set{'' if pushing else ' and it is not in the local cache'}; unset it to reach the Hub"
         )
     if status in BUSY:
-        return HubError(f"{where}: {cause(error)}, also when asked again{unchanged}")
+        return HubError(f"{where}: {cause(error)}, and retries failed{unchanged}")
     if isinstance(error, hub.RepositoryNotFoundError):
         return HubError(
             f"{where}: not found, or private (and there is no such folder here); check the name, or {login} with an account that may see it"
@@ -180,8 +180,8 @@ def explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
     if status == 412:
         return HubError(f"{where}: somebody else pushed meanwhile; look at what is there, and push again")
     if network_error(error) is not None:
-        mend = "; push again, it completes what is missing" if pushing else "; check the network, or give a folder"
-        return HubError(f"{where}: the Hub cannot be reached ({cause(error)}){mend}")
+        fix = "; push again, it completes what is missing" if pushing else "; check the network, or give a folder"
+        return HubError(f"{where}: the Hub cannot be reached ({cause(error)}){fix}")
     if isinstance(error, hub.LocalEntryNotFoundError):
         return HubError(f"{where}: not in the local cache and the Hub cannot be reached; go online once, or give a folder")
     if isinstance(error, ValueError) and "metadata" in str(error):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import package
 from ..core.files import parse_json
 from ..data.preprocess import Preprocess
-from ..errors import NonFiniteError, OutputError, UsageError, first_line
+from ..errors import NonFiniteError, OutputError, UsageError, ZooError, first_line
 from ..hub import card
 from ..hub.folder import write_folder
 from ..hub.format import CONFIG, GOLDEN, RECIPE, LinearLayer, Projector, Published, pack, tensor_place
@@ -28,7 +28,13 @@ from ..sparse.topk import Dial
 from . import golden
 from .small_resnet import SMALL_RESNETS
 
-__all__ = ["Layers", "PublishedModel"]
+__all__ = ["Layers", "PublishedModel", "check_float_batch"]
+
+
+def check_float_batch(x: Tensor, error: type[ZooError], fix: str) -> None:
+    """Raise `error`, with `fix`, if `x` is not a float batch (B, 3, H, W)."""
+    if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise error(f"expected a float batch (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}; {fix}")
 
 
 class PublishedModel(nn.Module):
@@ -125,7 +131,7 @@ class PublishedModel(nn.Module):
 
         Raises:
             UsageError: a malformed name or contradictory options.
-            HubError: one line with the mend.
+            HubError: one line with the fix.
         """
         contents = self.contents(recipe, info, repo_id)
         return push(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..data.preprocess import Preprocess
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import LinearLayer, Projector
-from .base import Layers, PublishedModel
+from .base import Layers, PublishedModel, check_float_batch
 from .encoder import EncoderConfig, SparseEncoder
 from .inference import source_batches
 
@@ -125,9 +125,7 @@ class Classifier(PublishedModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C) of a preprocessed float batch x (B, 3, H, W)."""
-        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            given = f"{x.dtype} of shape {tuple(x.shape)}"
-            raise UsageError(f"expected a float batch (B, 3, H, W), got {given}; preprocess images with classifier.transform")
+        check_float_batch(x, UsageError, "preprocess images with classifier.transform")
         return self.head(self.features(x))
 
     def outputs(self, features: Tensor) -> Tensor:

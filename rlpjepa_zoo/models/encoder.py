@@ -18,7 +18,7 @@ from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
-from .base import Layers, PublishedModel
+from .base import Layers, PublishedModel, check_float_batch
 from .inference import OnError, OutputOptions, source_batches
 
 __all__ = ["EncoderConfig", "Output", "SparseEncoder", "make_projector"]
@@ -114,10 +114,7 @@ class SparseEncoder(PublishedModel):
         Returns:
             (B, F), in the dtype the backbone computes in.
         """
-        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point():
-            raise UsageError(
-                f"expected a float batch (B, 3, H, W), got {x.dtype} of shape {tuple(x.shape)}; preprocess images with enc.transform"
-            )
+        check_float_batch(x, UsageError, "preprocess images with enc.transform")
         return self.backbone(x)
 
     def both(self, x: Tensor) -> Output:
@@ -266,7 +263,7 @@ class SparseEncoder(PublishedModel):
         parts = []
         batches = source_batches(
             images, self.config.preprocess, self.device, batch_size=batch_size, num_workers=num_workers, on_error=on_error,
-            mend="; leave such images out with on_error='skip' (--skip-bad)", progress="embed" if progress else None,
+            fix="; leave such images out with on_error='skip' (--skip-bad)", progress="embed" if progress else None,
         )  # fmt: skip
         with self.evaluating(), closing(batches):
             for batch in batches:

@@ -47,8 +47,8 @@ MAX_ONNX = 2**31 - 2**24  # bytes of weights: protobuf stops at 2 GiB, and the g
 def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False) -> Path:
     """Write backbone, projector and ReLU, in evaluation mode, to one self-contained file; the module describes it. Returns its path.
 
-    Before the file is renamed to its path it is opened and compared, in float32 on the CPU, with the encoder on the golden images and noise,
-    in batches of 1, 2 and 7. Each output may differ by 1e-4 * max(1, its largest value), and z must have the encoder's zeros, except for
+    Before the file gets its name, it is opened and run on the CPU in float32. Its outputs are compared with those of the encoder on the golden
+    images and noise, in batches of 1, 2 and 7. Each output may differ by 1e-4 * max(1, its largest value), and z must have the encoder's zeros, except for
     values below 1e-5 of the largest. The encoder itself is not changed.
 
     Args:
@@ -76,22 +76,22 @@ def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False)
     format, state = EXPORT_FORMATS[path.suffix], encoder.state_dict()
     _check_weights(state)
     format.check(path, state)
-    with files.atomic_file(path) as aside, torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with files.atomic_file(path) as temporary, torch.no_grad(), torch.autocast("cpu", enabled=False):
         if path.exists() and not (overwrite and path.is_file()):
             raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
-        aside.touch()  # a read-only folder fails here, before the minutes of tracing
-        with _refusing(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
-            twin = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
-            images = golden.make(twin.encoder)["inputs"]
+        temporary.touch()  # a read-only folder fails here, before the minutes of tracing
+        with _as_model_error(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
+            model = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
+            images = golden.make(model.encoder)["inputs"]
             more = torch.randn(5, *images.shape[1:], generator=rng.generator(0, "export"))
             batches = [images[:1], images, torch.cat([images, more])]
-            expected = [twin(x) for x in batches]
+            expected = [model(x) for x in batches]
             output = io.StringIO()  # torch prints whole graphs when it fails; the error below gives the reason
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                data = format.convert(_trace(twin, images), _metadata(twin.encoder))
-        files.write_durably(aside, data)
-        with _refusing(f"{path}: the exported file does not open or run"):
-            given = list(map(format.open(aside), batches))
+                data = format.convert(_trace(model, images), _metadata(model.encoder))
+        files.write_durably(temporary, data)
+        with _as_model_error(f"{path}: the exported file does not open or run"):
+            given = list(map(format.open(temporary), batches))
         for got, want in zip(given, expected, strict=True):
             _compare(got, want, path)
     return path
@@ -110,7 +110,7 @@ class _Both(nn.Module):
 
 
 @contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def _as_model_error(what: str) -> Iterator[None]:
     """Turn any exception inside the block into a `ModelError` that starts with `what`."""
     try:
         yield
@@ -131,9 +131,9 @@ def _check_weights(state: dict[str, Tensor]) -> None:
             raise NonFiniteError(f"{name} holds NaN or infinity; an encoder like that is not exported")
 
 
-def _trace(twin: _Both, example: Tensor) -> Any:
+def _trace(model: _Both, example: Tensor) -> Any:
     """The program of an encoder. `example` holds two images, because torch treats a size of 1 as a constant."""
-    program = torch.export.export(twin, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+    program = torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # paths and source lines of this machine
@@ -156,7 +156,7 @@ class ExportFormat(Protocol):
     """One kind of file."""
 
     def check(self, path: Path, state: dict[str, Tensor]) -> None:
-        """Refuse what the format cannot do, before any work: `UsageError`."""
+        """Refuse what the format cannot do, before any work."""
 
     def convert(self, program: Any, metadata: dict[str, str]) -> bytes:
         """Content of the file, from a `torch.export.ExportedProgram` with one input, images, and the outputs `OUTPUTS`."""
@@ -239,6 +239,8 @@ def _compare(given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) ->
         if not error <= allowed:
             raise ModelError(f"{path}: {name} of the exported file differs from the encoder's by {error:.2g} (allowed {allowed:.2g})")
     got, want = given["z"], wanted["z"]
-    moved = ((got != 0) != (want != 0)) & (torch.maximum(got, want) > SAME_ZERO * want.max())
-    if moved.any() or (got < 0).any():
-        raise ModelError(f"{path}: z of the exported file has other zeros than the encoder's, {int(moved.sum())} of {moved.numel()}")
+    differing = ((got != 0) != (want != 0)) & (torch.maximum(got, want) > SAME_ZERO * want.max())
+    if differing.any() or (got < 0).any():
+        raise ModelError(
+            f"{path}: z of the exported file has other zeros than the encoder's, {int(differing.sum())} of {differing.numel()}"
+        )

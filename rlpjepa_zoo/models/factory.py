@@ -23,7 +23,7 @@ from ..hub.download import fetch
 from ..hub.format import BACKBONE, CONFIG
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 
-__all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "refused_arguments", "validate_arguments"]
+__all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "fresh_copy", "refused_arguments", "validate_arguments"]
 
 BUILDING = threading.Lock()
 """Held while a model is built with a seeded global generator and a changed default dtype, which all threads share."""
@@ -77,6 +77,15 @@ def create_encoder(
         features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth, preprocess=preprocess, model_args=dict(timm_kwargs),
     )  # fmt: skip
     return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
+
+
+def fresh_copy(encoder: SparseEncoder) -> SparseEncoder:
+    """A new encoder of the same architecture and preprocessing, with fresh weights, on the CPU, in training mode."""
+    config = encoder.config
+    return create_encoder(
+        config.architecture, config.dim, config.hidden_dim, projector_depth=config.projector_depth, preprocess=config.preprocess,
+        **config.model_args,
+    )  # fmt: skip
 
 
 def _backbone(source: ModelSource, pretrained: bool, timm_kwargs: dict[str, Any]) -> Any:

@@ -45,7 +45,7 @@ def make(encoder: Any) -> dict[str, Tensor]:
 def _evaluate(encoder: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     with encoder.evaluating(), torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         features = encoder.features(inputs.to(encoder.device))
-        z = encoder.outputs(features)  # before a dial, which turns a rounding difference into a value that is zero or not
+        z = encoder.outputs(features)  # without the dial: rounding could turn a value into zero
     return features.float().cpu(), z.float().cpu()
 
 

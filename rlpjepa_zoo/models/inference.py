@@ -18,6 +18,7 @@ from ..data.images import ImageRows, Row, reason_with_id
 from ..data.preprocess import Preprocess, batched, ready
 from ..data.sources import open_images
 from ..errors import DataError, UsageError
+from .base import check_float_batch
 
 __all__ = ["Batch", "OnError", "OutputOptions", "image_batches", "pixel_batches", "source_batches"]
 
@@ -79,7 +80,7 @@ def pixel_batches(
     row: Callable[[T], Row] = lambda item: cast(Row, item),
     num_workers: int = 0,
     on_error: OnError = "raise",
-    mend: str = "",
+    fix: str = "",
     progress: Callable[[int], object] | None = None,
 ) -> Generator[Batch[T], None, None]:
     """Resized and cropped images of groups of items, in order; the images of a few groups are decoded ahead.
@@ -92,7 +93,7 @@ def pixel_batches(
         row: from an item to its `Row`, whose `read` gives the RGB image in any thread; an item is a `Row` itself by default.
         num_workers: threads that decode; 0 decodes in the calling thread.
         on_error: ``raise`` ends at the first unreadable image; ``skip`` leaves it out and lists it in `Batch.failures`.
-        mend: appended to the error message.
+        fix: appended to the error message.
         progress: called with the number of items of a group after the group was used.
 
     Raises:
@@ -103,7 +104,7 @@ def pixel_batches(
             ids = {place: row(group.items[place]).id for place, _ in group.bad}
             failures = [(ids[place], reason_with_id(ids[place], reason)) for place, reason in group.bad]
             if failures and on_error == "raise":
-                raise DataError(f"{failures[0][1]}{mend}")
+                raise DataError(f"{failures[0][1]}{fix}")
             items = [group.items[place] for place in group.good]
             yield Batch(group.items, items, [row(item).id for item in items], group.pixels, failures)
             if progress is not None:
@@ -135,7 +136,7 @@ def source_batches(
     batch_size: int,
     num_workers: int = 0,
     on_error: OnError = "raise",
-    mend: str = "",
+    fix: str = "",
     progress: str | None = None,
 ) -> Generator[Batch[Any], None, None]:
     """Batches of any image source.
@@ -144,15 +145,13 @@ def source_batches(
         source: a float tensor (B, 3, H, W) that is already preprocessed, or a source of `rlpjepa_zoo.data.sources.open_images`.
         batch_size: images in a batch.
         progress: label of a progress bar on stderr; None shows none.
-        preprocess, device, num_workers, on_error, mend: those of `image_batches`.
+        preprocess, device, num_workers, on_error, fix: those of `image_batches`.
 
     Raises:
         DataError: no such images, an unreadable one, or a tensor of another shape or type.
     """
     if isinstance(source, Tensor):
-        if source.dim() != 4 or source.shape[1] != 3 or not source.is_floating_point():
-            given = f"{source.dtype} of shape {tuple(source.shape)}"
-            raise DataError(f"expected a float tensor (B, 3, H, W), got {given}; pass PIL images for uint8 pixels")
+        check_float_batch(source, DataError, "pass PIL images for uint8 pixels")
         with tqdm(total=len(source), desc=progress, unit="image", disable=progress is None) as bar:
             for start in range(0, len(source), batch_size):
                 x = source[start : start + batch_size]
@@ -163,4 +162,4 @@ def source_batches(
     images = source if isinstance(source, ImageRows) else open_images(source)
     with tqdm(total=images.length, desc=progress, unit="image", disable=progress is None) as bar:
         rows = batched(images.rows(0), batch_size)
-        yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, mend=mend, progress=bar.update)
+        yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, fix=fix, progress=bar.update)

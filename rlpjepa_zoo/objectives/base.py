@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from ..core.schema import Section
 from ..distributions import RectifiedGeneralizedGaussian
 
-__all__ = ["Count", "NonNegative", "Objective", "Options", "Positive", "Terms", "invariance"]
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+__all__ = ["Objective", "Options", "Terms", "invariance"]
 
 
-class Options(BaseModel):
-    """The section `objective` of a recipe: frozen, and unknown keys are refused. Each objective has a subclass with its own keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+class Options(Section):
+    """The section `objective` of a recipe: each objective has a subclass with its own keys."""
 
     name: str
     """Name of the objective, see `rlpjepa_zoo.list_objectives`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null(cls, values: Any) -> Any:
-        """`key:` and `key: null` mean None: values arrive as text, see `rlpjepa_zoo.config.load`."""
-        if not isinstance(values, dict):
-            return values
-        return {k: None if isinstance(v, str) and v in ("", "null", "~") else v for k, v in values.items()}
 
     @classmethod
     def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:

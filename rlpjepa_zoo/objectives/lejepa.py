@@ -17,7 +17,7 @@ __all__ = ["LeJEPALoss"]
 class LeJEPALoss:
     """weight * SIGReg + (1 - weight) * mean over views, batch and dimensions of (z_v - mean of the views)^2.
 
-    It is called like `RectifiedLpJEPALoss`, and is equally exact over any number of processes.
+    It is called like `RectifiedLpJEPALoss`, and gives the same gradient for any number of processes.
 
     Args:
         weight: lambda in [0, 1]; LeJEPA uses 0.02 to 0.05.

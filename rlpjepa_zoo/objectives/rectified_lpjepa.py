@@ -17,13 +17,14 @@ from pydantic import ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from ..core import distributed, rng
+from ..core.schema import Count, NonNegative, Positive
 from ..distributions import RectifiedGeneralizedGaussian
 from ..errors import RecipeError
 from ..ops.directions import FAMILIES, INDEPENDENT, direction_blocks, directions, parse_directions, select_directions
 from ..ops.gradient_noise import directions_needed, matched
 from ..ops.sliced_wasserstein import sliced_wasserstein
 from . import OBJECTIVES
-from .base import Count, NonNegative, Objective, Options, Positive, Terms, invariance
+from .base import Objective, Options, Terms, invariance
 
 __all__ = ["PAPER_ERROR", "RectifiedLpJEPALoss", "RectifiedLpJEPAOptions"]
 

@@ -92,31 +92,6 @@ def match(projected: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def project_and_match(z: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """`match` of the projections of y and z on c; for B <= 512 the projections are never written to memory.
-
-    Larger batches use one matrix product, which follows torch's TF32 setting (`sliced_wasserstein` turns TF32 off), and
-    (n, 1 + V, B) numbers of memory.
-
-    Args:
-        z: (V, B, D) views. y: (B, D) target. c: (n, D) directions. Contiguous float32 on one device, B <= 4096, any D.
-
-    Returns:
-        g (n, V, B) and its sums of squares (n,), as `match`.
-
-    Raises:
-        ValueError: another dtype, shape or memory layout.
-
-    Example:
-        >>> g, sums = project_and_match(torch.rand(2, 8, 3).cuda(), torch.rand(8, 3).cuda(), torch.eye(3).cuda())  # doctest: +SKIP
-    """
-    samples = _samples(z, y, c)
-    g, sums = z.new_empty(len(c), *z.shape[:2]), z.new_empty(len(c))
-    _project_and_match(samples, c, g, sums)
-    return g, sums
-
-
-@torch.no_grad()
 def loss_and_gradient(z: Tensor, y: Tensor, c: Tensor, chunk: int, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Sliced squared 2-Wasserstein distance, mean over directions, views and batch, and its gradient in z.
 

@@ -66,7 +66,7 @@ def law_section(sample: Sample, law: RectifiedGeneralizedGaussian, figures: dict
         f"Measured density {three_digits(measured)} against {three_digits(theory)} in theory: "
         f"{percent(abs(relative))} {'above' if relative > 0 else 'below'}"
     )
-    sentence += ", within the 95 % interval." if inside else ", more than the choice of images explains."
+    sentence += ", within the 95 % interval." if inside else ", outside the 95 % interval, so sampling does not explain it."
     distances, floor = coordinate_distances(sample.z, law), distance_floor(len(sample.z), law)
     return Section(
         "Law of z", sentence, alarm=abs(relative) > 0.1 and not inside, figures=_law_figures(sample, law, figures, distances, floor),
@@ -217,7 +217,7 @@ def units_section(sample: Sample) -> Section:
         return Section("Units", "No unit is above 0 for any image.")
     text = f"The images that excite a unit most, strongest first; {sample.size}. "
     if sample.images.labels is not None:
-        text += "Units are chosen for showing one class, at most two for each; they are the clearest, not typical."
+        text += "Units are selected for showing one class, at most two for each; these are the most selective units, not typical ones."
     else:
         text += "Units that fire most strongly."
     return Section("What selective units see", text, figures=figures, small=True)

@@ -75,7 +75,9 @@ def _density_keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any])
     if (target := run.recipe.target) is not None:
         mu, sigma = target.law()
         note = f"P(Y > 0) of the law p = {target.p:g}, mu = {mu:.4g}, sigma = {sigma:.4g}"
-        yield Key("Density in theory", three_digits(figures["density_theory"]), note + ("" if asked is not None else "; mu was asked for"))
+        yield Key(
+            "Density in theory", three_digits(figures["density_theory"]), note + ("" if asked is not None else "; the recipe gives mu")
+        )
     if sample is not None:
         interval = f"95 % interval {three_digits(figures['density_low'])} to {three_digits(figures['density_high'])}"
         yield Key("Density measured", three_digits(figures["density"]), f"{interval}; {sample.size}, evaluation mode")

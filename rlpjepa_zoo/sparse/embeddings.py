@@ -173,11 +173,6 @@ class SparseEmbeddings:
         n, dim = self.shape
         return self.nnz / (n * dim) if n else 0.0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays as saved: values float32, columns int16 where they fit, row starts int64 (ids not counted)."""
-        return self.indptr.nbytes + self.values.nbytes + self.indices.astype(io.index_dtype(self.dim)).nbytes
-
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -227,12 +222,6 @@ class SparseEmbeddings:
         entries = np.sort(order[rank < k])
         indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(self.indptr), k))])
         return self._with(indptr, entries, self.ids)
-
-    def at_least(self, value: float) -> SparseEmbeddings:
-        """Keep the values >= `value`."""
-        keep = self.values >= value
-        indptr = np.concatenate([[0], np.cumsum(keep)])[self.indptr]
-        return self._with(indptr, np.flatnonzero(keep), self.ids)
 
     # --- conversion ------------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.files import atomic_file
 from ..errors import DataError, ModelError, UsageError, first_line
 
-__all__ = ["Arrays", "Values", "arrow_table", "index_dtype", "number_array", "part_files", "read", "write"]
+__all__ = ["Arrays", "Values", "arrow_table", "number_array", "part_files", "read", "write"]
 
 FORMAT = "rlpjepa_zoo.sparse/1"
 QUANTISED_FORMAT = "rlpjepa_zoo.sparse/2"

@@ -80,7 +80,9 @@ class NonFiniteGuard:
             def check(module: nn.Module, inputs: Any, output: Any) -> None:
                 if not first and isinstance(output, Tensor) and not output.isfinite().all():
                     ok = all(x.isfinite().all() for x in inputs if isinstance(x, Tensor))
-                    first.append(f"the output of {name} ({type(module).__name__}) is the first, its input was {'finite' if ok else 'not'}")
+                    first.append(
+                        f"first non-finite output: {name} ({type(module).__name__}); its input was {'finite' if ok else 'already non-finite'}"
+                    )
 
             return check
 
@@ -90,4 +92,4 @@ class NonFiniteGuard:
         finally:
             for handle in handles:
                 handle.remove()
-        return first[0] if first else "weights and outputs of all layers are finite, so it is the loss or the gradient"
+        return first[0] if first else "weights and outputs of all layers are finite, so the loss or the gradient is not"

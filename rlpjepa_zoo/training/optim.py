@@ -1,6 +1,7 @@
 """Optimisers (timm's) by name, parameter groups, and the learning-rate schedule as a pure function of the step.
 
-To add an optimiser: register a row here, and add a row to `OPTIMIZER_KEYS` in `rlpjepa_zoo.config.training_sections`.
+To add an optimiser: write its build function and register an `OptimizerRow` here, and add a row to `OPTIMIZER_KEYS` in
+`rlpjepa_zoo.config.training_sections`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class ParamGroup(NamedTuple):
     weight_decay: float
     peak: float
     """Peak learning rate."""
-    trust: bool = False
+    use_trust_ratio: bool = False
     """Whether LARS scales the steps of these parameters by its trust ratio, even without weight decay."""
 
 
@@ -34,7 +35,7 @@ class OptimizerRow(NamedTuple):
     """How an optimiser is built, and what its state costs."""
 
     build: Callable[[list[dict[str, Any]], Sequence[ParamGroup], Optim], torch.optim.Optimizer]
-    """(torch's parameter groups, the groups they were made of, options) -> optimiser."""
+    """Function of torch's parameter groups, the `ParamGroup` of each, and the section `optim`; returns the optimiser."""
     moments: int
     """Tensors of the size of the parameters that the state holds."""
 
@@ -52,12 +53,12 @@ def _sgd(params: list[dict[str, Any]], groups: Sequence[ParamGroup], options: Op
 
 
 def _lars(params: list[dict[str, Any]], groups: Sequence[ParamGroup], options: Optim) -> torch.optim.Optimizer:
-    """timm's `larc`: step = min(trust * |w| / (|g| + wd |w|), lr) for each tensor, so the rate is an upper limit.
+    """timm's `larc`: step = min(trust_coefficient * |w| / (|g| + wd |w|), lr) for each tensor, so the rate is an upper limit.
 
-    Groups without `trust` and without weight decay take plain momentum steps.
+    Groups without `use_trust_ratio` and without weight decay take plain momentum steps.
     """
     for entry, group in zip(params, groups, strict=True):
-        if group.trust:
+        if group.use_trust_ratio:
             entry["always_adapt"] = True
     return timm.optim.create_optimizer_v2(
         params, opt="larc", lr=groups[0].peak, momentum=options.momentum, trust_coeff=options.trust_coefficient

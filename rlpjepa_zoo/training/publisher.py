@@ -44,7 +44,7 @@ class Publisher:
         Args:
             model, info: the artifact and its record.
             step, total: number of this step and of all steps.
-            again: keep an existing folder if it holds these weights at this step, with the results that were written into its card since.
+            again: keep a folder that already holds these weights, with later card results.
         """
         contents = self._published(model, step) if again else None
         if contents is None:
@@ -54,7 +54,7 @@ class Publisher:
             self.pusher.submit(contents, f"Step {step} of {total}")
 
     def copy_as(self, name: str, note: str) -> None:
-        """Copy the published folder within the run directory; the card of the copy says by `note` how it was chosen."""
+        """Copy the published folder within the run directory; `note` tells on its card how it was selected."""
         write_folder(self.out / name, card.rewritten(self.path, ModelSource.folder(self.out / name).text, chosen=note))
 
     def finish(self) -> None:

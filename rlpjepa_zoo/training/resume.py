@@ -18,7 +18,7 @@ __all__ = ["check_images", "check_recipe", "check_same_on_all_ranks", "environme
 log = logging.getLogger("rlpjepa_zoo")
 
 DATA = "data"
-"""What --allow-change takes, beside recipe keys, for images that differ from those of the run."""
+"""Value of --allow-change that permits different images."""
 
 PER_MACHINE = ("data.path", "data.download", "train.num_workers")
 """Recipe keys that processes on different machines may set differently."""
@@ -143,4 +143,4 @@ def warn_of_other_environment(state: Mapping[str, Any]) -> None:
             log.warning("%d %s before, %d now: equal up to rounding, not bit for bit", state[name], label, now[name])
     if state["versions"] != now["versions"]:
         changed = [f"{k} {v} -> {now['versions'].get(k)}" for k, v in state["versions"].items() if now["versions"].get(k) != v]
-        log.warning("other versions than before, perhaps not bit for bit: %s", ", ".join(changed))
+        log.warning("package versions changed; results may not be bit-equal: %s", ", ".join(changed))

@@ -61,8 +61,8 @@ def start_accelerator(options: Train, out: Path, unused_parameters: bool = False
             ],
         )  # fmt: skip
     except ValueError as error:
-        mend = "; set train.precision to fp16 or no" if "bf16" in str(error) else ""
-        raise RecipeError(f"train: {first_line(error)}{mend}") from error
+        fix = "; set train.precision to fp16 or no" if "bf16" in str(error) else ""
+        raise RecipeError(f"train: {first_line(error)}{fix}") from error
     except distributed.DistError as error:
         raise HubError(
             f"the processes did not find each other: {first_line(error)}; check the port and address given to the launcher"
@@ -110,7 +110,7 @@ def open_images(accelerator: Accelerator, options: Data, seed: int) -> Source:
 
 @contextmanager
 def clear_errors(options: Train, memory_keys: Sequence[str] = ()) -> Iterator[None]:
-    """Replace errors of torch that a user can mend by one line with the mend.
+    """Replace a torch error that a user can fix by one line that says how.
 
     Args:
         options: the section `train` of the recipe.
@@ -136,7 +136,7 @@ def _explained(error: BaseException, options: Train, memory_keys: Sequence[str])
     if distributed.world_size() > 1 and any(hint in text for hint in _CONNECTION_ERRORS):
         waited = f"train.timeout_minutes = {options.timeout_minutes:g}"
         reason = f"process {distributed.rank()}: another process is gone or does not answer within {waited} ({text})"
-        return HubError(f"{reason}; look for its own error, then go on with --resume")
+        return HubError(f"{reason}; see the error of that process, then continue with --resume")
     return None
 
 
@@ -144,7 +144,7 @@ def _explained(error: BaseException, options: Train, memory_keys: Sequence[str])
 
 
 def start_trackers(accelerator: Accelerator, names: Sequence[str], values: Mapping[str, Any], out: Path, step: int) -> None:
-    """Start the trackers of a run. A resumed run continues in the tracker's own run, found by the id in the run directory.
+    """Start the trackers of a run. After a resume, a tracker continues its earlier run: the id is in the run directory.
 
     Args:
         accelerator: of the run.
@@ -173,7 +173,7 @@ def start_trackers(accelerator: Accelerator, names: Sequence[str], values: Mappi
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """Close the trackers; a tracker that fails costs a warning."""
+    """Close the trackers. A failure of a tracker is logged as a warning."""
     for tracker in accelerator.trackers:
         try:
             tracker.finish()

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 import yaml
 from models import SMALL, settled
 from PIL import Image
+from published import config_of, read_config, reseal, tensors
 from refusals import refused
 
 import rlpjepa_zoo
@@ -64,44 +64,6 @@ def published(encoder, tmp_path_factory):
 @pytest.fixture
 def copy(published, tmp_path):
     return Path(shutil.copytree(published, tmp_path / "enc"))
-
-
-def read_config(path):
-    return json.loads((path / "config.json").read_text())
-
-
-def write_config(path, config):
-    """With a fitting sha256 of itself where it can have one, so that what is tested is not hidden behind it."""
-    block = config.get("rlpjepa_zoo")
-    if isinstance(block, dict) and "sha256" in block:
-        block["sha256"] = "0" * 64
-    text = json.dumps(config)
-    (path / "config.json").write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
-
-
-def reseal(path):
-    """Make the sha256 and sizes in config.json those of the files as they are."""
-    config = read_config(path)
-    for name in config["rlpjepa_zoo"]["files"]:
-        data = (path / name).read_bytes()
-        config["rlpjepa_zoo"]["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    write_config(path, config)
-
-
-@contextmanager
-def tensors(path, name):
-    """Change the tensors of a file so that verification still passes."""
-    content = safetensors.torch.load_file(path / name)
-    yield content
-    safetensors.torch.save_file(content, path / name, metadata={"format": "pt"})
-    reseal(path)
-
-
-@contextmanager
-def config_of(path):
-    config = read_config(path)
-    yield config
-    write_config(path, config)
 
 
 # --- round trip ----------------------------------------------------------------------------------------------------------------------
@@ -535,7 +497,7 @@ def test_another_format_is_refused(copy, value):
         load_encoder(copy)
 
 
-def test_plain_timm_folder_is_refused_with_a_mend_that_works(tmp_path, encoder):
+def test_plain_timm_folder_is_refused_with_a_fix_that_works(tmp_path, encoder):
     import timm
 
     timm.models.save_for_hf(encoder.backbone, tmp_path / "plain", safe_serialization=True)

@@ -72,7 +72,7 @@ def read(folder: str) -> dict[str, bytes]:
 # Accounts and repositories
 
 
-def test_tokens(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_bad_token_is_refused_even_for_public_files(hub_server: FakeHub, api: HfApi) -> None:
     assert api.whoami()["name"] == "owner"
     assert api.whoami(token="hf_reader")["auth"]["accessToken"]["role"] == "read"
     with pytest.raises(HfHubHTTPError, match="Invalid user token") as error:
@@ -88,7 +88,7 @@ def test_tokens(hub_server: FakeHub, api: HfApi) -> None:
     assert HfApi(token="hf_member").create_repo("lab/y").repo_id == "lab/y"
 
 
-def test_create_and_delete(hub_server: FakeHub, api: HfApi) -> None:
+def test_repos_are_created_and_deleted_with_write_access_only(hub_server: FakeHub, api: HfApi) -> None:
     url = api.create_repo(REPO)
     assert (url.repo_id, url.repo_type, str(url)) == (REPO, "model", f"{hub_server.url}/{REPO}")
     assert api.create_repo("owner/data", repo_type="dataset").repo_type == "dataset"
@@ -114,7 +114,7 @@ def test_create_and_delete(hub_server: FakeHub, api: HfApi) -> None:
         api.delete_repo(REPO)
 
 
-def test_private(hub_server: FakeHub, api: HfApi) -> None:
+def test_private_repos_are_hidden_without_access(hub_server: FakeHub, api: HfApi) -> None:
     api.create_repo(REPO, private=True)
     hub_server.put(REPO, FILES)
     assert api.model_info(REPO).private is True
@@ -132,7 +132,7 @@ def test_private(hub_server: FakeHub, api: HfApi) -> None:
     assert api.model_info(REPO, token=False).private is False
 
 
-def test_gated(hub_server: FakeHub, api: HfApi) -> None:
+def test_gated_files_need_a_grant(hub_server: FakeHub, api: HfApi) -> None:
     hub_server.put(REPO, FILES)
     api.update_repo_settings(REPO, gated="auto")
     assert api.model_info(REPO, token=False).gated == "auto"  # the page of a gated repository is open to all
@@ -169,7 +169,7 @@ def test_upload_folder_sends_only_what_changed(hub_server: FakeHub, api: HfApi, 
     assert all(request.token is None for request in hub_server.seen("PUT"))
 
 
-def test_upload_as_the_client_streams_it(hub_server: FakeHub, api: HfApi) -> None:
+def test_uploads_are_accepted_in_chunks_without_a_token(hub_server: FakeHub, api: HfApi) -> None:
     """A body of unknown length comes in chunks."""
     api.create_repo(REPO)
     oid = hashlib.sha256(WEIGHTS).hexdigest()
@@ -185,7 +185,7 @@ def test_upload_as_the_client_streams_it(hub_server: FakeHub, api: HfApi) -> Non
     assert hub_server.files(REPO)["a.safetensors"] == WEIGHTS
 
 
-def test_parent_commit(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_commit_on_an_outdated_parent_is_refused(hub_server: FakeHub, api: HfApi) -> None:
     old = hub_server.put(REPO, FILES)
     new = api.create_commit(REPO, [add("a.txt", b"1")], commit_message="a", parent_commit=old).oid
     with pytest.raises(HfHubHTTPError, match="A commit has happened since") as error:
@@ -195,7 +195,7 @@ def test_parent_commit(hub_server: FakeHub, api: HfApi) -> None:
     assert api.create_commit(REPO, [add("a.txt", b"2")], commit_message="b", parent_commit=new[:7]).oid != new
 
 
-def test_pull_request(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_pull_request_leaves_main_unchanged(hub_server: FakeHub, api: HfApi) -> None:
     head = hub_server.put(REPO, FILES)
     pull = HfApi(token="hf_reader").create_commit(REPO, [add("b.safetensors", b"b")], commit_message="please", create_pr=True)
     assert (pull.pr_num, pull.pr_revision) == (1, "refs/pr/1")
@@ -211,7 +211,7 @@ def test_pull_request(hub_server: FakeHub, api: HfApi) -> None:
     assert api.list_repo_refs(REPO).pull_requests is None
 
 
-def test_branches_and_tags(hub_server: FakeHub, api: HfApi) -> None:
+def test_branches_and_tags_resolve_and_can_be_deleted(hub_server: FakeHub, api: HfApi) -> None:
     first = hub_server.put(REPO, {"a": b"1"})
     api.create_tag(REPO, tag="v1")
     second = hub_server.put(REPO, {"a": b"2"})
@@ -239,7 +239,7 @@ def test_branches_and_tags(hub_server: FakeHub, api: HfApi) -> None:
     assert [ref.ref for ref in api.list_repo_refs(REPO).branches] == ["refs/heads/main"]
 
 
-def test_delete_and_copy(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_commit_deletes_and_copies_files(hub_server: FakeHub, api: HfApi) -> None:
     hub_server.put(REPO, {"a.txt": b"a", "b.safetensors": WEIGHTS, "sub/c": b"c", "sub/d": b"d"})
     operations = [CommitOperationDelete("a.txt"), CommitOperationDelete("sub/"), CommitOperationCopy("b.safetensors", "e.safetensors")]
     commit = api.create_commit(REPO, operations, commit_message="move")
@@ -268,7 +268,7 @@ def test_card_with_bad_metadata_is_refused(hub_server: FakeHub, api: HfApi, meta
     assert len(hub_server.log(REPO)) == 1
 
 
-def test_card(hub_server: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_card_metadata_is_read_and_invalid_metadata_is_refused(hub_server: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch) -> None:
     api.create_repo(REPO)
     ModelCard(CARD.decode()).push_to_hub(REPO, token="hf_writer")
     info = api.model_info(REPO)
@@ -287,7 +287,7 @@ def test_card(hub_server: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch) 
 # Listings and downloads
 
 
-def test_info(hub_server: FakeHub, api: HfApi) -> None:
+def test_model_info_lists_files_sizes_and_hashes(hub_server: FakeHub, api: HfApi) -> None:
     first = hub_server.put(REPO, FILES, title="first")
     second = hub_server.put(REPO, {"config.json": b"{ }"}, title="second")
     info = api.model_info(REPO, files_metadata=True)
@@ -308,7 +308,7 @@ def test_info(hub_server: FakeHub, api: HfApi) -> None:
     assert not api.file_exists(REPO, "nothing")
 
 
-def test_tree(hub_server: FakeHub, api: HfApi) -> None:
+def test_repo_tree_lists_files_and_folders_of_a_revision(hub_server: FakeHub, api: HfApi) -> None:
     first = hub_server.put("owner/data", {"a": b"1", "b/c": b"2", "b/d/e.png": b"3", "bb": b"4"}, type="dataset")
     second = hub_server.put("owner/data", {"b/c": b"5"}, type="dataset", title="second")
 
@@ -329,7 +329,7 @@ def test_tree(hub_server: FakeHub, api: HfApi) -> None:
     assert api.list_repo_files("owner/data", repo_type="dataset", revision=first) == [".gitattributes", "a", "b/c", "b/d/e.png", "bb"]
 
 
-def test_download(hub_server: FakeHub, api: HfApi) -> None:
+def test_downloads_follow_revisions_and_keep_the_token_private(hub_server: FakeHub, api: HfApi) -> None:
     first = hub_server.put(REPO, FILES)
     api.create_tag(REPO, tag="v1")
     hub_server.put(REPO, {"config.json": b"new"})
@@ -350,7 +350,7 @@ def test_download(hub_server: FakeHub, api: HfApi) -> None:
     assert {ref for revision in info.revisions for ref in revision.refs} == {"v1", "main", "a/branch"}
 
 
-def test_ranges(hub_server: FakeHub) -> None:
+def test_range_requests_return_the_asked_bytes(hub_server: FakeHub) -> None:
     hub_server.put(REPO, FILES)
     for name, data in (("model.safetensors", WEIGHTS), ("README.md", CARD)):
         for given, part in (("0-9", data[:10]), ("7-", data[7:]), ("-5", data[-5:]), (f"3-{10**9}", data[3:])):
@@ -362,7 +362,7 @@ def test_ranges(hub_server: FakeHub) -> None:
         assert httpx.get(url, headers={"Range": f"bytes={len(data)}-"}, follow_redirects=True).status_code == 416
 
 
-def test_what_is_missing(hub_server: FakeHub, api: HfApi) -> None:
+def test_missing_repos_revisions_and_files_have_their_own_errors(hub_server: FakeHub, api: HfApi) -> None:
     hub_server.put(REPO, FILES)
     for token, code in ((False, 401), ("hf_writer", 404)):
         for download in (
@@ -384,7 +384,7 @@ def test_what_is_missing(hub_server: FakeHub, api: HfApi) -> None:
         api.create_commit("owner/none", [add("a", b"a")], commit_message="a")
 
 
-def test_offline(hub_server: FakeHub, offline: Callable) -> None:
+def test_offline_reads_the_cache_and_sends_no_request(hub_server: FakeHub, offline: Callable) -> None:
     hub_server.put(REPO, FILES)
     online = read(snapshot_download(REPO))
     asked = len(hub_server.requests)
@@ -398,13 +398,13 @@ def test_offline(hub_server: FakeHub, offline: Callable) -> None:
     assert len(hub_server.requests) == asked + 1
 
 
-def test_only_with_the_fixture_is_the_client_on_line() -> None:
+def test_the_client_is_offline_without_the_fixture() -> None:
     assert constants.is_offline_mode()
     with pytest.raises(LocalEntryNotFoundError):
         hf_hub_download(REPO, "config.json")
 
 
-def test_other_processes(hub_server: FakeHub) -> None:
+def test_subprocesses_use_the_local_hub(hub_server: FakeHub) -> None:
     hub_server.put(REPO, FILES)
     code = f"from huggingface_hub import hf_hub_download as get; print(open(get({REPO!r}, 'config.json')).read())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "{}\n"
@@ -414,7 +414,7 @@ def test_other_processes(hub_server: FakeHub) -> None:
 # Faults
 
 
-def test_errors_before_a_download(hub_server: FakeHub, naps: list[float]) -> None:
+def test_failed_requests_before_a_download_are_retried(hub_server: FakeHub, naps: list[float]) -> None:
     hub_server.put(REPO, FILES)
     hub_server.fault("HEAD", status=500)
     hub_server.fault("HEAD", status=503, headers={"Retry-After": "7"})
@@ -424,7 +424,7 @@ def test_errors_before_a_download(hub_server: FakeHub, naps: list[float]) -> Non
     assert naps == [8.0, 2.0]  # one second more than the server asks for
 
 
-def test_errors_of_an_upload(hub_server: FakeHub, api: HfApi, naps: list[float]) -> None:
+def test_upload_retries_all_requests_but_the_commit(hub_server: FakeHub, api: HfApi, naps: list[float]) -> None:
     head = hub_server.put(REPO, FILES)
     hub_server.fault("POST", "/preupload/", status=500, times=2)
     batch = hub_server.fault("POST", "/objects/batch", status=429, headers={"Retry-After": "3"})
@@ -443,7 +443,7 @@ def test_errors_of_an_upload(hub_server: FakeHub, api: HfApi, naps: list[float])
     assert forever.hits == 3
 
 
-def test_lost_answer_to_a_commit(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_commit_whose_answer_is_lost_still_counts(hub_server: FakeHub, api: HfApi) -> None:
     head = hub_server.put(REPO, FILES)
     hub_server.fault("POST", "/commit/", drop=True)
     hub_server.fault("POST", "/commit/", drop_after=True)
@@ -467,14 +467,14 @@ def test_cut_download_is_resumed(hub_server: FakeHub, naps: list[float], monkeyp
         hf_hub_download(REPO, "model.safetensors", force_download=True)
 
 
-def test_flipped_bit(hub_server: FakeHub) -> None:
+def test_the_client_does_not_notice_a_flipped_bit(hub_server: FakeHub) -> None:
     hub_server.put(REPO, FILES)
     hub_server.fault("GET", "^/cdn/", flip=70_000)
     data = Path(hf_hub_download(REPO, "model.safetensors")).read_bytes()  # the client compares the size only
     assert [(i, a ^ b) for i, (a, b) in enumerate(zip(data, WEIGHTS, strict=True)) if a != b] == [(70_000, 1)]
 
 
-def test_slow_answers(hub_server: FakeHub, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_answers_time_out_and_are_retried(hub_server: FakeHub, naps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     hub_server.put(REPO, FILES)
     hub_server.fault("HEAD", slow=0.5)
     hf_hub_download(REPO, "config.json", etag_timeout=0.2)
@@ -485,7 +485,7 @@ def test_slow_answers(hub_server: FakeHub, naps: list[float], monkeypatch: pytes
     assert [request.status for request in hub_server.seen("GET", "^/cdn/")] == [200, 200]
 
 
-def test_which_requests_a_fault_strikes(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_fault_strikes_matching_requests_only(hub_server: FakeHub, api: HfApi) -> None:
     hub_server.put(REPO, FILES)
     fault = hub_server.fault("GET", r"/api/models/owner/x\?blobs", status=418, skip=1)
     api.model_info(REPO)
@@ -503,7 +503,7 @@ def test_which_requests_a_fault_strikes(hub_server: FakeHub, api: HfApi) -> None
         api.model_info(REPO)
 
 
-def test_a_mistake_of_the_server_shows(hub_server: FakeHub, api: HfApi) -> None:
+def test_a_crash_of_the_server_is_recorded(hub_server: FakeHub, api: HfApi) -> None:
     hub_server.put(REPO, {"README.md": b"\xff"})
     with pytest.raises(HfHubHTTPError) as error:
         api.model_info(REPO)
@@ -514,7 +514,7 @@ def test_a_mistake_of_the_server_shows(hub_server: FakeHub, api: HfApi) -> None:
 # Libraries on top
 
 
-def test_timm(hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_pushes_and_loads_a_model(hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3).eval()
     timm.models.push_to_hf_hub(
@@ -531,7 +531,7 @@ def test_timm(hub_server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(loaded(images), model(images))
 
 
-def test_transformers(hub_server: FakeHub) -> None:
+def test_transformers_pushes_and_loads_a_model(hub_server: FakeHub) -> None:
     from transformers import AutoModel, ViTConfig, ViTModel
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
@@ -543,7 +543,7 @@ def test_transformers(hub_server: FakeHub) -> None:
     assert hub_server.seen("PUT", "^/lfs/models/owner/x/")
 
 
-def test_datasets(hub_server: FakeHub, api: HfApi, offline: Callable) -> None:
+def test_datasets_loads_and_pushes_parquet(hub_server: FakeHub, api: HfApi, offline: Callable) -> None:
     from datasets import Dataset, load_dataset
 
     table = Dataset.from_dict({"label": [0, 1, 2], "name": ["a", "b", "c"]})

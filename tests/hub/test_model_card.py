@@ -13,7 +13,7 @@ from rlpjepa_zoo.hub import card, download
 from rlpjepa_zoo.hub.folder import write_folder
 
 
-def test_card_edited_on_the_hub_is_refused_with_a_mend(published, run):
+def test_card_edited_on_the_hub_is_refused_with_a_fix(published, run):
     published.put(REPO, {"README.md": published.files(REPO)["README.md"] + b"more"})
     with refused(ModelError, match="README.md: differs.*edited on the Hub: its owner must push again"):
         rz.load_encoder(REPO)

@@ -473,7 +473,7 @@ def test_flipped_byte_raises_only_typed_errors(saved):
     assert escaped == []
 
 
-def test_newer_format_is_refused_with_the_mend(tmp_path, monkeypatch, dense):
+def test_newer_format_is_refused_with_the_fix(tmp_path, monkeypatch, dense):
     e = SparseEmbeddings.from_dense(dense)
     with monkeypatch.context() as patch:
         patch.setattr(io, "FORMAT", "rlpjepa_zoo.sparse/9")

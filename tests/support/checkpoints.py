@@ -38,7 +38,7 @@ def steps(run: Path) -> list[str]:
 
 @contextmanager
 def forked(work: Callable[[], None]) -> Iterator[int]:
-    """Fork a process that does some work and kill it exit."""
+    """Run `work` in a forked process; kill that process at the end of the block."""
     child = os.fork()
     if child == 0:
         try:

@@ -236,14 +236,14 @@ def test_a_hanging_rank_is_given_up_after_the_timeout(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_do_not_meet_are_one_line(tmp_path: Path, rank: int) -> None:
-    """The port of the meeting is taken (seen by the process that opens it), or nobody is there (seen by the others)."""
+def test_ranks_that_cannot_connect_fail_in_one_line(tmp_path: Path, rank: int) -> None:
+    """The rendezvous port is taken (rank 0 fails), or nothing listens on it (the other ranks fail)."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         if rank == 0:
             taken.listen()
-        meeting = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = {**os.environ, **meeting, "MASTER_PORT": str(taken.getsockname()[1]), "ACCELERATE_USE_CPU": "true"}
+        rendezvous = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **rendezvous, "MASTER_PORT": str(taken.getsockname()[1]), "ACCELERATE_USE_CPU": "true"}
         more = ["train.timeout_minutes=0.05", "--out", str(tmp_path / "run")]
         command = [sys.executable, "-m", "rlpjepa_zoo", "train", "digits", *TINY, *more]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)

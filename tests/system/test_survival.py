@@ -79,7 +79,8 @@ def test_a_run_with_skipped_steps_resumes_bit_for_bit(tmp_path: Path, monkeypatc
 def test_too_many_skips_in_a_row_stop_and_name_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, set(range(8, 100)), "pixels")
     with pytest.raises(
-        NonFiniteError, match=r"step 11: .*4 steps in a row; the output of \S*conv\S* \(Conv2d\) is the first, its input was not"
+        NonFiniteError,
+        match=r"step 11: .*4 steps in a row; first non-finite output: \S*conv\S* \(Conv2d\); its input was already non-finite",
     ):
         train(tiny("train.max_skipped=3"), tmp_path / "run", progress=False)
     found, damaged = latest(tmp_path / "run")
@@ -92,7 +93,7 @@ def test_the_diagnosis_names_weights_layers_or_the_loss() -> None:
     guard = NonFiniteGuard(net, 0, "no", 0.1)
     with pytest.raises(NonFiniteError, match=r"weights and outputs of all layers are finite"):
         guard.skip(1, "", lambda: net(torch.ones(1, 2)))
-    with pytest.raises(NonFiniteError, match=r"the output of 2 \(Linear\) is the first, its input was finite"):
+    with pytest.raises(NonFiniteError, match=r"first non-finite output: 2 \(Linear\); its input was finite"):
         net[2].register_forward_hook(lambda module, inputs, output: output / 0)
         guard.skip(1, "", lambda: net(torch.ones(1, 2)))
     with torch.no_grad():
@@ -172,7 +173,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path, monkeypat
     assert load_encoder(run / "encoder-best").config.info["training"]["steps"] == 6
     assert load_encoder(run / "encoder").config.info["training"]["steps"] == 12
     said = {name: load_encoder(run / name).config.info["results"]["protocol"] for name in ("encoder", "encoder-best")}
-    assert said["encoder-best"] == said["encoder"] + "; chosen by knn_z on these very images, so too good"
+    assert said["encoder-best"] == said["encoder"] + "; selected by knn_z on these evaluation images, so the value is optimistic"
     assert json.loads((run / "summary.json").read_text())["best"] == {"step": 6, "knn_z": 0.9}
 
 
@@ -369,7 +370,7 @@ def test_other_versions_are_logged_at_resume(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(StoppedBySignal):
             train(tiny(), run, progress=False)
     train(tiny(), run, resume=True, progress=False)
-    assert "other versions than before" in caplog.text and f"torch 1.0 -> {real['torch']}" in caplog.text
+    assert "package versions changed" in caplog.text and f"torch 1.0 -> {real['torch']}" in caplog.text
 
 
 def test_unreadable_images_are_listed_once_after_a_resume(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

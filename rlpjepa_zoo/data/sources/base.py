@@ -1,4 +1,4 @@
-"""What the image sources share: their registry, the choice of columns, the choice of files by split, class numbers and identities."""
+"""Shared by the image sources: their registry, selection of columns and of files by split, class numbers and ids."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Options(NamedTuple):
 
 
 class ImageSource(ABC):
-    """One kind of image source. A new kind is one file in this folder with one registered subclass.
+    """One kind of image source. A new kind is one file in this folder with one registered subclass,
+    and a row of `SOURCE_KEYS` in `rlpjepa_zoo.config.sections` with the recipe keys it uses.
 
     Example:
         >>> from rlpjepa_zoo.config.sections import Data
@@ -269,8 +270,8 @@ def warn_of_unknown_classes(part: str, unknown: Iterable[str], classes: Sequence
     """
     if names := sorted(unknown):
         shown, known = (", ".join(some[:5]) + (" ..." if len(some) > 5 else "") for some in (names, list(classes)))
-        mend = "their images are not scored; name the classes of both parts alike"
-        log.warning("%s: %s: no class of the training images (%s), so %s", part, shown, known, mend)
+        fix = "their images are not scored; name the classes of both parts alike"
+        log.warning("%s: %s: no class of the training images (%s), so %s", part, shown, known, fix)
 
 
 def match_classes(evaluation: Images | None, classes: Sequence[str] | None, part: str) -> Images | None:

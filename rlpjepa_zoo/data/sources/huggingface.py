@@ -129,8 +129,8 @@ class HuggingFace(ImageSource):
             raise
         except Exception as error:
             if isinstance(error, datasets.exceptions.DatasetNotFoundError):  # its message does not name the cause
-                mend = "check data.name, or run `hf auth login` with an account that may see it"
-                raise HubError(f"data: {name}: not found, private or gated; {mend}") from error
+                fix = "check data.name, or run `hf auth login` with an account that may see it"
+                raise HubError(f"data: {name}: not found, private or gated; {fix}") from error
             raise trouble(error, f"data: {name}") or DataError(f"data: '{name}': {first_line(error)}") from error
         evaluation = None if held_out is None else indexed_images(held_out, data.image_column, data.label_column)
         opened: ImageRows

@@ -188,8 +188,8 @@ class Scores:
     """Mean over repetitions."""
     spread: dict[str, float] = field(default_factory=dict)
     """Standard deviation over repetitions, if there are several."""
-    right: dict[str, Array] = field(default_factory=dict)
-    """(n,) share of repetitions that classify each test image correctly; for `map`, the average precision of each query."""
+    per_image: dict[str, Array] = field(default_factory=dict)
+    """Score of each test image, mean over repetitions: (n,), 1 if correct and 0 if not; for `map`, the average precision of each query."""
     chosen_c: list[float] = field(default_factory=list)
     """C of the linear probe for each seed."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -215,6 +215,7 @@ class Scores:
 class Probe(ABC):
     """A way to measure a representation. A subclass is a frozen dataclass whose fields are its hyper-parameters.
 
+    To add a probe, register it with ``@PROBES.register("name")`` in a file of this folder with the same name.
     A new measure of a probe also needs a row in `rlpjepa_zoo.core.measures.MEASURES`, which holds its label and its place in tables.
     """
 

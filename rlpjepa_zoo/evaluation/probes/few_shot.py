@@ -57,7 +57,7 @@ class FewShot(Probe):
             else:
                 of_draws, of_images = zip(*repetitions, strict=True)
                 scores.add(_measure(shots), np.concatenate(of_draws))
-                scores.right[_measure(shots)] = np.mean(of_images, axis=0)
+                scores.per_image[_measure(shots)] = np.mean(of_images, axis=0)
 
 
 def _measure(shots: int) -> str:

@@ -43,7 +43,7 @@ class KNN(Probe):
 
     def score(self, split: Split, seeds: int, scores: Scores) -> None:
         right = (knn(split.x, split.y, split.test_x, self.k, self.temperature) == split.test_y).astype(np.float64)
-        scores.right["knn"] = right
+        scores.per_image["knn"] = right
         scores.add("knn", [right.mean()])
 
 

@@ -54,7 +54,7 @@ class Linear(Probe):
             return
         scores.chosen_c = [choose_c(x, y, self.grid, seed) for seed in repetitions]
         right = {c: (linear(x, y, test_x, c) == test_y).astype(np.float64) for c in sorted(set(scores.chosen_c))}
-        scores.right["linear"] = np.mean([right[c] for c in scores.chosen_c], axis=0)
+        scores.per_image["linear"] = np.mean([right[c] for c in scores.chosen_c], axis=0)
         scores.add("linear", [right[c].mean() for c in scores.chosen_c])
 
 

@@ -28,7 +28,7 @@ class MLP(Probe):
 
     def score(self, split: Split, seeds: int, scores: Scores) -> None:
         right = [(mlp(split.x, split.y, split.test_x, seed) == split.test_y).astype(np.float64) for seed in range(seeds)]
-        scores.right["mlp"] = np.mean(right, axis=0)
+        scores.per_image["mlp"] = np.mean(right, axis=0)
         scores.add("mlp", [values.mean() for values in right])
 
 

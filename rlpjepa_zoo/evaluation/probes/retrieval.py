@@ -41,7 +41,7 @@ class RetrievalProbe(Probe):
         scores.add("map", [result.average_precision.mean()])
         scores.add("precision_at_1", [result.precision_at_1.mean()])
         scores.add("precision_at_10", [result.precision_at_10.mean()])
-        scores.right["map"] = result.average_precision
+        scores.per_image["map"] = result.average_precision
 
 
 class Retrieval(NamedTuple):

@@ -14,7 +14,7 @@ from ...core import rng
 from ...data.preprocess import Preprocess
 from ...errors import RecipeError, first_line
 from ...models.encoder import SparseEncoder
-from ...models.factory import create_encoder, refused_arguments
+from ...models.factory import create_encoder, fresh_copy, refused_arguments
 from ...models.pretrained import load_encoder
 
 __all__ = ["build_encoder", "check_arguments", "preprocessing_warnings", "start_encoder"]
@@ -65,11 +65,7 @@ def start_encoder(start: Start, seed: int) -> SparseEncoder:
         if start.of_timm:
             return create_encoder(start.source, 1, 1, not start.random, projector_depth=1, **start.args)
         encoder = load_encoder(start.source, start.revision)
-        config = encoder.config
-        return encoder if not start.random else create_encoder(
-            config.architecture, config.dim, config.hidden_dim, projector_depth=config.projector_depth,
-            preprocess=config.preprocess, **config.model_args,
-        )  # fmt: skip
+        return fresh_copy(encoder) if start.random else encoder
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
@@ -83,13 +79,11 @@ def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
         RecipeError: names the first.
     """
     if refused := refused_arguments(arguments):
-        raise RecipeError(
-            f"{key}.{refused[0]}: is not an argument of a backbone, which are those such as img_size or patch_size; remove it"
-        )
+        raise RecipeError(f"{key}.{refused[0]}: is not a backbone argument (such as img_size or patch_size); remove it")
 
 
 def preprocessing_warnings(recipe: Recipe, encoder: SparseEncoder) -> list[str]:
-    """Differences between the preprocessing of a recipe and that of its pretrained backbone, in sentences with the mend."""
+    """Differences between the preprocessing of a recipe and that of its pretrained backbone, in sentences with the fix."""
     cfg: Any = encoder.backbone.pretrained_cfg
     warnings = []
     for name in ("mean", "std", "interpolation") if recipe.encoder.pretrained else ():
@@ -114,5 +108,5 @@ def _check_size(encoder: SparseEncoder, size: int, name: str) -> None:
         with encoder.evaluating():
             encoder(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        mend = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
-        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {mend}") from error
+        fix = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
+        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {fix}") from error

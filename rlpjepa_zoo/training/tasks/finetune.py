@@ -91,8 +91,8 @@ class FinetuneTask(Task):
         train = select_labelled(source.images, recipe.data.per_class, recipe.seed)
         if source.eval is not None and (source.eval.labels is None or not (source.eval.labels >= 0).any()):
             other = "move them out of data.path" if recipe.data.source == "folder" else "set data.eval_split=null"
-            mend = f"name the classes of both parts alike, or {other}"
-            raise DataError(f"data.eval_split: none of the {len(source.eval)} evaluation images has the label of a training class; {mend}")
+            fix = f"name the classes of both parts alike, or {other}"
+            raise DataError(f"data.eval_split: none of the {len(source.eval)} evaluation images has the label of a training class; {fix}")
         held_out = None if source.eval is None else select_labelled(source.eval, None, recipe.seed)
         images: Any
         for split, images in (("training", source.train), ("evaluation", source.eval)):
@@ -183,7 +183,7 @@ class FinetuneTask(Task):
         return Description(f"{self.encoder.config.architecture} from {start}, {self._method()}", record, self.alarms(metrics, final))
 
     def _method(self) -> str:
-        """How the classifier is trained, in a few words for log and card."""
+        """Short description of the training method, for log and card."""
         recipe, options = self.recipe, self.recipe.classifier
         trained = {"full": "all weights", "linear": "a linear layer on the frozen body", "lora": "a linear layer and low-rank adapters"}
         words = [f"{recipe.start.input}: {trained[options.train]}"]
@@ -203,7 +203,7 @@ class FinetuneTask(Task):
 
 
 class _Wrapped(nn.Module):
-    """The classifier as trained; this module gives the names of the tensors in checkpoints their prefix."""
+    """Wraps the classifier, so that the tensor names in checkpoints start with ``classifier.``"""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -217,8 +217,8 @@ def select_labelled(images: Images, per_class: int | None, seed: int) -> Images:
     """The labelled images.
 
     Args:
-        images: of which those with a label < 0 are left out.
-        per_class: select only so many images of each class, drawn by the seed; None selects all.
+        images: images with a label < 0 are left out.
+        per_class: number of images to draw from each class; None selects all.
         seed: of the run.
 
     Raises:
@@ -240,17 +240,17 @@ def select_labelled(images: Images, per_class: int | None, seed: int) -> Images:
 
 
 def mix_images(x: Tensor, labels: Tensor, classes: int, mixup: float, cutmix: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """MixUp or CutMix of a batch; the draws are a function of (seed, step). Each process mixes its own share of the batch.
+    """MixUp or CutMix of a batch; the draws depend on (seed, step) only. Each process mixes its own images.
 
     Args:
         x: (b, 3, S, S).
         labels: (b,).
         classes: C.
-        mixup, cutmix: alpha of the Beta law of the mixing weight; 0 leaves one out. With both, each step draws one of them.
+        mixup, cutmix: alpha of the Beta distribution of the mixing weight; 0 disables the method. If both are given, each step draws one.
         seed, step: of the run.
 
     Returns:
-        Images (b, 3, S, S), and targets: (b, C) shares, or the labels themselves when nothing is mixed.
+        Images (b, 3, S, S) and targets: (b, C) class probabilities, or the labels if nothing is mixed.
     """
     kinds = [(kind, alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     if not kinds:
@@ -266,7 +266,7 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) ->
 
     Args:
         logits: (b, C).
-        targets: (b,) labels, or (b, C) shares.
+        targets: (b,) labels, or (b, C) class probabilities.
         smoothing: share of each target that is spread evenly over all classes.
     """
     return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing)

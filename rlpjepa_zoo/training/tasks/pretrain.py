@@ -30,7 +30,7 @@ from .task import Autocast, Best, Description, Logged, Step, Task, largest_over_
 __all__ = ["PretrainTask", "build_objective", "train"]
 
 _MAX_ALL_ZERO = 3
-"""Logged steps in a row with all embeddings zero that end a run: no gradient reaches a rectified zero."""
+"""Logged steps in a row with all embeddings zero that end a run: ReLU passes no gradient at zero."""
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
@@ -120,7 +120,7 @@ class PretrainTask(Task):
         if self.all_zero < _MAX_ALL_ZERO:
             return Logged(row)
         return Logged(row, (
-            "every embedding is zero, and a rectified zero has no gradient to leave it by; "
+            "every embedding is zero; ReLU passes no gradient there, so training cannot recover; "
             f"lower optim.lr = {self.recipe.optim.lr:g}{' or raise the density of the target' if self.recipe.target else ''}; "
             "the last checkpoint is from before"
         ))  # fmt: skip
@@ -202,5 +202,5 @@ def param_groups(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe) -
     groups = []
     for peak, among in ((recipe.lr, False), (recipe.lr * options.backbone_lr, True)):
         weights, others = split_by_dimension(p for p in encoder.parameters() if p.requires_grad and (id(p) in of_backbone) == among)
-        groups += [ParamGroup(weights, options.weight_decay, peak, trust=True), ParamGroup(others, decay_others, peak)]
+        groups += [ParamGroup(weights, options.weight_decay, peak, use_trust_ratio=True), ParamGroup(others, decay_others, peak)]
     return groups + ([ParamGroup(list(probes.parameters()), 0.0, recipe.probe_lr)] if probes is not None else [])

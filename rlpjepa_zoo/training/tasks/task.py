@@ -27,8 +27,8 @@ class Best(NamedTuple):
 
     higher: bool
     """Whether higher values are better."""
-    note: str = "chosen by {metric} on these very images, so too good"
-    """How the evaluation was chosen, for the card; {metric} is the name of the metric."""
+    note: str = "selected by {metric} on these evaluation images, so the value is optimistic"
+    """How the checkpoint was selected, for the card; {metric} is the name of the metric."""
 
     def improves(self, value: float, before: float | None) -> bool:
         """Whether a value is better than the best before. A non-finite value never is: no value compares with NaN, so NaN would stay."""

@@ -30,9 +30,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_arguments_foreign_to_the_backbone_are_refused(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlpjepa_zoo.models.factory._backbone", lambda *given, **options: pytest.fail("built"))
     name = argument.partition(":")[0]
-    with refused(RecipeError, match=rf"start\.args\.{name}: is not an argument of a backbone"):
+    with refused(RecipeError, match=rf"start\.args\.{name}: is not a backbone argument"):
         start_encoder(tuning("start.source=timm:test_vit", f"start.args={{{argument}}}").start, 0)
-    with refused(RecipeError, match=rf"encoder\.args\.{name}: is not an argument of a backbone"):
+    with refused(RecipeError, match=rf"encoder\.args\.{name}: is not a backbone argument"):
         build_encoder(tiny(f"encoder.args={{{argument}}}"))
 
 

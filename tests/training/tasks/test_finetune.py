@@ -357,7 +357,7 @@ def test_stopped_and_resumed_is_bit_equal(finished: Path, tmp_path: Path, monkey
 
 
 def test_card_of_the_best_names_how_it_was_chosen(finished: Path) -> None:
-    note = "chosen by top1 on these very images, so too good."
+    note = "selected by top1 on these evaluation images, so the value is optimistic."
     assert note in (finished / "classifier-best/README.md").read_text() and note not in (finished / "classifier/README.md").read_text()
 
 

@@ -159,7 +159,7 @@ def test_silent_server_is_not_waited_for(encoder, monkeypatch, waits):
         started = time.monotonic()
         with refused(HubError, match="cannot be reached .*timed out"):
             encoder.push_to_hub(REPO, token=WRITER)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
 
 
 def hub_error(kind, status, text="first line\n\nRequest ID: abc"):

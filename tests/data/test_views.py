@@ -147,7 +147,7 @@ FULL = {
     "crop_scale": (0.2, 1.0), "jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2, "blur": 0.5,
     "solarize": 0.1, "equalize": 0.1, "flip": 0.5,
 }  # fmt: skip
-N = 3000
+N = 2400
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_statistical_test_detects_a_change(drawn_by_torchvision: dict[str, np.nd
 
 def test_affine_views_are_distributed_as_in_torchvision() -> None:
     options = {"rotate": 12, "translate": 0.07, "zoom": (0.85, 1.15)}
-    views, n = Views(**{**NEUTRAL, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), **options}), 1500
+    views, n = Views(**{**NEUTRAL, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), **options}), 1000
     picture = Image.fromarray(photographs(1)[0])
     with seeded(3, "torchvision"):
         pipeline = torchvision_pipeline(views, Data(**PLAIN))

@@ -278,7 +278,7 @@ def test_slow_hub_does_not_delay_training_steps():
 
     def send(contents, message):
         begun.set()
-        gate.wait(10)
+        gate.wait(60)
         sent.append(message)
         return Pushed(REPO, "0" * 40, (), "url")
 
@@ -286,11 +286,11 @@ def test_slow_hub_does_not_delay_training_steps():
     started = time.monotonic()
     for step in range(5):
         pusher.submit({}, f"step {step}")
-        begun.wait(10)
-    assert time.monotonic() - started < 5
+        begun.wait(60)
+    assert time.monotonic() - started < 30  # the sender waits longer
     assert not pusher.finish(0.1)
     gate.set()
-    assert pusher.finish(10)
+    assert pusher.finish(60)
     assert sent == ["step 0", "step 4"]  # what waited was replaced by the newest
 
 
@@ -300,7 +300,7 @@ def test_resumed_complete_run_keeps_measured_results(hub_server, tmp_path, monke
     from rlpjepa_zoo.training.tasks.pretrain import train as pretrain
 
     pretrain(Recipe.load("digits", TINY), tmp_path / "run", progress=False)
-    assert run("eval", tmp_path / "run", "--data", "digits", "--limit", 50, "--budgets", "auto", "--card", "--quiet")[0] == 0
+    assert run("eval", tmp_path / "run", "--data", "digits", "--limit", 50, "--budgets", 4, "--card", "--quiet")[0] == 0
     pretrain(Recipe.load("digits", [*TINY, f"hub.repo={REPO}"]), tmp_path / "run", resume=True, progress=False)
     assert "linear probe" in (tmp_path / "run/encoder/README.md").read_text()
     assert b"linear probe" in hub_server.files(REPO)["README.md"]

@@ -64,8 +64,14 @@ def test_unreachable_address_is_an_error_soon(hub_server, encoder, waits, monkey
 STAGES = ["/api/models/owner/sparse-vit", "/api/repos/create", "/preupload/", "/objects/batch", "/lfs/", "/commit/"]
 
 
-@pytest.mark.parametrize("stage", STAGES, **ids)
-@pytest.mark.parametrize("kind", [*BUSY, {"drop_after": True}], **ids)
+def every_second(stages, kinds):
+    """All pairs, in turn by default and in `slow`: each stage meets half of the kinds by default, and each kind half of the stages."""
+    for i, stage in enumerate(stages):
+        for j, kind in enumerate(kinds):
+            yield pytest.param(stage, kind, id=f"{stage}-{kind}".replace(" ", ""), marks=[pytest.mark.slow] if (i + j) % 2 else [])
+
+
+@pytest.mark.parametrize(("stage", "kind"), every_second(STAGES, [*BUSY, {"drop_after": True}]))
 def test_push_waits_for_a_busy_hub_and_commits_once(hub_server, encoder, waits, stage, kind):
     fault = hub_server.fault(None, stage, times=2 if "status" in kind else 1, **kind)
     encoder.push_to_hub(REPO, token=WRITER)
@@ -74,8 +80,7 @@ def test_push_waits_for_a_busy_hub_and_commits_once(hub_server, encoder, waits, 
     assert torch.equal(codes(rz.load_encoder(REPO)), codes(encoder))
 
 
-@pytest.mark.parametrize("stage", ["/preupload/", "/objects/batch", "/lfs/", "/commit/"], **ids)
-@pytest.mark.parametrize("kind", BUSY, **ids)
+@pytest.mark.parametrize(("stage", "kind"), every_second(["/preupload/", "/objects/batch", "/lfs/", "/commit/"], BUSY))
 def test_interrupted_push_changes_nothing_and_is_completed_next(published, encoder, waits, stage, kind):
     other = make(seed=1)
     published.fault(None, stage, times=None, **kind)
@@ -159,7 +164,7 @@ def test_silent_server_is_not_waited_for(encoder, monkeypatch, waits):
         started = time.monotonic()
         with refused(HubError, match="cannot be reached .*timed out"):
             encoder.push_to_hub(REPO, token=WRITER)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
 
 
 def hub_error(kind, status, text="first line\n\nRequest ID: abc"):

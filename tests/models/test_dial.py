@@ -126,15 +126,3 @@ def test_dial_command_writes_an_encoder_with_a_dial(tmp_path: Path, capsys: pyte
     assert cli.run(["dial", "test_resnet.digits", "--density", "0.05", "--out", str(tmp_path / "sparser")]) == 0
     assert "each image keeps its 13 largest values of 256" in capsys.readouterr().out
     assert rz.load_encoder(tmp_path / "sparser").config.dial == Dial("top_k", 13, 0.05)
-
-
-def test_exported_encoder_keeps_its_dial(tmp_path: Path) -> None:
-    import onnxruntime
-
-    from rlpjepa_zoo.models.export import export
-
-    enc = settled().eval().with_budget(3)
-    export(enc, tmp_path / "e.onnx")
-    x = torch.randn(4, 3, 32, 32)
-    z = onnxruntime.InferenceSession(tmp_path / "e.onnx").run(["z"], {"images": x.numpy()})[0]
-    np.testing.assert_allclose(z, enc(x).detach().numpy(), rtol=1e-4, atol=1e-5)

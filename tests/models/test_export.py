@@ -1,6 +1,7 @@
 """Exported files: the encoder's numbers and zeros, any batch size, metadata, no pickle, nothing touched, nothing left after a refusal."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -28,12 +29,17 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 CASES = {
     "resnet": ("test_resnet", {}),
-    "vit": ("test_vit", {"img_size": 32, "patch_size": 4}),
+    "vit": ("test_vit", {"img_size": 32, "patch_size": 4, "depth": 2}),
     "convnext": ("test_convnext3", {"preprocess": Preprocess((64, 64))}),
     "small resnet": ("resnet10_small_narrow", {}),
-    "one layer": ("test_resnet", {"projector_depth": 1}),
+    "one layer and a dial": ("test_resnet", {"projector_depth": 1}),
 }
 SUFFIXES = (".onnx", ".pt2")
+FILES = [
+    pytest.param(case, suffix, marks=[pytest.mark.slow] if (case, suffix) == ("small resnet", ".onnx") else [])
+    for case in CASES
+    for suffix in SUFFIXES
+]  # the test of autocast compares the numbers of a small resnet in .onnx
 TOLERANCE = 2e-5  # of the largest value; the worst of 41 architectures was 2e-6
 
 
@@ -59,15 +65,18 @@ def metadata(path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(encoder, {ending: file}) of a case, made once."""
-    made = {}
+    """(encoder, file) of a case and a suffix, made once."""
 
-    def get(case):
-        if case not in made:
-            name, options = CASES[case]
-            enc, home = make(name, **options), tmp_path_factory.mktemp("exported")
-            made[case] = enc, {suffix: export(enc, home / f"enc{suffix}") for suffix in SUFFIXES}
-        return made[case]
+    @functools.cache
+    def encoder_of(case):
+        name, options = CASES[case]
+        enc = make(name, **options)
+        return enc.with_budget(3) if case.endswith("dial") else enc
+
+    @functools.cache
+    def get(case, suffix):
+        enc = encoder_of(case)
+        return enc, export(enc, tmp_path_factory.mktemp("exported") / f"enc{suffix}")
 
     return get
 
@@ -77,18 +86,29 @@ def encoder():
     return make("resnet10_small_narrow", projector_depth=1)
 
 
+@pytest.fixture(scope="module")
+def plain_file(encoder, tmp_path_factory):
+    return export(encoder, tmp_path_factory.mktemp("plain") / "enc.pt2")
+
+
+@pytest.fixture
+def converted(plain_file, monkeypatch):
+    """Exports of `encoder` to .pt2 reuse one conversion, in tests of what precedes and follows it."""
+    monkeypatch.setattr(module, "_trace", lambda *_: None)
+    monkeypatch.setattr(module.EXPORT_FORMATS[".pt2"], "convert", lambda *_: plain_file.read_bytes())
+
+
 # --- numbers -------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "suffix"), FILES)
 def test_file_gives_the_encoders_outputs_for_any_batch(exported, case, suffix):
-    enc, files = exported(case)
+    enc, file = exported(case, suffix)
     for n in (1, 2, 7):
         x = images(enc, n)
         with enc.evaluating(), torch.no_grad():
             wanted = enc.both(x)
-        given = run(files[suffix], x)
+        given = run(file, x)
         assert given["z"].shape == (n, 24) and given["features"].shape == (n, enc.config.features)
         assert given["z"].dtype == given["features"].dtype == torch.float32
         for got, want in ((given["z"], wanted.z), (given["features"], wanted.features)):
@@ -97,27 +117,38 @@ def test_file_gives_the_encoders_outputs_for_any_batch(exported, case, suffix):
         assert 0.1 < float((wanted.z == 0).float().mean()) < 0.9  # else equal zeros would say little
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_exported_encoder_keeps_its_dial(exported, suffix):
+    enc, file = exported("one layer and a dial", suffix)
+    x = images(enc, 4)
+    with enc.evaluating(), torch.no_grad():
+        wanted = enc(x)
+    z = run(file, x)["z"]
+    torch.testing.assert_close(z, wanted, rtol=1e-4, atol=1e-5)
+    assert enc.config.dial is not None and (z > 0).sum(1).tolist() == [3] * 4
+
+
 def test_evaluation_mode_is_exported_from_any_mode(exported):
-    enc, files = exported("resnet")
+    enc, file = exported("resnet", ".pt2")
     x = images(enc, 7)
     with torch.no_grad():
         trained = make()(x)
-    assert enc.training and not torch.allclose(run(files[".pt2"], x)["z"], trained, atol=1e-2)
+    assert enc.training and not torch.allclose(run(file, x)["z"], trained, atol=1e-2)
 
 
 def test_names_and_shapes_in_the_onnx_file(exported):
-    enc, files = exported("vit")
-    session = onnxruntime.InferenceSession(str(files[".onnx"]), providers=["CPUExecutionProvider"])
+    enc, file = exported("vit", ".onnx")
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32], "tensor(float)")]
     assert {o.name: o.shape for o in session.get_outputs()} == {"z": ["batch", 24], "features": ["batch", enc.config.features]}
-    onnx.checker.check_model(str(files[".onnx"]), full_check=True)
+    onnx.checker.check_model(str(file), full_check=True)
 
 
 def test_pt2_file_runs_without_this_package_and_timm(exported):
-    _, files = exported("vit")
+    _, file = exported("vit", ".pt2")
     code = (
         "import sys, torch\ntorch.set_num_threads(1)\n"
-        f"out = torch.export.load({str(files['.pt2'])!r}).module()(torch.zeros(3, 3, 32, 32))\n"
+        f"out = torch.export.load({str(file)!r}).module()(torch.zeros(3, 3, 32, 32))\n"
         "print(tuple(out['z'].shape), [m for m in ('timm', 'rlpjepa_zoo') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -129,8 +160,8 @@ def test_pt2_file_runs_without_this_package_and_timm(exported):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_metadata_holds_preprocessing_and_fingerprint(exported, suffix):
-    enc, files = exported("resnet")
-    found = metadata(files[suffix])
+    enc, file = exported("resnet", suffix)
+    found = metadata(file)
     assert found["architecture"] == "test_resnet" and found["fingerprint"] == enc.fingerprint()
     assert json.loads(found["preprocess"]) == {
         "size": [32, 32], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear", "crop_pct": 0.9,
@@ -158,7 +189,7 @@ def pickles(data: bytes) -> list[str]:
 
 def test_no_member_of_the_pt2_file_is_a_pickle(exported):
     for case in CASES:
-        assert pickles(exported(case)[1][".pt2"].read_bytes()) == []
+        assert pickles(exported(case, ".pt2")[1].read_bytes()) == []
 
 
 def test_pickle_scan_finds_pickles():
@@ -176,7 +207,7 @@ def test_opening_the_pt2_file_unpickles_nothing(exported, monkeypatch):
 
     for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch._C, "_pickle_load_obj")):
         monkeypatch.setattr(owner, name, never)
-    assert run(exported("vit")[1][".pt2"], torch.zeros(1, 3, 32, 32))["z"].shape == (1, 24)
+    assert run(exported("vit", ".pt2")[1], torch.zeros(1, 3, 32, 32))["z"].shape == (1, 24)
 
 
 def test_torch_that_would_pickle_is_refused(tmp_path, encoder, monkeypatch):
@@ -194,7 +225,7 @@ def test_torch_that_would_pickle_is_refused(tmp_path, encoder, monkeypatch):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_no_path_of_this_machine_is_in_the_file(exported, suffix):
-    data = exported("vit")[1][suffix].read_bytes()
+    data = exported("vit", suffix)[1].read_bytes()
     for text in ("site-packages", str(Path(module.__file__).parent), os.path.expanduser("~")):
         assert text.encode() not in data
     assert b"Attention" in data  # names of layers are there, uncompressed: the search can find something
@@ -222,9 +253,9 @@ def test_export_changes_no_mode_weight_gradient_or_random_state(tmp_path, capfd,
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_autocast_and_memory_format_do_not_change_the_file(tmp_path, encoder, recwarn):
+def test_autocast_and_memory_format_do_not_change_the_file(tmp_path, encoder, plain_file, recwarn):
     x = images(encoder, 3)
-    plain = run(export(encoder, tmp_path / "plain.pt2"), x)["z"]
+    plain = run(plain_file, x)["z"]
     with torch.inference_mode():
         assert torch.equal(run(export(encoder, tmp_path / "inference.pt2"), x)["z"], plain)
     with torch.autocast("cpu", torch.bfloat16):
@@ -280,7 +311,7 @@ def test_path_that_cannot_be_written_is_refused(tmp_path, encoder):
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
-def test_full_disk_leaves_only_the_old_file(tmp_path, encoder, monkeypatch):
+def test_full_disk_leaves_only_the_old_file(tmp_path, encoder, converted, monkeypatch):
     def full(path, data):
         path.write_bytes(data[:100])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -313,7 +344,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_file_with_other_outputs_is_refused_and_the_old_file_kept(tmp_path, encoder, monkeypatch, kind):
+def test_file_with_other_outputs_is_refused_and_the_old_file_kept(tmp_path, encoder, converted, monkeypatch, kind):
     change, match = SPOILT[kind]
     (tmp_path / "enc.pt2").write_text("kept")
     monkeypatch.setattr(module.EXPORT_FORMATS[".pt2"], "open", spoiled(change))
@@ -322,7 +353,7 @@ def test_file_with_other_outputs_is_refused_and_the_old_file_kept(tmp_path, enco
     assert os.listdir(tmp_path) == ["enc.pt2"] and (tmp_path / "enc.pt2").read_text() == "kept"
 
 
-def test_rounding_differences_are_accepted(tmp_path, encoder, monkeypatch):
+def test_rounding_differences_are_accepted(tmp_path, encoder, converted, monkeypatch):
     def rounded(out):
         z = out["z"]
         return {**out, "z": torch.where(z == 0, 1e-6 * z.max(), z * (1 + 1e-6))}
@@ -345,10 +376,15 @@ def test_without_the_onnx_packages_only_onnx_is_refused(tmp_path, encoder, monke
     with refused(UsageError, match=rf"{missing} .*pip install 'rlpjepa-zoo\[export\]'"):
         export(encoder, tmp_path / "enc.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_pt2_needs_no_onnx_package(tmp_path, encoder, monkeypatch):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert export(encoder, tmp_path / "enc.pt2").is_file()
 
 
-def test_weights_beyond_the_limit_of_protobuf_are_refused(tmp_path, encoder, monkeypatch):
+def test_weights_beyond_the_limit_of_protobuf_are_refused(tmp_path, encoder, converted, monkeypatch):
     total = sum(t.nbytes for t in encoder.state_dict().values())
     monkeypatch.setattr(module, "MAX_ONNX", total - 1)
     with refused(UsageError, match="export to .pt2"):

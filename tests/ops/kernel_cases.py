@@ -4,6 +4,7 @@ Separate, because Triton reads TRITON_INTERPRET while it is imported, and other 
 """
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,19 @@ from rlpjepa_zoo.ops import triton_sort
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-BATCHES, DIMS, VIEWS = (2, 64, 256, 1000, 4096), (8, 100, 512, 2048), (1, 2, 3)
 
 
-if INTERPRETED:  # it applies xor in a Python loop over all elements, 78 times in tl.sort for 4096; numpy gives the same result
+if INTERPRETED:  # two detours of the interpreter are shortened; the results are the same
+    from triton import language
     from triton.language import standard
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import ReduceOps
 
+    # It replaces triton.language by its own functions anew for every call of a function in a kernel: half of the time. Once is enough.
+    unchanged = type(interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core})))
+    interpreter._patch_lang = lambda _: unchanged()
+
+    # It applies xor in a Python loop over all elements, 78 times in tl.sort for 4096; numpy does it at once.
     slowly = ReduceOps.generic_reduce
 
     def generic_reduce(self: Any, given: Any) -> Any:
@@ -74,16 +81,15 @@ def check(batch: int, dim: int, views: int) -> None:
     assert float((gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()) < 5e-3
 
 
-@pytest.mark.parametrize("views", VIEWS)
-@pytest.mark.parametrize("batch", BATCHES)
-def test_value_and_gradient_match_the_oracle(batch: int, views: int) -> None:
-    check(batch, DIMS[(BATCHES.index(batch) + views + 1) % len(DIMS)], views)
+@pytest.mark.parametrize(("batch", "views", "dim"), [(2, 3, 100), (64, 2, 2048), (256, 1, 8), (1000, 3, 512), (4096, 1, 8)])
+def test_value_and_gradient_match_the_oracle(batch: int, views: int, dim: int) -> None:
+    check(batch, dim, views)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("views", VIEWS)
-@pytest.mark.parametrize("batch", [*BATCHES, 1, 3, 17, 511, 512, 513, 4095])
+@pytest.mark.parametrize("dim", [8, 100, 512, 2048])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("batch", [2, 64, 256, 1000, 4096, 1, 3, 17, 511, 512, 513, 4095])
 def test_value_and_gradient_match_the_oracle_at_every_size(batch: int, views: int, dim: int) -> None:
     check(batch, dim, views)
 

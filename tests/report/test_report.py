@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markupsafe import Markup
 from objectives import Spread
 
 from rlpjepa_zoo.cli import app as cli
@@ -25,6 +26,7 @@ from rlpjepa_zoo.evaluation.diagnostics import choose_queries, neighbours
 from rlpjepa_zoo.models.factory import create_encoder
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives import OBJECTIVES
+from rlpjepa_zoo.report import charts
 from rlpjepa_zoo.report.report import write_report
 from rlpjepa_zoo.training.run_dir import history, read_run
 from rlpjepa_zoo.training.tasks.pretrain import train
@@ -93,6 +95,12 @@ def dense(trained: Path) -> tuple[np.ndarray, np.ndarray]:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the run that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "*.html")))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts keep their text and lose their drawing, in tests that read only the words of the page: 1 s a page."""
+    monkeypatch.setattr(charts, "_svg", lambda figure, alt: charts.Chart(alt, "0 0 1 1", Markup("")))
 
 
 def visible(path: Path) -> str:
@@ -234,7 +242,7 @@ def test_unfinished_run_has_its_progress(run: Path) -> None:
     assert len(history(run / "metrics.jsonl")) == 7
 
 
-def test_summary_of_an_earlier_shorter_run_is_ignored(run: Path) -> None:
+def test_summary_of_an_earlier_shorter_run_is_ignored(run: Path, undrawn: None) -> None:
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({**summary, "steps": 6}))
     assert read_run(run).summary == {} and not write_report(run, images=20)["finished"]
@@ -305,7 +313,7 @@ def test_objective_without_a_target_law_has_no_law_section(run: Path, monkeypatc
     assert "Firing rates" in text and "Nearest neighbours" in text
 
 
-def test_missed_density_gives_a_warning(run: Path) -> None:
+def test_missed_density_gives_a_warning(run: Path, undrawn: None) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[-1] |= {"l0_eval": 0.5, "dead_eval": 0.75}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -346,14 +354,14 @@ def test_folder_without_labels_and_with_unreadable_files(trained: Path, run: Pat
 # --- the command ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_command_prints_the_path(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_path(run: Path, undrawn: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["report", str(run), "data.source=digits", "--images", "60", "--quiet", "--device", "cpu", "--batch-size", "16"]) == 0
     assert capsys.readouterr() == (f"{run}/report.html\n", "")
     assert f"rlpjepa report {run} data.source=digits --images 60" in visible(run / "report.html")
     assert [p.name for p in run.iterdir() if "partial" in p.name] == []
 
 
-def test_command_prints_json(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_json(run: Path, undrawn: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x.html"
     assert cli.run(["report", str(run), "--out", str(out), "--images", "60", "--quiet", "--json", "--device", "cpu"]) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -399,7 +407,7 @@ def test_mistakes_give_one_line_and_their_exit_code(
     assert out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and all(word in err for word in words), err
 
 
-def test_mistakes_in_python_raise(run: Path, tmp_path: Path) -> None:
+def test_mistakes_in_python_raise(run: Path, undrawn: None, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 2"):
         write_report(run, images=1)
     (tmp_path / "taken.html").mkdir()

@@ -4,7 +4,8 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from rlpjepa_zoo.objectives.base import NonNegative, Objective, Options, Terms, invariance
+from rlpjepa_zoo.core.schema import NonNegative
+from rlpjepa_zoo.objectives.base import Objective, Options, Terms, invariance
 
 
 class SpreadOptions(Options):

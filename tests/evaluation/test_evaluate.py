@@ -114,7 +114,7 @@ def test_mistakes_are_refused_before_images_are_encoded(
     monkeypatch.setattr(encoding, "encode", lambda *given, **options: pytest.fail("encoded"))
     with refused(ModelError, match="resnet81.*Did you mean"):
         evaluate(encoder, *halves, against=["timm:resnet81"])
-    with refused(UsageError, match="against: pixels"):
+    with refused(UsageError, match='against: "pixels" needs'):
         evaluate(encoder, *halves, against=["pixels"], with_pixels=False)
     with refused(UsageError, match="Did you mean 'retrieval'"):
         evaluate(encoder, *halves, probes=["retreival"])

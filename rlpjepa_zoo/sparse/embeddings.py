@@ -179,6 +179,11 @@ class SparseEmbeddings:
     def __iter__(self) -> Iterator[SparseEmbeddings]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays as saved: float32 values, int16 columns where they fit, int64 row starts; ids are not counted."""
+        return self.indptr.nbytes + self.values.nbytes + self.indices.astype(io.index_dtype(self.dim)).nbytes
+
     def __repr__(self) -> str:
         return f"SparseEmbeddings(shape={self.shape}, nnz={self.nnz}, l0={self.l0:.4f})"
 
@@ -207,6 +212,12 @@ class SparseEmbeddings:
 
     def _with(self, indptr: Any, entries: Any, ids: Any) -> SparseEmbeddings:
         return SparseEmbeddings(indptr, self.indices[entries], self.values[entries], self.dim, ids, self.meta)
+
+    def at_least(self, value: float) -> SparseEmbeddings:
+        """Keep the values >= `value`."""
+        keep = self.values >= value
+        indptr = np.concatenate([[0], np.cumsum(keep)])[self.indptr]
+        return self._with(indptr, np.flatnonzero(keep), self.ids)
 
     def top_k(self, k: int) -> SparseEmbeddings:
         """Keep the k largest values of each row (of equal ones, those of lower column); rows with fewer values do not change.

@@ -27,7 +27,7 @@ from ..errors import HubError, OutputError, RecipeError, ZooError, first_line
 from .checkpoint import optimizer_state, restore_optimizer
 from .run_dir import run_id
 
-__all__ = ["TrainedModel", "clear_errors", "finish_trackers", "hardware", "open_images", "start_accelerator", "start_trackers"]
+__all__ = ["TrainedModel", "explain_errors", "finish_trackers", "hardware", "open_images", "start_accelerator", "start_trackers"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -109,7 +109,7 @@ def open_images(accelerator: Accelerator, options: Data, seed: int) -> Source:
 
 
 @contextmanager
-def clear_errors(options: Train, memory_keys: Sequence[str] = ()) -> Iterator[None]:
+def explain_errors(options: Train, memory_keys: Sequence[str] = ()) -> Iterator[None]:
     """Replace a torch error that a user can fix by one line that says how.
 
     Args:

@@ -36,7 +36,7 @@ from .optim import OPTIMIZERS, build_optimizer, set_learning_rates
 from .publisher import Publisher
 from .resume import check_images, check_recipe, check_same_on_all_ranks, environment, find_checkpoint, warn_of_other_environment
 from .run_dir import BadImages, RunLog
-from .setup import TrainedModel, clear_errors, finish_trackers, hardware, open_images, start_accelerator, start_trackers
+from .setup import TrainedModel, explain_errors, finish_trackers, hardware, open_images, start_accelerator, start_trackers
 from .tasks.feature_cache import cache_views, decode_small_sets
 from .tasks.task import Step, Task, largest_over_ranks
 
@@ -51,7 +51,7 @@ def run_task(task: Task, out: Path, resume: bool = False, allow_change: Sequence
     accelerator = start_accelerator(options, out, task.unused_parameters)
     global_state = torch.get_rng_state()
     try:
-        with clear_errors(options, task.memory_keys), ExitStack() as held:
+        with explain_errors(options, task.memory_keys), ExitStack() as held:
             with distributed.fail_together():
                 if accelerator.is_main_process:
                     held.enter_context(files.lock(out))

@@ -469,6 +469,7 @@ def test_embed_applies_budgets_and_precision(photos: Path) -> None:
     least = float(np.median(exact.values))
     dense = exact.to_dense()
     largest = SparseEmbeddings.from_dense(np.where(dense >= least, dense, 0), exact.ids, exact.meta)
+    assert exact.at_least(least) == largest
     assert enc.embed(photos, min_value=least) == largest and 0 < largest.nnz < exact.nnz
     half = enc.embed(photos, precision="bf16").to_dense()
     assert 0 < np.abs(half - exact.to_dense()).max() < 0.05

@@ -655,3 +655,8 @@ def test_any_matrix_round_trips_through_a_file(tmp_path_factory, x, text, suffix
     back = SparseEmbeddings.load(e.save(path))
     assert back == e
     assert back.ids.tolist() == e.ids.tolist()
+
+
+def test_nbytes_counts_values_columns_and_row_starts() -> None:
+    narrow, wide = (SparseEmbeddings([0, 1, 3], [2, 0, 1], [1.0, 2.0, 3.0], dim) for dim in (4, 2**16))
+    assert narrow.nbytes == 3 * 8 + 3 * 4 + 3 * 2 and wide.nbytes == 3 * 8 + 3 * 4 + 3 * 4

@@ -27,8 +27,8 @@ PRELOADED = [  # a module that is missing would only cost time, so test_ranks.py
     "pytest",
     "rlpjepa_zoo.cli.app",
     "rlpjepa_zoo.embedding.extract",
-    "rlpjepa_zoo.training.finetune",
-    "rlpjepa_zoo.training.pretrain",
+    "rlpjepa_zoo.training.tasks.finetune",
+    "rlpjepa_zoo.training.tasks.pretrain",
 ]
 ENVIRONMENT = dict(os.environ)
 """Environment of the session; a test may have changed some variables before the server starts."""

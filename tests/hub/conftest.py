@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import FakeHub
-from tiny_hub import INFO, REPO, make
+from tiny_hub import INFO, REPO, make, published_files
 
 from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.hub import download, retry
@@ -19,7 +19,7 @@ def encoder():
 
 @pytest.fixture(scope="session")
 def contents(encoder):
-    return encoder.contents(name=REPO, recipe="name: tiny\n", info=INFO)
+    return published_files(encoder)
 
 
 @pytest.fixture

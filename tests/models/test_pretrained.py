@@ -4,21 +4,10 @@ import pytest
 import torch
 from published import tensors
 from refusals import refused
-from tiny_hub import INFO, REPO, make
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.errors import ModelError
 from rlpjepa_zoo.hub.folder import write_folder
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def contents(encoder):
-    return encoder.contents(name=REPO, recipe="name: tiny\n", info=INFO)
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,8 @@ def make(seed=0, name="test_vit", **options):
 def codes(enc):
     with torch.no_grad():
         return enc(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+
+
+def published_files(encoder: rz.SparseEncoder) -> dict[str, bytes]:
+    """The files of the published folder of an encoder from `make`."""
+    return encoder.contents(name=REPO, recipe="name: tiny\n", info=INFO)

@@ -6,6 +6,8 @@ Names are loaded on first use, so that importing the package costs nothing and c
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import moved
+
 if TYPE_CHECKING:
     from .config.finetune import TuningRecipe as TuningRecipe
     from .config.pretrain import Recipe as Recipe
@@ -63,6 +65,8 @@ _HOME = {
     "list_objectives": "objectives",
 }
 __all__ = ["__version__", *_HOME]
+
+moved.install(__name__)
 
 
 def __getattr__(name: str) -> Any:

@@ -120,7 +120,9 @@ def _of_array(pixels: np.ndarray[Any, Any], name: str) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.ndim not in (2, 3) or 0 in pixels.shape or pixels.shape[2:] not in ((), (3,), (4,)) or pixels.dtype.kind not in "biuf":
-        raise DataError(f"{name}: an array of {pixels.dtype} {pixels.shape}; expected pixels (H, W), (H, W, C) or (C, H, W), C of 1, 3 or 4")
+        raise DataError(
+            f"{name}: an array of {pixels.dtype} {pixels.shape}; expected pixels (H, W), (H, W, C) or (C, H, W), C of 1, 3 or 4"
+        )
     _check_size(pixels.shape[1], pixels.shape[0], name)
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255

@@ -133,7 +133,8 @@ def _integers(labels: Any) -> np.ndarray[Any, Any]:
     """
     try:
         given = np.asarray(labels)
-        numbers = given.astype(np.int64)
+        with np.errstate(invalid="ignore"):
+            numbers = given.astype(np.int64)
         if len(given) and not (given == numbers).all():
             raise ValueError("some have a fraction or are not finite")
     except (TypeError, ValueError, OverflowError) as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,16 @@ from ..images import ImageRows, Images
 
 log = logging.getLogger("rlpjepa_zoo")
 
+_MANY = 1000
+"""Classes above which a warning is logged if most have one image."""
+
 
 def number_classes(values: Any, names: Sequence[str] | None = None, column: str = "labels") -> tuple[list[int], list[str] | None]:
     """Class numbers 0 to n - 1 of labels of any kind, and the class names.
 
     Labels that are such numbers already, without a gap, stay as they are and need no names. Other integers, text and true/false are numbered
-    in sorted order; their values are the class names. None, NaN and integers below 0 mean no label and become -1. A float is an integer if
-    it has no fraction, because tables with missing labels store integers so.
+    in sorted order; their values are the class names. None, NaN and integers below 0 mean no label and become -1. A float or
+    decimal is an integer if it has no fraction, because tables with missing labels store integers so.
 
     Args:
         values: one label per image; a sequence, array or tensor.
@@ -39,7 +44,7 @@ def number_classes(values: Any, names: Sequence[str] | None = None, column: str 
         ([2, 0, 1, -1], None)
     """
     values = values.tolist() if hasattr(values, "tolist") else values
-    labels = [_label(value, column) for value in values]
+    labels: list[Any] = [_label(value, column) for value in values]
     kinds = {type(label) for label in labels if label is not None}
     if len(kinds) > 1:
         examples = " and ".join(repr(next(label for label in labels if type(label) is kind)) for kind in sorted(kinds, key=str))
@@ -51,6 +56,8 @@ def number_classes(values: Any, names: Sequence[str] | None = None, column: str 
         if not kinds <= {int}:
             raise DataError(f"{column}: expected class numbers, as the data set has class names; there is {known[0]!r}")
         return [-1 if label is None else label for label in labels], list(names) if names else None
+    if len(known) > max(_MANY, len(labels) // 2):
+        log.warning("%s: %d classes of %d images; if it does not hold classes, set data.label_column=none", column, len(known), len(labels))
     if kinds == {int}:
         log.info("%s: %d classes with labels from %d to %d are numbered from 0", column, len(known), known[0], known[-1])
     number = {label: k for k, label in enumerate(known)}
@@ -61,7 +68,7 @@ def _label(value: Any, column: str) -> int | str | bool | None:
     value = value.item() if hasattr(value, "item") else value
     if value is None or value != value:  # NaN
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         return int(value)
     if not isinstance(value, int | str):
         shown = repr(value)[:40]

@@ -23,7 +23,20 @@ log = logging.getLogger("rlpjepa_zoo")
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "image_data")
 """Names of image columns, in lower case. They choose among several columns of images, and among columns of bytes or arrays."""
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "class_id", "category", "category_id", "target", "targets", "y", "cls")
+LABEL_NAMES = (
+    "label",
+    "labels",
+    "fine_label",
+    "class",
+    "class_label",
+    "class_id",
+    "category",
+    "category_id",
+    "target",
+    "targets",
+    "y",
+    "cls",
+)
 """Names of columns of class labels, in lower case. They choose among several class columns, and among columns of integers or text."""
 
 _LARGEST_FILE = 1 << 28
@@ -52,7 +65,7 @@ def image_column(features: Mapping[str, Any], options: Options, unknown: Mapping
     if not found:
         names = ", ".join([*features, *(unknown or ())])
         raise DataError(f"no image column among {names}; name it with {options.name('image_column')}")
-    return _only(found, IMAGE_NAMES, f"hold images; choose with {options.name('image_column')}")
+    return _only(found, IMAGE_NAMES, "hold images", f"; choose one with {options.name('image_column')}")
 
 
 def _may_hold_images(feature: Any) -> bool:
@@ -85,7 +98,7 @@ def label_column(features: Mapping[str, Any], options: Options, stream: bool = F
     if not found:
         return None
     if options.from_recipe:
-        return _only(found, LABEL_NAMES, f"hold class labels; choose with {options.name('label_column')}, or set it to none")
+        return _only(found, LABEL_NAMES, "hold class labels", f"; choose one with {options.name('label_column')}, or set it to none")
     try:  # embedding copies labels beside the embeddings and does not need them
         return _only(found, LABEL_NAMES, "hold class labels")
     except DataError as error:
@@ -107,11 +120,11 @@ def _existing(name: str, features: Mapping[str, Any], unknown: Mapping[str, str]
     raise DataError(f"no column '{name}'; the data set has {', '.join([*features, *(unknown or ())])}")
 
 
-def _only(found: list[str], names: tuple[str, ...], verb: str) -> str:
+def _only(found: list[str], names: tuple[str, ...], verb: str, fix: str = "") -> str:
     """The only column, or the only one of several that has one of the names."""
     named = found if len(found) == 1 else [name for name in found if name.lower() in names]
     if len(named) != 1:
-        raise DataError(f"several columns may {verb}: {', '.join(named or found)}")
+        raise DataError(f"several columns may {verb}: {', '.join(named or found)}{fix}")
     return named[0]
 
 
@@ -148,6 +161,8 @@ class Cells:
         if isinstance(value, str):
             value = self._file(value)
         elif isinstance(value, list):
+            if value and not isinstance(value[0], list | int | float):
+                raise DataError(f"a list of {len(value)} in one row; expected one image")
             value = np.asarray(value)
         return value if self.mode is None else decode(value, mode=self.mode)
 
@@ -179,7 +194,8 @@ def _content(address: str) -> bytes:
         with xopen(address, "rb") as file:
             content = bytes(file.read(_LARGEST_FILE + 1))
     except Exception as error:  # not in the archive, a damaged archive, the network, ...
-        raise trouble(error, address) or DataError(f"{address}: cannot be read ({first_line(error)})") from error
+        failure = trouble(error, address) if "hf://" in address else None
+        raise failure or DataError(f"{address}: cannot be read ({first_line(error)})") from error
     if len(content) > _LARGEST_FILE:
         raise DataError(f"{address}: over {_LARGEST_FILE >> 20} MB")
     return content
@@ -209,10 +225,14 @@ class Columns:
         for name in options.columns:
             _existing(name, features, unknown)
             if name in RESERVED:
-                raise UsageError(f"{options.name('columns')}: '{name}' is a name of the embeddings themselves; use it as the id column, or rename it")
+                raise UsageError(
+                    f"{options.name('columns')}: '{name}' is a name of the embeddings themselves; use it as the id column, or rename it"
+                )
             if type(features[name]).__name__ in ("Image", "Audio", "Video"):
                 kind = type(features[name]).__name__.lower()
-                raise UsageError(f"{options.name('columns')}: '{name}' holds {kind}s, which are not passed along; name columns of text or numbers")
+                raise UsageError(
+                    f"{options.name('columns')}: '{name}' holds {kind}s, which are not passed along; name columns of text or numbers"
+                )
         self.passed = list(dict.fromkeys([*([self.label] if self.label else []), *options.columns]))
         self.all = list(dict.fromkeys([self.image, *self.passed, *([options.id] if options.id else [])]))
         self._features = features
@@ -243,12 +263,16 @@ class Columns:
         Raises:
             DataError: the id is neither text nor an integer.
         """
-        id = record[self.id] if self.id else position
-        id = str(id) if isinstance(id, uuid.UUID) else id
+        id = _plain(record[self.id]) if self.id else position
         if not isinstance(id, str | int) or isinstance(id, bool):
             raise DataError(f"row {position}: column '{self.id}' is to hold ids, but there is {id!r}; expected text or an integer")
         name = f"row {id}" if isinstance(id, int) else id
-        return Row(id, partial(_decode_cell, cells, record[self.image], name), {k: record[k] for k in self.passed})
+        return Row(id, partial(_decode_cell, cells, record[self.image], name), {k: _plain(record[k]) for k in self.passed})
+
+
+def _plain(value: Any) -> Any:
+    """A value of a row without the array type that a format of the data set gave it; a UUID as text."""
+    return str(value) if isinstance(value, uuid.UUID) else value.tolist() if hasattr(value, "tolist") else value
 
 
 def _decode_cell(cells: Cells, value: Any, name: str) -> Image.Image:

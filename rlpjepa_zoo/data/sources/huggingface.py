@@ -48,7 +48,7 @@ class _Reader:
         return self.cells(self.dataset[i][self.column])
 
 
-def indexed_images(dataset: Any, options: Options = Options(), folder: Path | None = None, own: bool = True) -> Images:
+def indexed_images(dataset: Any, options: Options | None = None, folder: Path | None = None, own: bool = True) -> Images:
     """Images of a `Dataset` with random access; ids are row numbers.
 
     Args:
@@ -56,7 +56,7 @@ def indexed_images(dataset: Any, options: Options = Options(), folder: Path | No
         options: columns.
         folder, own: whose paths are in its cells, see `rlpjepa_zoo.data.sources.columns.Cells`.
     """
-    dataset = dataset.with_format(None)
+    dataset, options = dataset.with_format(None), options or Options()
     image, label = image_column(dataset.features, options), label_column(dataset.features, options)
     encoded = encoded_images(dataset.select_columns([image]), image)
     reader = _Reader(encoded, image, Cells(dataset.features[image], options, folder, own))
@@ -156,11 +156,11 @@ def _peeked(rows: Iterable[Any], known: Mapping[str, Any], options: Options) -> 
     """
     import datasets
 
-    values, failure = dict[str, Any](), DataError("data: no rows, so the columns are not known")
+    values, failures = dict[str, Any](), list[DataError]()
     try:
         for row in itertools.islice(rows, _PEEKED):
             if isinstance(row, DataError):
-                failure = row
+                failures.append(row)
                 continue
             values |= {name: value for name, value in row.items() if values.get(name) is None}
             if all(value is not None for value in values.values()):
@@ -168,7 +168,7 @@ def _peeked(rows: Iterable[Any], known: Mapping[str, Any], options: Options) -> 
     except Exception as error:
         raise trouble(error, "data") or DataError(f"data: the first rows cannot be read ({first_line(error)})") from error
     if not values:
-        raise failure
+        raise failures[0] if failures else DataError("data: no rows, so the columns are not known")
     return {
         name: datasets.Image() if name == options.image or _is_image(value) else known.get(name) or _feature(value)
         for name, value in values.items()

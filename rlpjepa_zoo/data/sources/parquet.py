@@ -101,7 +101,9 @@ class _Table:
                 if name not in here:
                     raise DataError(f"{file}: no column '{name}', which {files[0]} has")
                 if here[name] != types[name]:
-                    raise DataError(f"{file}: column '{name}' is {here[name]}, in {files[0]} it is {types[name]}; embed them into two folders")
+                    raise DataError(
+                        f"{file}: column '{name}' is {here[name]}, in {files[0]} it is {types[name]}; embed them into two folders"
+                    )
         self.largest_group = largest
         self.counts = [int(groups.sum()) for groups in self.groups]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -193,15 +194,19 @@ def _feature(value: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings of the datasets library."""
+    """Silence the warnings of the datasets library, and its progress bars unless somebody watches them."""
     import datasets
 
-    level = datasets.logging.get_verbosity()
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 @SOURCES.register("hf")

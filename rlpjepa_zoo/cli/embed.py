@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, OutputError, UsageError
-from .options import AsJson, BatchSize, Device, Quiet, Revision, SourceName, Workers, choose_device, print_values, write_file
+from .options import (
+    AllowPaths,
+    AsJson,
+    BatchSize,
+    Device,
+    ImageColumn,
+    Quiet,
+    Revision,
+    SourceName,
+    Workers,
+    choose_device,
+    print_values,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from ..data.images import ImageRows
@@ -47,7 +60,8 @@ def embed(
         typer.Option(help="Further columns to copy, such as a,b; for tar files suffixes such as json. The class label is always copied."),
     ] = "",
     id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
+    image_column: ImageColumn = None,
+    allow_paths: AllowPaths = False,
     split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
     data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
@@ -80,6 +94,8 @@ def embed(
         id_column=id_column,
         image_column=image_column,
         revision=data_revision,
+        allow_paths=allow_paths,
+        prefix="--",
     )
     try:
         distributed.start()
@@ -142,6 +158,8 @@ def dial(
         str, typer.Option(help="top_k keeps the largest values of each image; threshold keeps values above one number.")
     ] = "top_k",
     images: Annotated[str | None, typer.Option(help="Images to calibrate a threshold on: a folder, files, ... as for embed.")] = None,
+    image_column: ImageColumn = None,
+    allow_paths: AllowPaths = False,
     num_workers: Workers = 4,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Calibrate without images that cannot be read.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the encoder in OUT.")] = False,
@@ -152,6 +170,7 @@ def dial(
 ) -> None:
     """Make a trained encoder sparser without training, and save it with this setting."""
     from ..core.source import ModelSource
+    from ..data.sources import open_images
     from ..models.pretrained import load_encoder
 
     if (density is None) == (budget is None):
@@ -165,7 +184,8 @@ def dial(
         sparser = encoder.with_budget(budget)
     else:
         options = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
-        sparser = encoder.with_density(density or 0.0, mode, images, **options)  # type: ignore[arg-type]
+        feed = None if images is None else open_images(images, image_column=image_column, allow_paths=allow_paths, prefix="--")
+        sparser = encoder.with_density(density or 0.0, mode, feed, **options)  # type: ignore[arg-type]
     sparser.save_pretrained(out, name=ModelSource.folder(out).text)
     setting = sparser.config.dial
     description = "" if setting is None else setting.describe(sparser.config.dim)

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import OutputError, UsageError
 from .options import (
+    AllowPaths,
     AsJson,
     BatchSize,
     Device,
@@ -50,6 +51,7 @@ def evaluate(
         typer.Option(help="Compare on the same images: pixels, random (fresh weights), timm:NAME, or another SOURCE; may be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of training images, drawn at random.")] = None,
+    allow_paths: AllowPaths = False,
     pixels: Annotated[bool, typer.Option(help="Also measure raw pixels.")] = True,
     batch_size: BatchSize = 256,
     num_workers: Workers = 0,
@@ -82,7 +84,7 @@ def evaluate(
         if file is not None and not file.absolute().parent.is_dir():
             raise OutputError(f"{file}: no folder {file.parent}")
     folder = own_folder(source, "--card") if on_card else None
-    images = open_set(data, overrides or [])
+    images = open_set(data, [*(overrides or []), *(["data.allow_paths=true"] if allow_paths else [])])
     encoder = load_encoder(source, revision=revision, device=choose_device(device))
     check_budgets(counts, encoder.config.dim)
     report = run(

@@ -22,8 +22,8 @@ SOURCE_KEYS: dict[str, set[str]] = {
     "digits": set(),
     "torchvision": {"name", "path", "download", "split", "eval_split"},
     "folder": {"path", "split", "eval_split"},
-    "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
-    "parquet": {"path", "split", "eval_split", "image_column", "label_column"},
+    "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "allow_paths", "streaming", "length", "shuffle_buffer"},
+    "parquet": {"path", "split", "eval_split", "image_column", "label_column", "allow_paths"},
     "webdataset": {"path", "split", "eval_split"},
 }
 """Values of `data.source`, and the keys of the section that each one uses; `rlpjepa_zoo.data.sources` opens them."""
@@ -45,9 +45,13 @@ class Data(Section):
     eval_split: str | None = None
     """Evaluation split. For folders, null takes the first sub-folder of val, valid, validation and test that exists."""
     image_column: str | None = None
-    """hf and parquet only: column of the images; null takes the first column that holds images."""
+    """hf and parquet only: column of the images; null finds it by its type, and by its name (image, img, jpg, ...) where the type does not
+    tell."""
     label_column: str | None = None
-    """hf and parquet only: column of the class labels; null takes the first column of type ClassLabel. none: the images have no labels."""
+    """hf and parquet only: column of the class labels; null takes the column of type ClassLabel, else one of integers or text that is named
+    label, fine_label, class, target or the like. Labels of any kind are numbered in sorted order. none: the images have no labels."""
+    allow_paths: bool = False
+    """hf and parquet only: open files that rows of a table name outside of the table's folder. Relative paths begin at this folder."""
     streaming: bool = False
     """hf only: read images while training, without downloading the data set first. Needs data.length."""
     length: Count | None = None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .decode import decode
 
 __all__ = ["ImageRows", "Images", "Row", "label_feature", "reason_with_id", "spans"]
@@ -38,7 +38,7 @@ class ImageRows:
         classes: class names, where known.
         seekable: whether `rows(n)` costs no more than `rows(0)`.
         expected: number of rows according to a data set card; it may be wrong and serves progress bars only.
-        stream: Hugging Face `IterableDataset` that holds the images; training reads its shards.
+        stream: for a streamed data set, what training reads, see `rlpjepa_zoo.data.sources.huggingface.Stream`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Images(ImageRows):
         identity: JSON-able; differs for other images, see `ImageRows`.
 
     Raises:
-        DataError: labels that are not integers.
+        DataError: labels that are not integers. `rlpjepa_zoo.data.sources.classes.number_classes` numbers labels of any kind.
 
     Example:
         >>> images = Images([Image.new("L", (8, 8)), Image.new("RGB", (4, 4))].__getitem__, ["first", "second"], [1, 0])
@@ -93,10 +93,7 @@ class Images(ImageRows):
         columns = {} if labels is None else {"label": label_feature(classes)}
         super().__init__(self._rows_from, len(ids), identity, columns, classes=classes, seekable=True)
         self._read, self.ids = read, ids
-        try:
-            self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"labels: expected integers, or a ClassLabel column ({error})") from error
+        self.labels = None if labels is None else _integers(labels)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,6 +123,23 @@ class Images(ImageRows):
     def _rows_from(self, start: int) -> Iterator[Row]:
         for i in range(start, len(self)):
             yield Row(self.ids[i], partial(self.read, i), {} if self.labels is None else {"label": int(self.labels[i])})
+
+
+def _integers(labels: Any) -> np.ndarray[Any, Any]:
+    """Labels as int64.
+
+    Raises:
+        DataError: they are no integers, or have a fraction.
+    """
+    try:
+        given = np.asarray(labels)
+        with np.errstate(invalid="ignore"):
+            numbers = given.astype(np.int64)
+        if len(given) and not (given == numbers).all():
+            raise ValueError("some have a fraction or are not finite")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"labels: expected integers ({first_line(error)})") from error
+    return numbers
 
 
 class _Subset:

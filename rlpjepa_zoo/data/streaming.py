@@ -15,8 +15,7 @@ from ..core import rng
 from ..errors import DataError, first_line
 from .batch import Assemble, Batch
 from .decode import decode
-from .sources.base import image_column, image_of_cell, label_column
-from .sources.huggingface import encoded_images
+from .sources.huggingface import Stream
 
 __all__ = ["StreamedBatches", "shard_groups"]
 
@@ -54,7 +53,7 @@ class StreamedBatches(IterableDataset[Batch]):
     workers make one step together, and teams of that many workers take turns. Rows are decoded only where they are used.
 
     Args:
-        dataset: a Hugging Face `IterableDataset`.
+        stream: the data set and its columns.
         recipe: batch size, workers, views, data section and seed.
         steps: the steps to make.
         per_epoch: steps of an epoch.
@@ -62,13 +61,12 @@ class StreamedBatches(IterableDataset[Batch]):
         finish: whether to make finished views.
     """
 
-    def __init__(self, dataset: Any, recipe: Plan, steps: range, per_epoch: int, rank: int, world: int, finish: bool) -> None:
-        self.image = image_column(dataset.features, recipe.data.image_column)
-        self.label = label_column(dataset.features, recipe.data.label_column)
-        self.dataset, self.recipe, self.steps, self.per_epoch = encoded_images(dataset, self.image), recipe, steps, per_epoch
+    def __init__(self, stream: Stream, recipe: Plan, steps: range, per_epoch: int, rank: int, world: int, finish: bool) -> None:
+        self.image, self.label, self.cells = stream.image, stream.label, stream.cells
+        self.dataset, self.recipe, self.steps, self.per_epoch = stream.rows, recipe, steps, per_epoch
         self.assemble = Assemble(recipe, finish)
         batch = recipe.train.batch_size
-        self.groups = shard_groups(batch, dataset.num_shards)
+        self.groups = shard_groups(batch, stream.rows.num_shards)
         self.width = batch // self.groups
         self.first, self.last = rank * batch // world, (rank + 1) * batch // world
         mine = range(self.first // self.width, -(-self.last // self.width))
@@ -132,7 +130,7 @@ class StreamedBatches(IterableDataset[Batch]):
 
     def _decode(self, epoch: int, row: int, record: dict[str, Any], bad: list[tuple[int, str]]) -> Image.Image | None:
         try:
-            return decode(image_of_cell(record[self.image]), name=f"row {row} of the stream")
+            return decode(self.cells(record[self.image]), name=f"row {row} of the stream")
         except DataError as error:
             bad.append((epoch * _ROWS_PER_EPOCH + row, str(error)))  # another image has this number in another epoch
             return None

@@ -22,7 +22,7 @@ __all__ = ["SETS", "EvalSet", "data_section_of", "open_set"]
 SETS: dict[str, dict[str, str]] = {
     "digits": {"source": "digits"},
     "cifar10": {"source": "hf", "name": "uoft-cs/cifar10", "eval_split": "test"},
-    "cifar100": {"source": "hf", "name": "uoft-cs/cifar100", "eval_split": "test", "label_column": "fine_label"},
+    "cifar100": {"source": "hf", "name": "uoft-cs/cifar100", "eval_split": "test"},
     "dtd": {"source": "torchvision", "name": "DTD", "split": "train", "eval_split": "test"},
     "flowers102": {"source": "torchvision", "name": "Flowers102", "split": "train", "eval_split": "test"},
     "food101": {"source": "torchvision", "name": "Food101", "split": "train", "eval_split": "test"},
@@ -47,24 +47,23 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
 
     Args:
         data: one of `SETS`; a folder (images, one folder for each class; or parquet files, or a data set saved by `datasets`); or a recipe's name or file.
-        overrides: ``"data.key=value"``, or any key of a recipe; not allowed for a folder.
+        overrides: ``"data.key=value"``, or any key of a recipe.
 
     Raises:
-        UsageError: `data` is none of these (the message has the nearest name), or there are overrides for a folder.
+        UsageError: `data` is none of these (the message has the nearest name).
 
     Example:
-        >>> data_section_of("cifar100").label_column, data_section_of("cifar10", ["data.path=copy"]).path
-        ('fine_label', 'copy')
+        >>> data_section_of("cifar100").name, data_section_of("cifar10", ["data.path=copy"]).path
+        ('uoft-cs/cifar100', 'copy')
     """
     if data in SETS:
         return data_section(SETS[data], overrides)
     if Path(data).is_dir():
-        if overrides:
-            raise UsageError(f"'{overrides[0]}': overrides belong to a named set or a recipe, and --data {data} is a folder")
         kind, _ = folder_contents(Path(data))
         if kind == "folder":
-            return Data(source="folder", path=data)
-        return Data(source="hf" if kind == "parquet" else kind, path=data, eval_split="test")  # hf reads rows of parquet files in any order
+            return data_section({"source": kind, "path": data}, overrides)
+        kind = "hf" if kind == "parquet" else kind  # hf reads rows of parquet files in any order
+        return data_section({"source": kind, "path": data, "eval_split": "test"}, overrides)
     known = [*SETS, *list_recipes()]
     if not Path(data).is_file() and data not in known:
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."

@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..data.preprocess import Preprocess
+from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
 from ..sparse.embeddings import SparseEmbeddings
@@ -222,6 +223,8 @@ class SparseEncoder(PublishedModel):
         *,
         min_value: float = 0.0,
         precision: Literal["float32", "bf16"] = "float32",
+        image_column: str | None = None,
+        allow_paths: bool = False,
     ) -> SparseEmbeddings:
         """Sparse embeddings of many images, in input order, computed in evaluation mode; afterwards the mode is as before.
 
@@ -238,6 +241,7 @@ class SparseEncoder(PublishedModel):
             failures: list that receives the ids of skipped images and the reasons.
             min_value: values below this become zero.
             precision: ``bf16`` computes in bfloat16 (autocast), which is faster on many processors; codes differ by its rounding.
+            image_column, allow_paths: for tables of images, see `rlpjepa_zoo.data.sources.open_images`.
 
         Returns:
             `SparseEmbeddings` with the ids of the images (paths or row numbers) and the encoder's fingerprint in `meta["model"]`.
@@ -259,6 +263,8 @@ class SparseEncoder(PublishedModel):
                 f"{batch_size}, {max_active}, {num_workers}, {on_error!r}"
             )
         options = OutputOptions(max_active, min_value, precision)
+        if image_column is not None or allow_paths:
+            images = open_images(images, image_column=image_column, allow_paths=allow_paths)
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         parts = []
         batches = source_batches(

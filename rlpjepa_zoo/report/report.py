@@ -35,7 +35,9 @@ __all__ = ["write_report"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
-_DATA_KEYS = ("source", "name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "download", "limit")
+_DATA_KEYS = (
+    "source", "name", "path", "split", "eval_split", "image_column", "label_column", "allow_paths", "streaming", "length", "download", "limit",
+)  # fmt: skip
 """Keys of the data section that say where the images are; the others would change what was trained."""
 
 

@@ -1,11 +1,13 @@
 """decode: the RGB picture that each kind of image becomes, and what is refused."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
+import torch
 from images import encoded, photo
 from PIL import Image, ImageFile
 from refusals import refused
@@ -98,10 +100,79 @@ def test_float_tiff_is_scaled(top):
     assert np.abs(out[..., 1] - values / top * 255).max() <= 0.51
 
 
-@pytest.mark.filterwarnings("ignore:overflow")
-def test_float_with_nan_and_infinity_is_decoded():
-    values = np.array([[np.nan, np.inf], [-np.inf, 0.5]], dtype=np.float32)
-    assert decode(encoded(Image.fromarray(values), "TIFF")).mode == "RGB"
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_pixels_that_are_not_finite_change_no_others(top):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8) * top
+    expected = np.asarray(decode(Image.fromarray(values))).copy()
+    for value, shown in ((np.nan, 0), (-np.inf, 0), (np.inf, 255)):
+        other = values.copy()
+        other[2, 3], expected[2, 3] = value, shown
+        for source in (encoded(Image.fromarray(other), "TIFF"), Image.fromarray(other), other):
+            np.testing.assert_array_equal(np.asarray(decode(source)), expected)
+    assert np.asarray(decode(np.full((2, 2), np.nan))).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [([0, 100, 255], 255), ([0, 300, 65535], 65535), ([0, 1000, 200_000], 200_000)],
+)
+def test_range_of_integers_is_told_by_the_largest(values, top):
+    pixels = np.array([values], dtype=np.int32)
+    expected = np.round(np.array(values) / top * 255)
+    for source in (Image.fromarray(pixels), encoded(Image.fromarray(pixels), "TIFF"), pixels, pixels.astype(np.int64)):
+        np.testing.assert_allclose(np.asarray(decode(source))[0, :, 0], expected, atol=0.51)
+
+
+def test_some_pixels_above_one_do_not_blacken_a_float_image():
+    values = np.linspace(0, 1.02, 64, dtype=np.float32).reshape(8, 8)
+    assert np.abs(np.asarray(decode(Image.fromarray(values)))[..., 0] - np.minimum(values, 1) * 255).max() <= 0.51
+    wide = np.linspace(0, 60000, 64, dtype=np.float32).reshape(8, 8)
+    assert np.abs(np.asarray(decode(Image.fromarray(wide)))[..., 0] - wide / 65535 * 255).max() <= 0.51
+
+
+def test_dark_sixteen_bit_file_stays_dark():
+    values = np.full((4, 4), 200, dtype=np.uint16)
+    for data in (encoded(Image.fromarray(values), "PNG"), b"P5 4 4 65535\n" + values.astype(">u2").tobytes(), values):
+        assert np.asarray(decode(data)).max() == 1
+
+
+def test_arrays_and_tensors_of_pixels_are_images(rng):
+    pixels = np.asarray(photo(rng))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    for source in (pixels, tensor, tensor / 255, tensor.long(), pixels.astype(np.uint16) * 257, pixels.astype(np.float32)):
+        np.testing.assert_array_equal(np.asarray(decode(source)), pixels)
+    grey = pixels[..., 0]
+    for source in (grey, grey[..., None], torch.from_numpy(grey.copy())[None]):
+        np.testing.assert_array_equal(np.asarray(decode(source)), np.repeat(grey[..., None], 3, -1))
+    assert np.asarray(decode(np.array([[True, False]]))).max(-1).tolist() == [[255, 0]]
+    clear = np.dstack([pixels, np.zeros_like(grey)])
+    assert np.asarray(decode(clear)).min() == 255
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros(4), np.zeros((2, 2, 2)), np.zeros((0, 4)), np.zeros((2, 4, 4, 3)), np.array([["a"]]), object()]
+)
+def test_array_that_is_no_image_is_refused(pixels):
+    with refused(DataError, match="my name: an array of"):
+        decode(pixels, name="my name")
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "LAB", "HSV", "YCbCr"])
+def test_every_mode_of_pillow_is_converted(mode):
+    assert decode(Image.new(mode, (4, 4))).mode == "RGB"
+
+
+def test_transparent_grey_level_of_sixteen_bits_becomes_white():
+    values = np.array([[0, 1000, 65535]], dtype=np.uint16)
+    assert np.asarray(decode(encoded(Image.fromarray(values), "PNG", transparency=1000)))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with refused(DataError, match="not a regular file"):
+            decode(path)
 
 
 @pytest.mark.parametrize("tag", range(1, 9))

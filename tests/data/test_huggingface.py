@@ -1,14 +1,18 @@
 """Images of a Hugging Face data set with random access."""
 
+import io
+import zipfile
+
 import datasets
 import numpy as np
 import pytest
-from images import encoded, photo
+from images import encoded, photo, png, table
 from PIL import Image
 from refusals import refused
 
+from rlpjepa_zoo.config.sections import Data
 from rlpjepa_zoo.data.decode import decode
-from rlpjepa_zoo.data.sources import Source, folder_contents, open_images
+from rlpjepa_zoo.data.sources import Source, folder_contents, open_images, open_source
 from rlpjepa_zoo.data.sources.huggingface import indexed_images
 from rlpjepa_zoo.errors import DataError, UsageError
 
@@ -83,7 +87,7 @@ def test_saved_data_set_is_opened_for_embedding(tmp_path, rows):
     data.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict(train=data.select([0]), test=data).save_to_disk(str(tmp_path / "both"))
     assert folder_contents(tmp_path / "one") == ("hf", [tmp_path / "one"])
-    for images in (open_images(tmp_path / "one"), open_images(tmp_path / "both", split="test")):
+    for images in (open_images(tmp_path / "one", allow_paths=True), open_images(tmp_path / "both", split="test", allow_paths=True)):
         assert [row.id for row in images.rows()] == [0, 1, 2] and images.length == 3
         assert next(images.rows(2)).read().size == (48, 32)
     assert open_images(tmp_path / "both").length == 1
@@ -97,3 +101,85 @@ def test_dataset_dict_is_refused_with_its_splits(rows):
     data = datasets.Dataset.from_dict({"image": rows})
     with refused(DataError, match="split|DatasetDict"):
         open_images(datasets.DatasetDict(train=data, test=data))
+
+
+def crop_all(batch):
+    return {**batch, "image": [image.crop((0, 0, 4, 4)) for image in batch["image"]]}
+
+
+def crop_one(row):
+    return {**row, "image": row["image"].crop((0, 0, 4, 4))}
+
+
+def test_images_of_a_data_set_are_those_that_it_gives():
+    rows = table(range(6))
+    stream = rows.to_iterable_dataset(num_shards=2)
+    changed = {
+        "transform": rows.with_transform(crop_all),
+        "transform of one column": rows.with_transform(crop_all, columns=["image"]),
+        "map": rows.map(crop_one),
+        "rows": datasets.concatenate_datasets([rows.filter(lambda row: row["label"] == 1), rows.select([3, 1]).shuffle(seed=1)]),
+        "interleaved": datasets.interleave_datasets([rows, rows.map(crop_one)]),
+        "other mode": rows.cast_column("image", datasets.Image(mode="L")),
+        "stream": stream.shuffle(seed=1, buffer_size=3).filter(lambda row: row["label"] < 2).take(4),
+        "stream after map": stream.map(crop_one),
+        "stream after batched map": stream.map(crop_all, batched=True),
+        "interleaved streams": datasets.interleave_datasets([stream, stream.map(crop_one, features=rows.features)]),
+        "generator": datasets.IterableDataset.from_generator(lambda: ({"image": Image.open(io.BytesIO(png(i))), "label": i} for i in range(3))),
+    }  # fmt: skip
+    for name, data in changed.items():
+        expected = [decode(row["image"]).tobytes() for row in data]
+        opened = list(open_images(data).rows())
+        assert [row.read().tobytes() for row in opened] == expected, name
+        assert ["label" in row.columns for row in opened] == [name != "transform of one column"] * len(expected), name
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_format_of_a_data_set_changes_no_image(kind):
+    rows = table(range(3))
+    expected = [decode(row["image"]).tobytes() for row in rows]
+    for data in (rows.with_format(kind), rows.to_iterable_dataset().with_format(kind)):
+        assert [row.read().tobytes() for row in open_images(data).rows()] == expected
+    mapped = rows.to_iterable_dataset().with_format(kind).map(lambda row: row)
+    assert [(row.read().tobytes(), type(row.columns["label"])) for row in open_images(mapped).rows()] == [
+        (pixels, int) for pixels in expected
+    ]
+
+
+def test_row_whose_transform_fails_is_refused_alone():
+    def picky(batch):
+        return crop_all(batch) if batch["note"] != ["row 1"] else {}["missing"]
+
+    rows = list(open_images(table(range(3)).with_transform(picky)).rows())
+    assert rows[0].read().size == rows[2].read().size == (4, 4)
+    with refused(DataError, match="row 1: the transform of the data set failed"):
+        rows[1].read()
+    normalised = table(range(1)).with_transform(lambda batch: {"image": [np.full((3, 4, 4), -0.5)]})
+    with refused(DataError, match="values down to -0.5; expected pixels from 0 on, before they are normalised"):
+        next(open_images(normalised).rows()).read()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_in_a_zip_are_read_as_datasets_reads_them(tmp_path, stream):
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "set" / "train.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"images/{i}.png", png(i))
+    expected = [decode(png(i)).tobytes() for i in range(3)]
+    data = datasets.load_dataset(str(tmp_path / "set"), split="train", streaming=stream, cache_dir=str(tmp_path / "cache"))
+    assert [row.read().tobytes() for row in open_images(data).rows()] == expected
+    source = open_source(Data(source="hf", path=str(tmp_path / "set"), streaming=stream, length=3 if stream else None))
+    assert [row.read().tobytes() for row in source.train.rows()] == expected
+    missing = datasets.Dataset.from_dict({"image": [f"zip://no.png::{tmp_path}/set/train.zip", "zip://a.png::/nowhere.zip"]})
+    rows = list(open_images(missing.cast_column("image", datasets.Image())).rows())
+    with refused(DataError, match="cannot be read"):
+        rows[0].read()
+    with refused(DataError, match=r"/nowhere\.zip: no such file"):
+        rows[1].read()
+
+
+def test_paths_of_a_data_set_object_are_those_of_its_owner(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(png(0))
+    monkeypatch.chdir(tmp_path)
+    data = datasets.Dataset.from_dict({"image": ["a.png", str(tmp_path / "a.png")]}).cast_column("image", datasets.Image())
+    assert [row.read().tobytes() for row in open_images(data).rows()] == [decode(png(0)).tobytes()] * 2

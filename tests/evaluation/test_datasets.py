@@ -7,10 +7,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torchvision
+from images import png
 from PIL import Image
 from refusals import refused
 
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
 from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set
@@ -20,7 +25,7 @@ from rlpjepa_zoo.evaluation.probes.base import held_out
 def test_named_sets_are_data_sections() -> None:
     for name in SETS:
         assert data_section_of(name).source in ("digits", "hf", "torchvision")
-    assert data_section_of("cifar100").label_column == "fine_label" and data_section_of("pets").split == "trainval"
+    assert data_section_of("cifar100").eval_split == "test" and data_section_of("pets").split == "trainval"
     assert (
         data_section_of("cifar10", ["data.path=somewhere"]).path == "somewhere" and data_section_of("cifar10-cpu").name == "uoft-cs/cifar10"
     )
@@ -76,8 +81,32 @@ def test_folders_that_cannot_be_split_are_refused(image_folder: Path, tmp_path: 
     Image.new("RGB", (8, 8)).save(image_folder / "blue" / "b.png")
     with refused(DataError, match="no class has two images"):
         open_set(str(image_folder))
-    with refused(UsageError, match="overrides belong"):
-        open_set(str(image_folder), ["data.split=train"])
+    with refused(RecipeError, match="data.label_column: has no meaning for source 'folder'"):
+        open_set(str(image_folder), ["data.label_column=y"])
+
+
+def test_overrides_say_how_a_folder_of_parquet_files_is_read(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(png(0))
+    cells = [{"bytes": None, "path": str(tmp_path / "photo.png")}] * 2
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"picture": cells, "shop": ["b", "a"]}), tmp_path / "set" / f"{split}.parquet")
+    opened = open_set(str(tmp_path / "set"), ["data.label_column=shop", "data.allow_paths=true"])
+    assert opened.train.classes == ["a", "b"] and opened.test.labels is not None and opened.test.labels.tolist() == [1, 0]
+    assert opened.test.read(1).size == opened.train.read(0).size
+    with refused(DataError, match="use data.allow_paths=true"):
+        open_set(str(tmp_path / "set"), ["data.label_column=shop"]).train.read(0)
+
+
+def test_cifar100_of_one_label_column_needs_no_column_names(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["w", "x"])})
+    rows = {"image": [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(2)], "label": [1, 0]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    opened = open_set("cifar100", [f"data.path={tmp_path}"])
+    assert opened.train.labels is not None and opened.train.labels.tolist() == [1, 0]
+    recipe = Recipe.load("cifar100-resnet18", [f"data.path={tmp_path}"])
+    assert open_source(recipe.data).images.classes == ["w", "x"]
 
 
 def test_folder_with_test_images_keeps_its_split(image_folder: Path) -> None:

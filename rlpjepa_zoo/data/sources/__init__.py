@@ -85,7 +85,7 @@ def fingerprint(source: Source) -> str:
     and number of shards. Checkpoints hold it."""
     digest = hashlib.sha256(str(source.length).encode())
     if not isinstance(source.train, Images):
-        digest.update(f"{source.train.stream.num_shards} {source.train.stream.features}".encode())
+        digest.update(f"{source.train.stream.dataset.num_shards} {source.train.stream.dataset.features}".encode())
         return digest.hexdigest()
     digest.update(b"".join(str(name).encode() + b"\0" for name in source.train.ids))
     for i in np.linspace(0, len(source.train) - 1, min(len(source.train), 32)).astype(int):
@@ -101,7 +101,7 @@ def fingerprint(source: Source) -> str:
 
 def open_images(
     source: Any, *, split: str | None = None, columns: Sequence[str] = (), id_column: str | None = None, image_column: str | None = None,
-    revision: str | None = None,
+    revision: str | None = None, allow_paths: bool = False, prefix: str = "",
 ) -> ImageRows:  # fmt: skip
     """Images of a folder (or several), files, a list of files (.txt), parquet or tar files, a Hugging Face data set (also saved, or by its id on
     the Hub, which is streamed), PIL images, or `ImageRows` (returned as they are).
@@ -113,8 +113,11 @@ def open_images(
         split: split of a data set on the Hub or of a saved one; train if None.
         columns: columns of parquet files and data sets that are passed along beside the class label; for tar files, suffixes of text members.
         id_column: its values are the ids, instead of row numbers.
-        image_column: column of the images; the first that holds images if None.
+        image_column: column of the images; found by type and name if None.
         revision: revision of a data set on the Hub; its commit is looked up once and used for all reads.
+        allow_paths: open files that cells of a table name outside of the folder of the table. Those in its folder, where relative paths begin,
+            are always opened, and those of a `Dataset` object as the `datasets` library does.
+        prefix: what messages write before the names of these options, such as ``"--"``.
 
     Raises:
         DataError: nothing there, or not images.
@@ -126,7 +129,7 @@ def open_images(
         >>> [row.read().mode for row in images.rows()], images.length
         (['RGB', 'RGB'], 2)
     """
-    options = Options(tuple(columns), id_column, image_column, split=split, revision=revision)
+    options = Options(tuple(columns), id_column, image_column, split=split, revision=revision, allow_paths=allow_paths, prefix=prefix)
     if isinstance(source, ImageRows):
         options.refuse_columns("images in memory")
         return source

@@ -12,7 +12,8 @@ from ...config.sections import Data
 from ...errors import DataError
 from ..decode import SUFFIXES
 from ..images import Images
-from .base import SOURCES, ImageSource, Options, files_identity, warn_of_unknown_classes
+from .base import SOURCES, ImageSource, Options, files_identity
+from .classes import warn_of_unknown_classes
 
 HELD_OUT = ("val", "valid", "validation", "test")
 """Sub-folders that hold evaluation images; the first that exists is used."""

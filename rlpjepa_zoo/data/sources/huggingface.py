@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import glob
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from ...config.sections import Data
 from ...errors import DataError, HubError, UsageError, first_line
 from ...hub.download import dataset_commit
 from ...hub.retry import trouble
 from ..images import ImageRows, Images, Row
-from .base import (
-    SOURCES,
-    Columns,
-    ImageSource,
-    Options,
-    data_path,
-    files_below,
-    files_of_split,
-    image_column,
-    image_of_cell,
-    label_column,
-    match_classes,
-)
+from .base import SOURCES, ImageSource, Options, common_folder, data_path, files_below, files_of_split
+from .classes import match_classes, number_classes
+from .columns import Cells, Columns, image_column, label_column
+from .parquet import read_schema, table_features
+
+_PEEKED = 8
+"""Rows that are read to tell the columns of a data set that does not describe them."""
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -39,78 +39,174 @@ def encoded_images(dataset: Any, column: str) -> Any:
     return dataset.cast_column(column, datasets.Image(decode=False)) if type(dataset.features[column]).__name__ == "Image" else dataset
 
 
-class _Cells:
-    """Reads cell i of the image column of a `Dataset`."""
+class _Reader:
+    """Reads image i of a `Dataset`."""
 
-    def __init__(self, dataset: Any, column: str) -> None:
-        self.dataset, self.column = dataset, column
+    def __init__(self, dataset: Any, column: str, cells: Cells) -> None:
+        self.dataset, self.column, self.cells = dataset, column, cells
 
     def __call__(self, i: int) -> Any:
-        return image_of_cell(self.dataset[i][self.column])
+        return self.cells(self.dataset[i][self.column])
 
 
-def indexed_images(dataset: Any, image: str | None = None, label: str | None = None) -> Images:
+def indexed_images(dataset: Any, options: Options | None = None, folder: Path | None = None, own: bool = True) -> Images:
     """Images of a `Dataset` with random access; ids are row numbers.
 
     Args:
         dataset: a map-style Hugging Face data set.
-        image, label: columns; found by type if None.
+        options: columns.
+        folder, own: whose paths are in its cells, see `rlpjepa_zoo.data.sources.columns.Cells`.
     """
-    column, label = image_column(dataset.features, image), label_column(dataset.features, label)
-    cells = _Cells(encoded_images(dataset.select_columns([column]), column), column)
-    labels = None if label is None else [-1 if value is None else value for value in dataset[label][:]]
-    return Images(cells, range(len(dataset)), labels, getattr(dataset.features[label], "names", None) if label else None)
+    dataset, options = dataset.with_format(None), options or Options()
+    image, label = image_column(dataset.features, options), label_column(dataset.features, options)
+    encoded = encoded_images(dataset.select_columns([image]), image)
+    reader = _Reader(encoded, image, Cells(dataset.features[image], options, folder, own))
+    if label is None:
+        return Images(reader, range(len(dataset)))
+    names = getattr(dataset.features[label], "names", None)
+    return Images(reader, range(len(dataset)), *number_classes(dataset[label][:], names, f"column '{label}'"))
 
 
-def image_rows(dataset: Any, options: Options, identity: dict[str, Any] | None = None, expected: int | None = None) -> ImageRows:
+class Stream(NamedTuple):
+    """What training reads of a streamed data set."""
+
+    dataset: Any
+    """The `IterableDataset`, with all columns."""
+    rows: Any
+    """The same with the read columns only, and with encoded images."""
+    image: str
+    label: str | None
+    """Names of the columns."""
+    cells: Cells
+    """Turns a cell of the image column into an image."""
+
+
+def image_rows(
+    dataset: Any, options: Options, identity: dict[str, Any] | None = None, expected: int | None = None, folder: Path | None = None, own: bool = True
+) -> ImageRows:  # fmt: skip
     """Images of a `Dataset` or `IterableDataset`, read one after another with their columns.
+
+    A data set with a transform gives the transformed images. A format such as torch or numpy changes nothing.
 
     Args:
         dataset: map-style or streamed.
         options: columns.
         identity: what names the data set; its fingerprint if None.
         expected: number of rows according to its card.
+        folder, own: whose paths are in its cells, see `rlpjepa_zoo.data.sources.columns.Cells`.
 
     Raises:
-        DataError: a stream without known columns, or no such column.
+        DataError: no such column.
     """
-    if dataset.features is None:
-        raise DataError("the stream does not tell its columns; give parquet files, or a data set that is not streamed")
-    columns = Columns(dataset.features, options)
-    encoded = encoded_images(dataset.select_columns(columns.all).with_format(None), columns.image)
     length = len(dataset) if hasattr(dataset, "__len__") else None
+    transformed = length is not None and dataset.format["type"] == "custom"
+    plain = dataset if transformed else dataset.with_format(None)
+    features = dataset.features
+    if transformed or features is None:
+        features = _peeked(_transformed(plain, 0, length) if length is not None else plain, features or {}, options)
+    columns = Columns(features, options, stream=length is None)
+    cells = Cells(None if transformed else columns.image_feature, options, folder, own)
+    if not transformed:
+        plain = plain.select_columns(columns.all)
+        plain = plain if dataset.features is None else encoded_images(plain, columns.image)
 
     def rows(start: int) -> Iterator[Row]:
         if length is not None:
-            records: Iterable[dict[str, Any]] = (encoded[i] for i in range(start, len(encoded)))
+            records: Iterable[Any] = _transformed(plain, start, length) if transformed else (plain[i] for i in range(start, length))
         else:
-            records = encoded.skip(start) if start else encoded
+            records = plain.skip(start) if start else plain
         try:
             for position, record in enumerate(records, start):
-                yield columns.row(record, position)
+                yield Row(position, partial(_fail, record), {}) if isinstance(record, DataError) else columns.row(record, position, cells)
         except DataError:
             raise
         except Exception as error:  # a file cut short, the network, ...
             raise trouble(error, "data") or DataError(f"data: {first_line(error)}") from error
 
-    identity = identity or {"dataset": getattr(dataset, "_fingerprint", None) or str(dataset.features)}
+    identity = identity or {"dataset": getattr(dataset, "_fingerprint", None) or str(features)}
     return ImageRows(
         rows, length, {**identity, "rows": length, **columns.identity()}, columns.described(), classes=columns.classes,
-        seekable=length is not None, expected=expected, stream=dataset if length is None else None,
+        seekable=length is not None, expected=expected,
+        stream=Stream(dataset, plain, columns.image, columns.label, cells) if length is None else None,
     )  # fmt: skip
+
+
+def _fail(error: DataError) -> Any:
+    raise error
+
+
+def _transformed(dataset: Any, start: int, length: int) -> Iterator[dict[str, Any] | DataError]:
+    """Rows of a `Dataset` with a transform, or why a row fails in it."""
+    for i in range(start, length):
+        try:
+            yield dataset[i]
+        except Exception as error:  # of the user's transform, or of the image that it receives
+            yield DataError(f"row {i}: the transform of the data set failed ({first_line(error)})")
+
+
+def _peeked(rows: Iterable[Any], known: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Columns of a data set that does not describe them (a stream after `map`, a transform), told by its first rows.
+
+    Args:
+        rows: the rows; some may be errors.
+        known: features of columns that are described.
+        options: the image column.
+
+    Raises:
+        DataError: no row can be read.
+    """
+    import datasets
+
+    values, failures = dict[str, Any](), list[DataError]()
+    try:
+        for row in itertools.islice(rows, _PEEKED):
+            if isinstance(row, DataError):
+                failures.append(row)
+                continue
+            values |= {name: value for name, value in row.items() if values.get(name) is None}
+            if all(value is not None for value in values.values()):
+                break
+    except Exception as error:
+        raise trouble(error, "data") or DataError(f"data: the first rows cannot be read ({first_line(error)})") from error
+    if not values:
+        raise failures[0] if failures else DataError("data: no rows, so the columns are not known")
+    return {
+        name: datasets.Image() if name == options.image or _is_image(value) else known.get(name) or _feature(value)
+        for name, value in values.items()
+    }
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a value is a PIL image, an encoded image, or an array of pixels."""
+    return isinstance(value, Image.Image | bytes) or (isinstance(value, dict) and "bytes" in value) or getattr(value, "ndim", 0) > 1
+
+
+def _feature(value: Any) -> Any:
+    """Feature of a value that is no image."""
+    import datasets
+
+    value = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return datasets.Dataset.from_dict({"value": [value]}).features["value"]
+    except Exception:
+        return datasets.Value("null")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings of the datasets library."""
+    """Silence the warnings of the datasets library, and its progress bars unless somebody watches them."""
     import datasets
 
-    level = datasets.logging.get_verbosity()
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 @SOURCES.register("hf")
@@ -123,8 +219,8 @@ class HuggingFace(ImageSource):
         name = data.path or data.name
         try:
             with _quiet():
-                train = _load_split(data, data.split, data.streaming)
-                held_out = None if data.eval_split is None else _load_split(data, data.eval_split, False)
+                train, folder = _load_split(data, data.split, data.streaming)
+                held_out, its_folder = (None, None) if data.eval_split is None else _load_split(data, data.eval_split, False)
         except DataError:
             raise
         except Exception as error:
@@ -132,15 +228,11 @@ class HuggingFace(ImageSource):
                 fix = "check data.name, or run `hf auth login` with an account that may see it"
                 raise HubError(f"data: {name}: not found, private or gated; {fix}") from error
             raise trouble(error, f"data: {name}") or DataError(f"data: '{name}': {first_line(error)}") from error
-        evaluation = None if held_out is None else indexed_images(held_out, data.image_column, data.label_column)
-        opened: ImageRows
-        if data.streaming:
-            if train.features is None:
-                raise DataError(f"data: the stream '{name}' does not tell its columns; download it, or give parquet files")
-            opened = image_rows(train, Options(image=data.image_column, label=data.label_column))
-        else:
-            opened = indexed_images(train, data.image_column, data.label_column)
-        return opened, match_classes(evaluation, opened.classes, f"{name}, data.eval_split={data.eval_split}")
+        options = Options.of(data)
+        evaluation = None if held_out is None else indexed_images(held_out, options, its_folder, _made_paths(held_out, its_folder))
+        open_train = image_rows if data.streaming else indexed_images
+        opened: ImageRows = open_train(train, options, folder=folder, own=_made_paths(train, folder))
+        return opened, match_classes(evaluation, opened, f"{name}, data.eval_split={data.eval_split}")
 
     def open_files(self, files: Sequence[Path], folder: Path | None, options: Options) -> ImageRows:
         """Images of a folder of `save_to_disk`."""
@@ -148,7 +240,7 @@ class HuggingFace(ImageSource):
 
         path = files[0]
         try:
-            loaded = datasets.load_from_disk(str(path))
+            loaded = datasets.load_from_disk(str(path.absolute()))  # a relative path with a colon would be an address
         except Exception as error:
             raise DataError(f"{path}: cannot be read as a saved data set ({first_line(error)})") from error
         if isinstance(loaded, datasets.DatasetDict):
@@ -158,7 +250,7 @@ class HuggingFace(ImageSource):
             loaded = loaded[split]
         elif options.split is not None:
             raise UsageError(f"'{path}' was saved without splits; leave the split out")
-        return image_rows(loaded, options)
+        return image_rows(loaded, options, folder=path, own=False)
 
     def open_object(self, source: Any, options: Options) -> ImageRows | None:
         """Images of a `Dataset` or `IterableDataset`, or of a data set id on the Hub, which is streamed at a fixed commit."""
@@ -183,22 +275,31 @@ def _open_hub(name: str, options: Options) -> ImageRows:
     except Exception as error:
         raise trouble(error, f"data: {name}") or DataError(f"data: '{name}': {first_line(error)}") from error
     expected = info.num_examples if info is not None and info.num_examples else None
-    return image_rows(stream, options, {"dataset": name, "revision": commit, "split": split}, expected)
+    return image_rows(stream, options, {"dataset": name, "revision": commit, "split": split}, expected, own=_made_paths(stream, None))
 
 
-def _load_split(data: Data, split: str, streaming: bool) -> Any:
+def _made_paths(dataset: Any, folder: Path | None) -> bool:
+    """Whether the paths in a loaded data set come from the `datasets` library, which lists an image folder, and not from the files of a table."""
+    return folder is None and dataset.info.builder_name == "imagefolder"
+
+
+def _load_split(data: Data, split: str, streaming: bool) -> tuple[Any, Path | None]:
+    """The data set of a split, and the folder of the table that its cells come from."""
     import datasets
 
     if data.path is None:
-        return datasets.load_dataset(data.name, split=split, streaming=streaming)
-    root = data_path(data, "images")
+        return datasets.load_dataset(data.name, split=split, streaming=streaming), None
+    root = data_path(data, "images").absolute()  # a relative path with a colon would be an address
     if is_saved_dataset(root):
         loaded = datasets.load_from_disk(str(root))
         if not isinstance(loaded, datasets.DatasetDict) and split == data.eval_split:
             raise DataError(f"data.eval_split: {root} has no splits, so no '{split}'; save a DatasetDict, or set data.eval_split=null")
         part = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        return part.to_iterable_dataset() if streaming else part
+        return part.to_iterable_dataset() if streaming else part, root
     if files := files_below(root, (".parquet",)):
-        chosen = [str(file) for file in files_of_split(files, split, data.eval_split, root, "parquet")]
-        return datasets.load_dataset("parquet", data_files={split: chosen}, split=split, streaming=streaming)
-    return datasets.load_dataset(str(root), split=split, streaming=streaming)
+        chosen = files_of_split(files, split, data.eval_split, root, "parquet")
+        features, unknown = table_features(read_schema(chosen[0]))
+        known = {"features": datasets.Features(features), "columns": list(features)} if unknown else {}
+        names = {split: [glob.escape(str(file)) for file in chosen]}  # the library takes names for patterns
+        return datasets.load_dataset("parquet", data_files=names, split=split, streaming=streaming, **known), common_folder(chosen)
+    return datasets.load_dataset(str(root), split=split, streaming=streaming), None

@@ -10,6 +10,7 @@ from ...config.sections import Data
 from ...errors import DataError, first_line
 from ..images import Images
 from .base import SOURCES, ImageSource
+from .classes import match_classes, number_classes
 
 
 @SOURCES.register("torchvision")
@@ -28,7 +29,8 @@ class Torchvision(ImageSource):
                 f"data.split: torchvision's {data.name} has a training and a test part only; leave data.split and data.eval_split out"
             )
         train = _open_part(kind, data, data.split, train=True)
-        return train, _open_part(kind, data, data.eval_split, train=False) if has_train_switch or data.eval_split else None
+        evaluation = _open_part(kind, data, data.eval_split, train=False) if has_train_switch or data.eval_split else None
+        return train, match_classes(evaluation, train, f"torchvision {data.name}, evaluation part")
 
 
 def _open_part(kind: Any, data: Data, split: str | None, train: bool) -> Images:
@@ -45,7 +47,9 @@ def _open_part(kind: Any, data: Data, split: str | None, train: bool) -> Images:
     except Exception as error:
         raise DataError(f"data: torchvision {data.name} in '{options['root']}': {first_line(error)}") from error
     labels = next((getattr(dataset, n) for n in ("targets", "labels", "_labels") if hasattr(dataset, n)), None)
-    return Images(partial(_image, dataset), range(len(dataset)), labels, getattr(dataset, "classes", None))
+    names = getattr(dataset, "classes", None)
+    numbers, classes = (None, names) if labels is None else number_classes(labels, names, f"labels of torchvision {data.name}")
+    return Images(partial(_image, dataset), range(len(dataset)), numbers, classes)
 
 
 def _image(dataset: Any, i: int) -> Any:

@@ -30,8 +30,8 @@ from .base import (
     files_below,
     files_identity,
     files_of_split,
-    match_classes,
 )
+from .classes import match_classes, number_classes
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ def _text(member: Any) -> str | None:
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch("-?[0-9]+", text) is not None
+    return re.fullmatch("-?[0-9]{1,18}", text) is not None
 
 
 # --- one after another ----------------------------------------------------------------------------------------------------------------
@@ -188,13 +188,11 @@ def _labels(texts: Sequence[str | None], ids: Sequence[str]) -> tuple[list[int] 
         return None, None
     numbers = {text for text in known if _is_number(text)}
     if numbers == known:
-        return [-1 if text is None else int(text) for text in texts], None
+        return number_classes([None if text is None else int(text) for text in texts], column="classes")
     if numbers:
         examples = [next(id for id, text in zip(ids, texts, strict=True) if text in some) for some in (numbers, known - numbers)]
         raise DataError("{}.cls is a class number and {}.cls is a class name; write all as numbers or all as names".format(*examples))
-    names = sorted(known)
-    number = {name: k for k, name in enumerate(names)}
-    return [-1 if text is None else number[text] for text in texts], names
+    return number_classes(texts, column="classes")
 
 
 def _indexed(files: Sequence[Path]) -> Images:
@@ -235,12 +233,13 @@ class WebDataset(ImageSource):
         if data.eval_split is None:
             return train, None
         evaluation = _indexed(files_of_split(files, data.eval_split, data.eval_split, root, "tar"))
-        if train.labels is not None and evaluation.labels is not None and (train.classes is None) != (evaluation.classes is None):
-            kinds = ["numbers" if part.classes is None else "names" for part in (train, evaluation)]
-            raise DataError(
-                f"data.eval_split: {root}: labels are {kinds[0]} in '{data.split}' and {kinds[1]} in '{data.eval_split}'; write both alike"
-            )
-        return train, match_classes(evaluation, train.classes, f"{root}, data.eval_split={data.eval_split}")
+        if train.labels is not None and evaluation.labels is not None:
+            kinds = ["numbers" if all(name.isdecimal() for name in part.classes or ()) else "names" for part in (train, evaluation)]
+            if len(set(kinds)) > 1:
+                raise DataError(
+                    f"data.eval_split: {root}: labels are {kinds[0]} in '{data.split}' and {kinds[1]} in '{data.eval_split}'; write both alike"
+                )
+        return train, match_classes(evaluation, train, f"{root}, data.eval_split={data.eval_split}")
 
     def open_files(self, files: Sequence[Path], folder: Path | None, options: Options) -> ImageRows:
         """Images read one after another. Which members are passed along, and whether a class is a number, is taken from the first sample."""

@@ -1,0 +1,121 @@
+"""Class numbers: of the labels of one part of a data set, and of its evaluation part beside the training part."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError
+from ..images import ImageRows, Images
+
+log = logging.getLogger("rlpjepa_zoo")
+
+_MANY = 1000
+"""Classes above which a warning is logged if most have one image."""
+
+
+def number_classes(values: Any, names: Sequence[str] | None = None, column: str = "labels") -> tuple[list[int], list[str] | None]:
+    """Class numbers 0 to n - 1 of labels of any kind, and the class names.
+
+    Labels that are such numbers already, without a gap, stay as they are and need no names. Other integers, text and true/false are numbered
+    in sorted order; their values are the class names. None, NaN and integers below 0 mean no label and become -1. A float or
+    decimal is an integer if it has no fraction, because tables with missing labels store integers so.
+
+    Args:
+        values: one label per image; a sequence, array or tensor.
+        names: class names, where the data set has them; the labels are indices of it then.
+        column: name of the labels in messages.
+
+    Raises:
+        DataError: labels with a fraction, of several kinds, or of another type.
+
+    Example:
+        >>> number_classes(["dog", "cat", None, "dog"])
+        ([1, 0, -1, 1], ['cat', 'dog'])
+        >>> number_classes([1_000_000, 7, 7])
+        ([1, 0, 0], ['7', '1000000'])
+        >>> number_classes([2, 0, 1, -1])
+        ([2, 0, 1, -1], None)
+    """
+    values = values.tolist() if hasattr(values, "tolist") else values
+    labels: list[Any] = [_label(value, column) for value in values]
+    kinds = {type(label) for label in labels if label is not None}
+    if len(kinds) > 1:
+        examples = " and ".join(repr(next(label for label in labels if type(label) is kind)) for kind in sorted(kinds, key=str))
+        raise DataError(f"{column}: class labels of several kinds, such as {examples}; expected integers, text, or true/false")
+    if kinds <= {int}:
+        labels = [None if label is None or label < 0 else label for label in labels]
+    known = sorted({label for label in labels if label is not None})
+    if names or known == list(range(len(known))) and kinds <= {int}:
+        if not kinds <= {int}:
+            raise DataError(f"{column}: expected class numbers, as the data set has class names; there is {known[0]!r}")
+        return [-1 if label is None else label for label in labels], list(names) if names else None
+    if len(known) > max(_MANY, len(labels) // 2):
+        log.warning("%s: %d classes of %d images; if it does not hold classes, set data.label_column=none", column, len(known), len(labels))
+    if kinds == {int}:
+        log.info("%s: %d classes with labels from %d to %d are numbered from 0", column, len(known), known[0], known[-1])
+    number = {label: k for k, label in enumerate(known)}
+    return [-1 if label is None else number[label] for label in labels], [str(label) for label in known]
+
+
+def _label(value: Any, column: str) -> int | str | bool | None:
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or value != value:  # NaN
+        return None
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return int(value)
+    if not isinstance(value, int | str):
+        shown = repr(value)[:40]
+        raise DataError(f"{column}: expected class labels that are integers, text, or true/false; there is {shown}")
+    return value
+
+
+def warn_of_unknown_classes(part: str, unknown: Iterable[str], classes: Sequence[str]) -> None:
+    """Log the classes of evaluation images that the training images do not have.
+
+    Args:
+        part: name of the evaluation part.
+        unknown: class names that the training images do not have.
+        classes: class names of the training images.
+    """
+    if names := sorted(unknown):
+        shown, known = (", ".join(some[:5]) + (" ..." if len(some) > 5 else "") for some in (names, list(classes)))
+        fix = "their images are not scored; name the classes of both parts alike"
+        log.warning("%s: %s: no class of the training images (%s), so %s", part, shown, known, fix)
+
+
+def match_classes(evaluation: Images | None, train: ImageRows, part: str) -> Images | None:
+    """Evaluation images with the class numbers of the training images: equal names get equal numbers, other names get -1.
+
+    If one part has class names and the other has none, numbers are matched with names that are numbers, and are left as they are beside
+    other names.
+
+    Args:
+        evaluation: the evaluation images.
+        train: the training images.
+        part: name of the evaluation part in a warning.
+    """
+    if evaluation is None or evaluation.labels is None or evaluation.classes == train.classes:
+        return evaluation
+    classes, names = train.classes or _numbers(train, evaluation.classes), evaluation.classes or _numbers(evaluation, train.classes)
+    if classes is None or names is None:
+        return evaluation
+    number = {name: k for k, name in enumerate(classes)}
+    warn_of_unknown_classes(part, {names[k] for k in np.unique(evaluation.labels) if k >= 0} - number.keys(), classes)
+    matched = copy.copy(evaluation)
+    matched.labels = np.array([number.get(names[k], -1) if k >= 0 else -1 for k in evaluation.labels], dtype=np.int64)
+    matched.classes = train.classes
+    return matched
+
+
+def _numbers(images: ImageRows, others: Sequence[str] | None) -> list[str] | None:
+    """The class numbers of images without class names, as text, if the names in the other part are numbers too."""
+    if not isinstance(images, Images) or images.labels is None or not all(name.isdecimal() for name in others or ()):
+        return None
+    return [str(number) for number in range(int(images.labels.max(initial=-1)) + 1)]

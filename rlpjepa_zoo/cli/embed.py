@@ -47,7 +47,9 @@ def embed(
         typer.Option(help="Further columns to copy, such as a,b; for tar files suffixes such as json. The class label is always copied."),
     ] = "",
     id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column that holds the images, or suffix in tar files, such as left.png; found if not given.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
     data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
@@ -80,6 +82,7 @@ def embed(
         id_column=id_column,
         image_column=image_column,
         revision=data_revision,
+        on_error="skip" if skip_bad else "raise",
     )
     try:
         distributed.start()

@@ -24,7 +24,7 @@ SOURCE_KEYS: dict[str, set[str]] = {
     "folder": {"path", "split", "eval_split"},
     "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "streaming", "length", "shuffle_buffer"},
     "parquet": {"path", "split", "eval_split", "image_column", "label_column"},
-    "webdataset": {"path", "split", "eval_split"},
+    "webdataset": {"path", "split", "eval_split", "image_column"},
 }
 """Values of `data.source`, and the keys of the section that each one uses; `rlpjepa_zoo.data.sources` opens them."""
 
@@ -45,7 +45,8 @@ class Data(Section):
     eval_split: str | None = None
     """Evaluation split. For folders, null takes the first sub-folder of val, valid, validation and test that exists."""
     image_column: str | None = None
-    """hf and parquet only: column of the images; null takes the first column that holds images."""
+    """hf and parquet: column of the images; null takes the first column that holds images. webdataset: suffix of the images, such as left.png;
+    null takes the image whose suffix has no further dot."""
     label_column: str | None = None
     """hf and parquet only: column of the class labels; null takes the first column of type ClassLabel. none: the images have no labels."""
     streaming: bool = False

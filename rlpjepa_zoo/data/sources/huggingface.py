@@ -11,20 +11,9 @@ from ...config.sections import Data
 from ...errors import DataError, HubError, UsageError, first_line
 from ...hub.download import dataset_commit
 from ...hub.retry import trouble
+from ..files.listing import data_path, files_below, files_of_split
 from ..images import ImageRows, Images, Row
-from .base import (
-    SOURCES,
-    Columns,
-    ImageSource,
-    Options,
-    data_path,
-    files_below,
-    files_of_split,
-    image_column,
-    image_of_cell,
-    label_column,
-    match_classes,
-)
+from .base import SOURCES, Columns, ImageSource, Options, image_column, image_of_cell, label_column, match_classes
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -11,20 +11,9 @@ import numpy as np
 
 from ...config.sections import Data
 from ...errors import DataError, first_line
+from ..files.listing import common_folder, data_path, files_below, files_identity, files_of_split
 from ..images import ImageRows, Images, Row
-from .base import (
-    SOURCES,
-    Columns,
-    ImageSource,
-    Options,
-    common_folder,
-    data_path,
-    files_below,
-    files_identity,
-    files_of_split,
-    image_of_cell,
-    match_classes,
-)
+from .base import SOURCES, Columns, ImageSource, Options, image_column, image_of_cell, match_classes
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -168,6 +157,14 @@ class Parquet(ImageSource):
     """Parquet files of one table; the files of a split have names that start with it, or lie in a folder named so."""
 
     suffixes = (".parquet",)
+
+    def holds_images(self, file: Path, options: Options) -> bool:
+        try:
+            with _open(file) as one:
+                image_column(_features(one.schema_arrow), options.image)
+        except DataError:  # no such column, or damaged
+            return False
+        return True
 
     def open(self, data: Data) -> tuple[Images, Images | None]:
         train = self._indexed(data, data.split)

@@ -257,17 +257,20 @@ class Archives:
         self.image = image.lower().removeprefix(".") if image else None
 
     def samples(self, read: Read[T], left: LeftOut) -> Iterator[tuple[int, str, T | DataError, dict[str, T]]]:
-        """Number of the file, id, image, and all members by suffix, of every sample with an image. A damaged file ends with a sample whose image
-        is the error, if damaged files are skipped.
+        """Number of the file, id, image, and all members by suffix, of every sample with an image. If damaged files are skipped, one ends with a
+        sample whose image is the error, in place of the sample at the damage.
 
         Raises:
-            DataError: a damaged file, or a sample of several images.
+            DataError: a damaged file; a sample of several images; or, after the last sample, that none has the asked image.
         """
+        first, seen = "", False
         for number, file in enumerate(self.files):
             try:
                 for key, image, members in _samples(file, read, self.image, left):
                     if image is not None:
-                        found = members.get(image, DataError(f"no member '.{image}' in this sample; it has {', '.join(members)}"))
+                        has = ", ".join(members)
+                        first, seen = first or has, seen or image in members
+                        found = members.get(image, DataError(f"no member '.{image}' in this sample; it has {has}"))
                         yield number, self._id(file, key), found, members
                     elif "cls" in members:
                         left.add("a class label without an image before or after it; write members sorted by name", f"{key}.cls")
@@ -275,6 +278,8 @@ class Archives:
                 if not self.skip_bad:
                     raise DataError(str(error)) from error
                 yield number, str(file), DataError(str(error)), {}
+        if first and not seen:
+            raise DataError(f"{self.files[0]}: no sample has a member '.{self.image}'; the first has {first}")
 
     def _id(self, file: Path, key: str) -> str:
         """Id of a sample: its key, preceded by the archive's path without suffix if there are several archives."""

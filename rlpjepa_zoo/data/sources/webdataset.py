@@ -52,7 +52,7 @@ def _survey(archives: Archives, columns: Sequence[str]) -> _Facts:
 
     Raises:
         UsageError: a column that has another meaning.
-        DataError: no sample has a member of that suffix; or see `_samples`.
+        DataError: no sample has a member of that suffix; or see `Archives.samples`.
     """
     if taken := next((suffix for suffix in columns if suffix in (*RESERVED, "label")), None):
         raise UsageError(f"columns: '{taken}' is a name of the embeddings themselves; rename the members")
@@ -136,7 +136,7 @@ class _Members:
                 with open(file, "rb") as opened:
                     opened.seek(offset)
                     encoded = opened.read(size)
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, ValueError, tarfile.TarError) as error:
             raise DataError(f"{file}: {first_line(error)}") from error
         if isinstance(encoded, DataError):
             raise encoded

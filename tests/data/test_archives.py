@@ -228,10 +228,19 @@ def test_droppings_of_systems_are_left_out_and_names_are_only_ids(tmp_path: Path
 def test_images_of_a_tar_file_are_told_by_content_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tar(
         tmp_path / "x.tar",
-        [("a.jfif", png(0)), ("b.heic", png(1)), ("c.heic", HEIC), ("d.svg", b"<svg/>"), ("e.png", png(2)), ("f.npy", b"x")],
+        [
+            ("a.jfif", png(0)),
+            ("b.heic", png(1)),
+            ("c.heic", HEIC),
+            ("d.svg", b"<svg/>"),
+            ("e.png", png(2)),
+            ("f.npy", b"x"),
+            ("LICENSE", b"x"),
+            ("g/h", png(3)),
+        ],
     )
     with caplog.at_level(logging.WARNING):
-        assert read(path) == pixels(a=0, b=1, e=2)
+        assert read(path) == pixels(**{"a": 0, "b": 1, "e": 2, "g/h": 3})
     assert "1 x HEIC, which needs `pip install pillow-heif` (c.heic); 1 x SVG, which is not decoded (d.svg)" in caplog.text
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ...errors import DataError, first_line
-from ..decode import suffixes
+from ..decode import image_format, suffixes, unreadable_format
 from .listing import LeftOut, common_folder, is_hidden, is_image_ending, why_unusable
 
 __all__ = ["MAX_MEMBER_BYTES", "TAR_SUFFIXES", "Archives", "content", "is_compressed", "member_at", "open_archive"]
@@ -181,8 +181,10 @@ def _samples(file: Path, read: Read[T], asked: str | None, left: LeftOut) -> Ite
                     if members:
                         yield key[1], _image_of(file, key[1], images, members, asked), members
                     key, images, members = (number, stem), [], {}
-                is_image = is_image_ending(_ending(suffix)) or suffix == asked
                 found = links.target(member) if member.islnk() or member.issym() else (archive, member) if member.isreg() else None
+                is_image = (
+                    suffix == asked or is_image_ending(_ending(suffix)) or (not suffix and found is not None and _is_nameless_image(*found))
+                )
                 reason = _why_left_out(found, member, suffix) if is_image and suffix != asked or found is None else None
                 if found is None or reason is not None:
                     if is_image:
@@ -202,16 +204,22 @@ def _samples(file: Path, read: Read[T], asked: str | None, left: LeftOut) -> Ite
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and suffix, in lower case, of a member; both empty if it belongs to no sample."""
+    """Key and suffix, in lower case, of a member; both empty if it belongs to no sample, an empty suffix if its name has none."""
     folder, _, name_below = name.rpartition("/")
-    stem, dot, suffix = name_below.partition(".")
-    if not stem or not dot or is_hidden(name):
+    stem, _, suffix = name_below.partition(".")
+    if not stem or is_hidden(name):
         return "", ""
     return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
 def _ending(suffix: str) -> str:
     return f".{suffix.rpartition('.')[2]}"
+
+
+def _is_nameless_image(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """Whether a member whose name has no suffix is an image, by its content."""
+    encoded = content(archive, member)
+    return isinstance(encoded, bytes) and (image_format(encoded) is not None or unreadable_format(encoded) is not None)
 
 
 def _why_left_out(found: tuple[tarfile.TarFile, tarfile.TarInfo] | None, member: tarfile.TarInfo, suffix: str) -> str | None:

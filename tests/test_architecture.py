@@ -27,7 +27,7 @@ ORDER = [
 """Rooms from top to bottom. A room imports from the rooms below it and from itself; rooms in one row do not import each other."""
 
 LEVEL = {room: len(ORDER) - row for row, rooms in enumerate(ORDER) for room in rooms}
-ROOM_OF_ITS_OWN = {"data/sources", "evaluation/probes", "training/tasks"}
+ROOM_OF_ITS_OWN = {"data/files", "data/sources", "evaluation/probes", "training/tasks"}
 """Sub-folders that are counted as rooms, so their files do not count for the room around them."""
 
 OWNERS = {

@@ -96,6 +96,7 @@ def embed(
         revision=data_revision,
         allow_paths=allow_paths,
         prefix="--",
+        on_error="skip" if skip_bad else "raise",
     )
     try:
         distributed.start()

@@ -22,7 +22,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 Workers = Annotated[int, typer.Option(min=0, help="Threads that decode images; 0 decodes between batches.")]
-ImageColumn = Annotated[str | None, typer.Option(help="Column that holds the images; found by type and name if not given.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="Column that holds the images, or suffix in tar files, such as left.png; found if not given.")
+]
 AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Open files that rows of a table name outside of the table's folder.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]

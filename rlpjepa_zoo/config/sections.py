@@ -24,7 +24,7 @@ SOURCE_KEYS: dict[str, set[str]] = {
     "folder": {"path", "split", "eval_split"},
     "hf": {"name", "path", "split", "eval_split", "image_column", "label_column", "allow_paths", "streaming", "length", "shuffle_buffer"},
     "parquet": {"path", "split", "eval_split", "image_column", "label_column", "allow_paths"},
-    "webdataset": {"path", "split", "eval_split"},
+    "webdataset": {"path", "split", "eval_split", "image_column"},
 }
 """Values of `data.source`, and the keys of the section that each one uses; `rlpjepa_zoo.data.sources` opens them."""
 
@@ -45,8 +45,8 @@ class Data(Section):
     eval_split: str | None = None
     """Evaluation split. For folders, null takes the first sub-folder of val, valid, validation and test that exists."""
     image_column: str | None = None
-    """hf and parquet only: column of the images; null finds it by its type, and by its name (image, img, jpg, ...) where the type does not
-    tell."""
+    """hf and parquet: column of the images; null finds it by its type, and by its name (image, img, jpg, ...) where the type does not
+    tell. webdataset: suffix of the images, such as left.png; null takes the image whose suffix has no further dot."""
     label_column: str | None = None
     """hf and parquet only: column of the class labels; null takes the column of type ClassLabel, else one of integers or text that is named
     label, fine_label, class, target or the like. Labels of any kind are numbered in sorted order. none: the images have no labels."""

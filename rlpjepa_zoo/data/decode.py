@@ -12,8 +12,11 @@ over white, first frame of an animation, RGB. Pixels of more than 8 bits are sca
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,68 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import DataError, first_line
 
-__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "decode"]
+__all__ = ["FORMATS", "MAX_PIXELS", "decode", "formats", "image_format", "suffixes", "unreadable_format"]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that Pillow may decode."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-"""File name suffixes of these formats, in lower case."""
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF", "JXL")
+"""Formats of photographs that may be decoded, where Pillow or a plugin of it can. Others of Pillow have no magic number or run other programs."""
+_PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": None}
+"""Plugins of Pillow that are used where they are installed, and the function that registers them if importing does not."""
+_UNREADABLE = (
+    (rb"(?s).{4}ftyp(hei|hev|mif1|msf1)", "HEIC, which needs `pip install pillow-heif`"),
+    (rb"(?s).{4}ftypavi", "AVIF, which this version of Pillow cannot decode"),
+    (rb"\xff\x0a|\0{3}\x0cJXL ", "JPEG XL, which needs `pip install pillow-jxl-plugin`"),
+    (rb"(?s).{4}ftypcrx|FUJIFILM|II[RU]|MMOR", "camera raw; export it as JPEG"),
+    (rb"8BPS", "a Photoshop file; export it as PNG"),
+)
+"""Formats that are recognised though they cannot be decoded: how the file begins, and what is said of it."""
 MAX_PIXELS = 64_000_000
 """Largest number of pixels of one image."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats that can be decoded here, as Pillow names them."""
+    for module, register in _PLUGINS.items():
+        try:
+            plugin = importlib.import_module(module)
+        except (ImportError, OSError):  # not installed, or without its shared library
+            continue
+        if register is not None:
+            getattr(plugin, register)()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def suffixes() -> tuple[str, ...]:
+    """File name suffixes of the formats that can be decoded here, in lower case."""
+    formats()
+    return tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+
+
+def image_format(source: str | Path | bytes) -> str | None:
+    """Format of an image file by its first bytes, as Pillow names it; None if it cannot be decoded. Pixels are not read."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
+            return image.format
+    except Exception:  # see `decode`
+        return None
+
+
+def unreadable_format(source: str | Path | bytes) -> str | None:
+    """What is said of a file whose first bytes are those of an image that cannot be decoded here; None if they are not.
+
+    Example:
+        >>> unreadable_format(b"8BPS" + bytes(20))
+        'a Photoshop file; export it as PNG'
+    """
+    try:
+        if not isinstance(source, bytes):
+            with open(source, "rb") as file:
+                source = file.read(16)
+    except (OSError, ValueError):
+        return None
+    return next((text for pattern, text in _UNREADABLE if re.match(pattern, source)), None)
 
 
 def decode(source: str | Path | bytes | Image.Image | Any, name: str = "image", mode: str | None = None) -> Image.Image:
@@ -60,17 +117,19 @@ def decode(source: str | Path | bytes | Image.Image | Any, name: str = "image", 
             if not stat.S_ISREG(os.stat(source).st_mode):  # opening a pipe would wait for its writer
                 raise DataError(f"{name}: cannot be read as an image (not a regular file)")
         elif isinstance(source, bytes | bytearray | memoryview):
-            source = io.BytesIO(source)
+            source = bytes(source)
         else:
             return _to_rgb(_of_array(np.asarray(source), name), mode)
-        with Image.open(source, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats()) as image:
             _check_size(image.width, image.height, name)
             image.load()
             return _to_rgb(image, mode)
     except DataError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        reason = first_line(error)
+        if isinstance(error, UnidentifiedImageError) and isinstance(source, str | Path | bytes):
+            reason = unreadable_format(source) or "of no known format"
         raise DataError(f"{name}: cannot be read as an image ({reason})") from error
 
 

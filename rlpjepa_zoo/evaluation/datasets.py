@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from ..config.load import list_recipes
 from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
+from ..data.files.listing import no_such
 from ..data.images import Images
 from ..data.sources import folder_contents, open_source
 from ..errors import DataError, UsageError, did_you_mean
@@ -50,6 +52,7 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
         overrides: ``"data.key=value"``, or any key of a recipe.
 
     Raises:
+        DataError: `data` is written as a path, which does not exist.
         UsageError: `data` is none of these (the message has the nearest name).
 
     Example:
@@ -66,6 +69,8 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
         return data_section({"source": kind, "path": data, "eval_split": "test"}, overrides)
     known = [*SETS, *list_recipes()]
     if not Path(data).is_file() and data not in known:
+        if os.sep in data or data.startswith((".", "~")):
+            raise DataError(f"--data {no_such(Path(data))}")
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."
         raise UsageError(f"--data {data}: neither a named set, a folder, a recipe nor a file.{hint}")
     return Recipe.load(data, overrides).data

@@ -159,7 +159,7 @@ def source_batches(
                 yield Batch(ids, ids, ids, x.to(device), [])
                 bar.update(len(ids))
         return
-    images = source if isinstance(source, ImageRows) else open_images(source)
+    images = source if isinstance(source, ImageRows) else open_images(source, on_error=on_error)
     with tqdm(total=images.length, desc=progress, unit="image", disable=progress is None) as bar:
         rows = batched(images.rows(0), batch_size)
         yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, fix=fix, progress=bar.update)

@@ -8,8 +8,8 @@ from images import photo
 from PIL import Image
 from refusals import refused
 
+from rlpjepa_zoo.data.files.listing import list_images
 from rlpjepa_zoo.data.sources import open_images
-from rlpjepa_zoo.data.sources.folder import list_images
 from rlpjepa_zoo.errors import DataError
 
 
@@ -81,12 +81,12 @@ def test_any_file_name_is_listed_and_read(tmp_path, name):
 def test_missing_empty_and_imageless_folders_are_refused_by_name(tmp_path):
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     touch(tmp_path, "texts/a.txt")
-    with refused(DataError, match="none: no such folder"):
+    with refused(DataError, match="none: no such file or folder; check the path"):
         list_images(tmp_path / "none")
-    with refused(DataError, match="a.txt: no such folder"):
+    with refused(DataError, match="a.txt is a file; expected a folder"):
         list_images(tmp_path / "texts" / "a.txt")
     for name in ("empty", "texts"):
-        with refused(DataError, match=rf"{name}: no images found \(looked for .jpg"):
+        with refused(DataError, match=f"{name}: no images found in it and its sub-folders"):
             list_images(tmp_path / name)
 
 
@@ -133,7 +133,7 @@ def test_empty_list_holds_no_images():
 
 def test_missing_files_are_refused_before_reading(image_folder):
     good = image_folder / "red" / "00.png"
-    with refused(DataError, match=r"gone\.png: no such file or folder$"):
+    with refused(DataError, match=r"gone\.png: no such file or folder; check the path$"):
         open_images([good, image_folder / "gone.png"])
     with refused(DataError, match=r"x\.png: no such file or folder \(and 1 more\)"):
         open_images(["x.png", good, "y.png"])

@@ -125,7 +125,7 @@ def test_held_out_images_are_never_trained_on(tmp_path: Path, name: str) -> None
 
 
 def test_missing_folders_are_refused_with_the_path(tmp_path: Path) -> None:
-    with refused_with(str(tmp_path / "nowhere"), "no such folder"):
+    with refused_with(str(tmp_path / "nowhere"), "no such file or folder"):
         folder(tmp_path / "nowhere")
     with refused_with("data.path", "add data.path=DIR"):
         open_source(Data(source="folder"))

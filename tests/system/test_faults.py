@@ -35,10 +35,10 @@ from runs import TINY, codes, of_folder, poison, rows, stop_after, tiny
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.core.files import lock
 from rlpjepa_zoo.data.decode import decode
+from rlpjepa_zoo.data.files.listing import list_images
 from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.loader import Batches, make_loader
 from rlpjepa_zoo.data.sources import Source, open_images
-from rlpjepa_zoo.data.sources.folder import list_images
 from rlpjepa_zoo.errors import DataError, NonFiniteError, OutputError, StoppedBySignal
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.training import checkpoint, run_dir, trainer

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +18,9 @@ from ...config.sections import Data
 from ...core.rng import generator
 from ...core.source import is_repository
 from ...errors import DataError
+from ..files.listing import expanded, files_below, list_images, no_such
 from ..images import ImageRows, Images
-from .base import SOURCES, Options, files_below
-from .folder import list_images
+from .base import SOURCES, Options
 from .huggingface import is_saved_dataset
 
 log = logging.getLogger("rlpjepa_zoo")
@@ -101,7 +103,7 @@ def fingerprint(source: Source) -> str:
 
 def open_images(
     source: Any, *, split: str | None = None, columns: Sequence[str] = (), id_column: str | None = None, image_column: str | None = None,
-    revision: str | None = None, allow_paths: bool = False, prefix: str = "",
+    revision: str | None = None, allow_paths: bool = False, prefix: str = "", on_error: Literal["raise", "skip"] = "raise",
 ) -> ImageRows:  # fmt: skip
     """Images of a folder (or several), files, a list of files (.txt), parquet or tar files, a Hugging Face data set (also saved, or by its id on
     the Hub, which is streamed), PIL images, or `ImageRows` (returned as they are).
@@ -113,11 +115,12 @@ def open_images(
         split: split of a data set on the Hub or of a saved one; train if None.
         columns: columns of parquet files and data sets that are passed along beside the class label; for tar files, suffixes of text members.
         id_column: its values are the ids, instead of row numbers.
-        image_column: column of the images; found by type and name if None.
+        image_column: column of the images; found by type and name if None. For tar files with several images in a sample, the suffix.
         revision: revision of a data set on the Hub; its commit is looked up once and used for all reads.
         allow_paths: open files that cells of a table name outside of the folder of the table. Those in its folder, where relative paths begin,
             are always opened, and those of a `Dataset` object as the `datasets` library does.
         prefix: what messages write before the names of these options, such as ``"--"``.
+        on_error: ``skip`` makes missing image files of a list, and damaged tar files, rows that cannot be read; ``raise`` refuses them here.
 
     Raises:
         DataError: nothing there, or not images.
@@ -129,12 +132,21 @@ def open_images(
         >>> [row.read().mode for row in images.rows()], images.length
         (['RGB', 'RGB'], 2)
     """
-    options = Options(tuple(columns), id_column, image_column, split=split, revision=revision, allow_paths=allow_paths, prefix=prefix)
+    options = Options(
+        tuple(columns),
+        id_column,
+        image_column,
+        split=split,
+        revision=revision,
+        allow_paths=allow_paths,
+        prefix=prefix,
+        skip_bad=on_error == "skip",
+    )
     if isinstance(source, ImageRows):
         options.refuse_columns("images in memory")
         return source
     if isinstance(source, str | Path):
-        return _open_paths([Path(source).expanduser()], str(source), options)
+        return _open_paths([expanded(source)], str(source), options)
     if isinstance(source, Image.Image):
         source = [source]
     opened = _open_object(source, options)
@@ -146,7 +158,7 @@ def open_images(
         raise DataError(f"expected a folder, files, PIL images, a float tensor (B, 3, H, W) or a dataset, got {type(source).__name__}")
     items = list(source)
     if all(isinstance(item, str | Path) for item in items):
-        return _open_paths([Path(item).expanduser() for item in items], str(items[0]) if items else "an empty list", options)
+        return _open_paths([expanded(item) for item in items], str(items[0]) if items else "an empty list", options)
     if not all(isinstance(item, Image.Image) for item in items):
         raise DataError(f"expected only paths or only PIL images, got {sorted({type(item).__name__ for item in items})}")
     options.refuse_columns("images in memory")
@@ -160,59 +172,83 @@ def _open_object(source: Any, options: Options) -> ImageRows | None:
 
 def _open_paths(paths: list[Path], name: str, options: Options) -> ImageRows:
     """Images of files and folders; `name` is the first path as it was given."""
-    if len(paths) == 1 and not paths[0].exists() and is_repository(name) and (opened := _open_object(name, options)) is not None:
+    alone = paths[0] if len(paths) == 1 else None
+    if alone and _is_remote(alone, name) and (opened := _open_object(name, options)) is not None:
         return opened
-    saved = len(paths) == 1 and options.split is not None and is_saved_dataset(paths[0])
+    saved = alone is not None and options.split is not None and is_saved_dataset(alone)
     (options._replace(split=None) if saved else options).refuse_split(name)
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise DataError(f"{missing[0]}: no such file or folder" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
-    if len(paths) == 1 and paths[0].suffix == ".txt":
-        options.refuse_columns("lists of files")
-        return SOURCES["folder"]().open_files(_listed_files(paths[0]), None, options)
-    groups = [folder_contents(path) if path.is_dir() else (_file_kind(path), [path]) for path in paths]
+    if listed := alone is not None and alone.suffix.lower() == ".txt" and os.path.isfile(alone):
+        paths = _listed_files(paths[0])
+    if (bad := [path for path in paths if not _usable(path, listed)]) and (not options.skip_bad or (alone and not listed)):
+        raise DataError(
+            f"{bad[0]}: a folder or no regular file; expected files" if os.path.exists(bad[0]) else no_such(bad[0], len(bad) - 1)
+        )
+    groups = [folder_contents(path, options) if os.path.isdir(path) and not listed else (_file_kind(path), [path]) for path in paths]
     kinds = {kind for kind, _ in groups}
     if len(kinds) > 1:
         raise DataError(f"{name}: parquet files, tar files and images are not embedded together; name those of one kind")
-    folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else None
+    folder = alone if alone and os.path.isdir(alone) else None
     kind = kinds.pop() if kinds else "folder"
     return SOURCES[kind]().open_files([file for _, files in groups for file in files], folder, options)
 
 
-def folder_contents(folder: Path) -> tuple[str, list[Path]]:
+def _is_remote(path: Path, name: str) -> bool:
+    """Whether a path that does not exist can be a data set on the Hub: its first part is no folder here."""
+    return not os.path.exists(path) and not os.path.isdir(path.parent) and is_repository(name)
+
+
+def _usable(path: Path, listed: bool) -> bool:
+    return os.path.isfile(path) or (not listed and os.path.isdir(path))
+
+
+def folder_contents(folder: Path, options: Options | None = None) -> tuple[str, list[Path]]:
     """What a folder holds: the kind of its images, as a value of `data.source`, and its files of that kind.
 
-    Images come first, with a warning if there are parquet or tar files beside them; then a data set of `save_to_disk` (`hf`, whose only file
-    is the folder); then parquet files; then tar files.
+    Images come first; then a data set of `save_to_disk` (`hf`, whose only file is the folder); then parquet files with a column of images;
+    then tar files. A warning tells the number of files with images that are not taken.
 
     Raises:
         DataError: none of these.
     """
-    others = {name: files_below(folder, kind.suffixes) for name, kind in SOURCES.items() if kind.suffixes and name != "folder"}
+    files = {name: below for name, kind in SOURCES.items() if kind.suffixes and (below := files_below(folder, kind.suffixes))}
+    found = {name: below for name, below in files.items() if SOURCES[name]().holds_images(below[0], options or Options())}
     try:
-        images = list_images(folder)
+        found = {"folder": list_images(folder), **found}
     except DataError:
         if is_saved_dataset(folder):
             return "hf", [folder]
-        kind = next((name for name, files in others.items() if files), None)
-        if kind is None:
+        found = found or files  # whose error tells what is missing in them
+        if not found:
             raise
-        return kind, others[kind]
-    if count := sum(map(len, others.values())):
-        message = "%s: %d images are taken; %d parquet or tar files beside them are not: name those to embed them"
-        log.warning(message, folder, len(images), count)
-    return "folder", images
+    (kind, taken), *others = found.items()
+    for other, left in others:
+        names = {"folder": "image", "webdataset": "tar"}
+        log.warning(
+            "%s: its %d %s files are taken, and %d %s files beside them are not; name those to use them",
+            folder, len(taken), names.get(kind, kind), len(left), names.get(other, other),
+        )  # fmt: skip
+    return kind, taken
 
 
 def _file_kind(file: Path) -> str:
-    """Kind of a single file by its suffix; every other file is taken for an image."""
-    return next((name for name, kind in SOURCES.items() if kind.suffixes and file.name.lower().endswith(kind.suffixes)), "folder")
+    """Kind of a single file by its suffix, or by its first bytes where it has none; every other file is taken for an image."""
+    by_suffix = next((name for name, kind in SOURCES.items() if kind.suffixes and file.name.lower().endswith(kind.suffixes)), None)
+    if by_suffix or file.suffix or not os.path.isfile(file):
+        return by_suffix or "folder"
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(262)
+    except OSError:
+        return "folder"
+    return "parquet" if start.startswith(b"PAR1") else "webdataset" if start.endswith(b"ustar") else "folder"
 
 
 def _listed_files(path: Path) -> list[Path]:
     try:
-        files = [Path(line) for line in path.read_text("utf-8", "surrogateescape").splitlines() if line.strip()]
+        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    files = [expanded(line) for row in text.split("\n") if (line := row.rstrip("\r")).strip()]
     if not files:
         raise DataError(f"{path}: lists no files; expected one path in each line")
     return files

@@ -1,17 +1,15 @@
-"""Shared by the image sources: their registry, what may be asked of them, and selection of files by split."""
+"""Shared by the image sources: their registry, and what may be asked of them."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ...config.sections import Data
 from ...core.registry import Registry
-from ...errors import DataError, UsageError
+from ...errors import UsageError
 from ..images import ImageRows, Images
 
 RESERVED = ("id", "indices", "values", "scale")
@@ -35,6 +33,9 @@ class Options(NamedTuple):
     """Whether cells of a table may name files outside of its folder."""
     prefix: str = ""
     """What the user writes before these options: ``"data."`` in a recipe, ``"--"`` for a command, nothing in Python."""
+
+    skip_bad: bool = False
+    """Whether files that are missing or damaged are rows that cannot be read, instead of errors when the source is opened."""
 
     @classmethod
     def of(cls, data: Data) -> Options:
@@ -81,6 +82,10 @@ class ImageSource(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()
     """File name suffixes, in lower case, by which files of this kind are recognised."""
 
+    def holds_images(self, file: Path, options: Options) -> bool:
+        """Whether a file with one of the suffixes holds images, rather than only text about images beside it."""
+        return True
+
     @abstractmethod
     def open(self, data: Data) -> tuple[ImageRows, Images | None]:
         """Training and evaluation images of a recipe's data section.
@@ -93,7 +98,7 @@ class ImageSource(ABC):
         """Images of files of this kind, for embedding.
 
         Args:
-            files: files that exist, in order; for a saved data set its folder.
+            files: files in order, which exist unless ``options.skip_bad``; for a saved data set its folder.
             folder: the folder that holds them all, if one folder was given; None for a list of files.
             options: columns, split and revision.
 
@@ -110,55 +115,3 @@ class ImageSource(ABC):
 
 SOURCES: Registry[type[ImageSource]] = Registry("data source", "rlpjepa_zoo.data.sources")
 """Kinds of image sources by the value of `data.source` in a recipe."""
-
-
-# --- files ----------------------------------------------------------------------------------------------------------------------------
-
-
-def data_path(data: Data, noun: str) -> Path:
-    """The path of a recipe's data section.
-
-    Raises:
-        DataError: it is not given, or does not exist.
-    """
-    if data.path is None:
-        raise DataError(f"data.path: the folder of {noun} is not given; add data.path=DIR")
-    root = Path(data.path).expanduser()
-    if not root.exists():
-        raise DataError(f"data.path: {root}: no such file or folder")
-    return root
-
-
-def files_below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or all files with these suffixes below a folder, sorted by path; hidden files are left out."""
-    if root.is_file():
-        return [root]
-    return sorted(p for p in root.rglob("*") if p.name.lower().endswith(suffixes) and not p.name.startswith(".") and p.is_file())
-
-
-def files_of_split(files: Sequence[Path], split: str, eval_split: str | None, root: Path, noun: str) -> list[Path]:
-    """The files whose name starts with the split, or whose folder is named so. A single file is the training split.
-
-    Raises:
-        DataError: there is none.
-    """
-    chosen = [f for f in files if f.name.startswith(split) or f.parent.name == split or (len(files) == 1 and split != eval_split)]
-    if not chosen:
-        raise DataError(f"data.path: no {noun} file of the split '{split}' in {root}; there are {', '.join(f.name for f in files[:4])}")
-    return chosen
-
-
-def common_folder(files: Sequence[Path]) -> Path:
-    """The deepest folder that holds all files."""
-    return Path(os.path.commonpath([file.parent for file in files]))
-
-
-def files_identity(files: Iterable[Path], root: Path | None = None) -> dict[str, Any]:
-    """Number and total size of files, and a hash of their names (below `root`) and sizes."""
-    digest, count, total = hashlib.sha256(), 0, 0
-    for file in files:
-        size = file.stat().st_size
-        name = os.fsencode(file.relative_to(root) if root else file)
-        digest.update(b"%d %b\0" % (size, name))
-        count, total = count + 1, total + size
-    return {"files": count, "bytes": total, "sha256 of names and sizes": digest.hexdigest()}

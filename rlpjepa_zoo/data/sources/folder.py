@@ -10,42 +10,20 @@ from typing import Any
 
 from ...config.sections import Data
 from ...errors import DataError
-from ..decode import SUFFIXES
+from ..files.listing import data_path, files_identity, list_images
 from ..images import Images
-from .base import SOURCES, ImageSource, Options, files_identity
+from .base import SOURCES, ImageSource, Options
 from .classes import warn_of_unknown_classes
 
 HELD_OUT = ("val", "valid", "validation", "test")
 """Sub-folders that hold evaluation images; the first that exists is used."""
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """All image files below a folder, sorted by path; hidden files and folders are left out, a linked folder is entered once.
-
-    Raises:
-        DataError: no such folder, or no image in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder of images")
-    images, seen = [], set()
-    for here, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images += [Path(here, f) for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".") and os.path.isfile(Path(here, f))]
-    if not images:
-        raise DataError(f"{root}: no images found (looked for {' '.join(SUFFIXES)}, in all subfolders)")
-    return sorted(images)
-
-
 def labelled_folder(
     root: Path, classes: Sequence[str] | None = None, files: Sequence[Path] | None = None, identity: dict[str, Any] | None = None
 ) -> Images:
-    """All images below a folder; ids are paths below it. If every image lies in a sub-folder and there are several, they are the classes.
+    """All images below a folder; ids are paths below it. If every image lies in a sub-folder and there are several, they are the classes,
+    unless they are the numbered shards of img2dataset.
 
     Args:
         root: the folder.
@@ -58,7 +36,7 @@ def labelled_folder(
     tops = [id.partition("/")[0] for id in ids]
     names = list(classes) if classes is not None else sorted(set(tops)) if all("/" in id for id in ids) else []
     read = partial(_file_below, root, ids)
-    if len(names) < 2:
+    if len(names) < 2 or all((root / f"{name}_stats.json").is_file() for name in names):
         return Images(read, ids, identity=identity)
     number = {name: k for k, name in enumerate(names)}
     warn_of_unknown_classes(str(root), set(tops) - number.keys(), names)
@@ -69,16 +47,24 @@ def _file_below(root: Path, ids: Sequence[str], i: int) -> Path:
     return root / ids[i]
 
 
+def _listed_file(names: Sequence[str], i: int) -> Path:
+    """File i of a list, which may be missing if the user asked to leave such images out.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path = Path(names[i])
+    if not os.path.isfile(path):
+        raise DataError("a folder or no regular file; expected an image file" if os.path.exists(path) else "no such file")
+    return path
+
+
 @SOURCES.register("folder")
 class Folder(ImageSource):
     """A folder of images, with train/ and val/ inside or all for training."""
 
-    suffixes = SUFFIXES
-
     def open(self, data: Data) -> tuple[Images, Images | None]:
-        if data.path is None:
-            raise DataError("data.path: the folder of images is not given; add data.path=DIR")
-        root = Path(data.path).expanduser()
+        root = data_path(data, "images")
         names = [data.eval_split] if data.eval_split else HELD_OUT
         held_out = next((root / name for name in names if (root / name).is_dir()), None)
         if data.eval_split and held_out is None:
@@ -96,6 +82,5 @@ class Folder(ImageSource):
         options.refuse_columns("image files")
         if folder is not None:
             return labelled_folder(folder, files=files, identity={"folder": folder.resolve().name, **files_identity(files, folder)})
-        if missing := [str(file) for file in files if not file.is_file()]:
-            raise DataError(f"{missing[0]}: no such file" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""))
-        return Images(list(files).__getitem__, [str(file) for file in files], identity=files_identity(files))
+        names = [str(file) for file in files]
+        return Images(partial(_listed_file, names), names, identity=files_identity(files))

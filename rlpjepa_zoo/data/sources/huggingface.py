@@ -17,8 +17,9 @@ from ...config.sections import Data
 from ...errors import DataError, HubError, UsageError, first_line
 from ...hub.download import dataset_commit
 from ...hub.retry import trouble
+from ..files.listing import common_folder, data_path, files_below, files_of_split
 from ..images import ImageRows, Images, Row
-from .base import SOURCES, ImageSource, Options, common_folder, data_path, files_below, files_of_split
+from .base import SOURCES, ImageSource, Options
 from .classes import match_classes, number_classes
 from .columns import Cells, Columns, image_column, label_column
 from .parquet import read_schema, table_features

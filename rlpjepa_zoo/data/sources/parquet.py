@@ -13,10 +13,11 @@ import numpy as np
 
 from ...config.sections import Data
 from ...errors import DataError, first_line
+from ..files.listing import common_folder, data_path, files_below, files_identity, files_of_split
 from ..images import ImageRows, Images, Row
-from .base import SOURCES, ImageSource, Options, common_folder, data_path, files_below, files_identity, files_of_split
+from .base import SOURCES, ImageSource, Options
 from .classes import match_classes, number_classes
-from .columns import Cells, Columns
+from .columns import Cells, Columns, image_column
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -186,6 +187,13 @@ class Parquet(ImageSource):
     """Parquet files of one table; the files of a split have names that start with it, or lie in a folder named so."""
 
     suffixes = (".parquet",)
+
+    def holds_images(self, file: Path, options: Options) -> bool:
+        try:
+            image_column(table_features(read_schema(file))[0], options)
+        except DataError:  # no such column, or damaged
+            return False
+        return True
 
     def open(self, data: Data) -> tuple[Images, Images | None]:
         train = self._indexed(data, data.split)

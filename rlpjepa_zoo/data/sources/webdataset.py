@@ -8,105 +8,29 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ...config.sections import Data
 from ...errors import DataError, UsageError, first_line
-from ..decode import SUFFIXES, decode
+from ..decode import decode
+from ..files.archives import MAX_MEMBER_BYTES, TAR_SUFFIXES, Archives, content, is_compressed, member_at, open_archive
+from ..files.listing import LeftOut, data_path, files_below, files_identity, files_of_split
 from ..images import ImageRows, Images, Row, label_feature
-from .base import (
-    RESERVED,
-    SOURCES,
-    ImageSource,
-    Options,
-    common_folder,
-    data_path,
-    files_below,
-    files_identity,
-    files_of_split,
-)
+from .base import RESERVED, SOURCES, ImageSource, Options
 from .classes import match_classes, number_classes
-
-T = TypeVar("T")
-
-MAX_MEMBER_BYTES = 1 << 28
-"""Largest member that is read."""
 
 _TEXT = {"dtype": "string", "_type": "Value"}
 
 
-# --- samples of an archive ------------------------------------------------------------------------------------------------------------
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> bytes | DataError:
-    """Bytes of a member, or why they are not read."""
-    if member.size > MAX_MEMBER_BYTES:
-        return DataError(f"{member.size} bytes, the limit is {MAX_MEMBER_BYTES}")
-    opened = archive.extractfile(member)
-    return opened.read() if opened is not None else b""
-
-
-def _nothing(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
-    """Counts samples without reading their members."""
-
-
-def _samples(file: Path, read: Callable[[tarfile.TarFile, tarfile.TarInfo, str], T], mode: Any = "r") -> Iterator[tuple[str, dict[str, T]]]:
-    """Key, and what `read` returns of each member by suffix, of every sample that has an image.
-
-    Raises:
-        DataError: not a tar file, cut short, or two images of one name.
-    """
-    key, members = "", dict[str, T]()
-    try:
-        with tarfile.open(file, mode) as archive:
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                if not member.isfile() or not stem or not dot:
-                    continue
-                stem = f"{folder}/{stem}" if folder else stem
-                if stem != key:
-                    if _image_suffix(members) is not None:
-                        yield key, members
-                    key, members = stem, {}
-                suffix = suffix.lower()
-                if suffix in members or (_is_image(suffix) and _image_suffix(members) is not None):
-                    raise DataError(
-                        f"{file}: '{member.name}' belongs to the sample '{key}', which has an image already: WebDataset cuts names at their first dot; "
-                        "rename the members, or unpack the archive and use the folder"
-                    )
-                members[suffix] = read(archive, member, suffix)
-                archive.members = []  # type: ignore[attr-defined]  # the archive would keep a record of every member
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{file}: cannot be read as a tar file after '{key}' ({first_line(error)})") from error
-    if _image_suffix(members) is not None:
-        yield key, members
-
-
-def _is_image(suffix: str) -> bool:
-    return f".{suffix.rpartition('.')[2]}" in SUFFIXES
-
-
-def _image_suffix(members: dict[str, Any]) -> str | None:
-    return next((suffix for suffix in members if _is_image(suffix)), None)
-
-
-def _id(file: Path, files: Sequence[Path], root: Path, key: str) -> str:
-    """Id of a sample: its key, preceded by the archive's path without suffix if there are several archives."""
-    if len(files) == 1:
-        return key
-    path = file.relative_to(root).as_posix()
-    return f"{path[: path.lower().rindex('.t')]}/{key}"
-
-
 def _text(member: Any) -> str | None:
-    return member.decode("utf-8", "replace").strip() if isinstance(member, bytes) else None
+    """Text of a member; None if it is missing, empty or too large."""
+    return (member.decode("utf-8", "replace").strip() or None) if isinstance(member, bytes) else None
 
 
 def _is_number(text: str) -> bool:
@@ -116,65 +40,108 @@ def _is_number(text: str) -> bool:
 # --- one after another ----------------------------------------------------------------------------------------------------------------
 
 
-def _sample_row(id: str, members: dict[str, bytes | DataError], label: dict[str, Any] | None, suffixes: Sequence[str]) -> Row:
-    columns: dict[str, Any] = {suffix: _text(members.get(suffix)) for suffix in suffixes}
+class _Facts(NamedTuple):
+    """What is known of archives before their images are read."""
+
+    rows: int
+    label: dict[str, Any] | None
+    """Feature of the class labels: integers if all are; None without labels."""
+
+
+def _survey(archives: Archives, columns: Sequence[str]) -> _Facts:
+    """Read the headers and class labels of all samples.
+
+    Raises:
+        UsageError: a column that has another meaning.
+        DataError: no sample has a member of that suffix; or see `Archives.samples`.
+    """
+    if taken := next((suffix for suffix in columns if suffix in (*RESERVED, "label")), None):
+        raise UsageError(f"columns: '{taken}' is a name of the embeddings themselves; rename the members")
+    left, first, missing = LeftOut(), dict[str, Any](), set(columns)
+    rows, labels, numbers = 0, False, True
+    for _, _, _, members in archives.samples(lambda *member: content(*member) if member[2] == "cls" else b"", left):
+        rows += 1
+        first = first or members
+        missing -= members.keys()
+        text = _text(members.get("cls"))
+        labels, numbers = labels or text is not None, numbers and (text is None or _is_number(text))
+    _check_rows(archives.files, rows, left)
+    if missing:
+        raise DataError(f"{archives.files[0]}: no sample has a member '.{min(missing)}'; the first has {', '.join(first) or 'none'}")
+    return _Facts(rows, (label_feature(None) if numbers else _TEXT) if labels else None)
+
+
+def _check_rows(files: Sequence[Path], rows: int, left: LeftOut) -> None:
+    """Log what was left out.
+
+    Raises:
+        DataError: there are no images.
+    """
+    where = str(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    if not rows:
+        raise DataError(f"{where}: no images in it" + (f"; {left}" if left else ""))
+    left.warn(where)
+
+
+def _row(id: str, image: bytes | DataError, members: dict[str, Any], label: dict[str, Any] | None, columns: Sequence[str]) -> Row:
+    cells: dict[str, Any] = {suffix: _text(members.get(suffix)) for suffix in columns}
     if label is not None:
         text = _text(members.get("cls"))
-        try:
-            columns["label"] = text if text is None or label == _TEXT else int(text)
-        except ValueError as error:
-            raise DataError(f"{id}.cls: expected a class number, as in the first sample, got {str(text)[:40]!r}") from error
-    return Row(id, partial(_decode_member, members[_image_suffix(members) or ""], id), columns)
+        cells["label"] = text if text is None or label == _TEXT else int(text)
+    return Row(id, partial(_decode_member, image, id), cells)
 
 
 def _decode_member(content: bytes | DataError, name: str) -> Image.Image:
     if isinstance(content, DataError):
-        raise DataError(f"{name}: {content}")
+        raise content if str(content).startswith(f"{name}:") else DataError(f"{name}: {content}")
     return decode(content, name)
-
-
-def _check_suffixes(suffixes: Sequence[str], first: dict[str, Any], file: Path) -> None:
-    for suffix in suffixes:
-        if suffix in (*RESERVED, "label"):
-            raise UsageError(f"columns: '{suffix}' is a name of the embeddings themselves; rename the members")
-        if suffix not in first:
-            raise DataError(f"{file}: the first sample has no member '.{suffix}'; it has {', '.join(first) or 'none'}")
 
 
 # --- in any order ---------------------------------------------------------------------------------------------------------------------
 
 
 class _Place(NamedTuple):
-    """Where the bytes of a member lie in its archive."""
+    """Where a member lies in its archive."""
 
     offset: int
+    """Of its bytes; of its header if it is a sparse file."""
     size: int
+    """-1 for a sparse file, whose bytes do not lie together."""
 
 
 def _place(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> _Place | bytes | DataError:
-    """Offset and size of a member; the content of a class label."""
-    if member.issparse():
-        raise DataError(f"{archive.name!s}: '{member.name}' is stored as a sparse file; write the archive without --sparse")
-    return _content(archive, member, suffix) if suffix == "cls" else _Place(member.offset_data, member.size)
+    """Place of a member; the content of a class label."""
+    if suffix == "cls":
+        return content(archive, member)
+    return _Place(member.offset, -1) if member.issparse() else _Place(member.offset_data, member.size)
 
 
 class _Members:
     """Reads the bytes of image i at its offset. Files are opened for each read, so processes and threads share no position."""
 
-    def __init__(self, files: Sequence[Path], archives: Sequence[int], places: Sequence[_Place]) -> None:
-        self.files, self.archives = list(files), np.array(archives, dtype=np.int64)
+    def __init__(self, files: Sequence[Path], archives: Sequence[int], places: Sequence[_Place], bad: dict[int, DataError]) -> None:
+        self.files, self.archives, self.bad = list(files), np.array(archives, dtype=np.int64), bad
         self.places = np.array(places, dtype=np.int64).reshape(-1, 2)
 
     def __call__(self, i: int) -> bytes:
+        if i in self.bad:
+            raise self.bad[i]
         file, (offset, size) = self.files[self.archives[i]], self.places[i].tolist()
-        if size > MAX_MEMBER_BYTES:
-            raise DataError(f"{size} bytes, the limit is {MAX_MEMBER_BYTES}")
         try:
-            with open(file, "rb") as archive:
-                archive.seek(offset)
-                return archive.read(size)
-        except OSError as error:
-            raise DataError(f"{file}: {error.strerror or error}") from error
+            if size < 0:
+                with open_archive(file) as archive:
+                    encoded = content(archive, member_at(archive, offset) or tarfile.TarInfo())
+            elif size > MAX_MEMBER_BYTES:
+                encoded = DataError(f"{size} bytes, the limit is {MAX_MEMBER_BYTES}")
+            else:
+                with open(file, "rb") as opened:
+                    opened.seek(offset)
+                    encoded = opened.read(size)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise DataError(f"{file}: {first_line(error)}") from error
+        if isinstance(encoded, DataError):
+            raise encoded
+        return encoded
 
 
 def _labels(texts: Sequence[str | None], ids: Sequence[str]) -> tuple[list[int] | None, list[str] | None]:
@@ -195,44 +162,44 @@ def _labels(texts: Sequence[str | None], ids: Sequence[str]) -> tuple[list[int] 
     return number_classes(texts, column="classes")
 
 
-def _indexed(files: Sequence[Path]) -> Images:
+def _indexed(files: Sequence[Path], image: str | None) -> Images:
     """Images of plain tar files with random access.
 
     Raises:
         DataError: a compressed file, or no sample with an image.
     """
-    if compressed := [file for file in files if file.suffix.lower() != ".tar"]:
+    if compressed := next((file for file in files if is_compressed(file)), None):
         raise DataError(
-            f"data.path: {compressed[0]} is compressed, so single images cannot be read from it; unpack it to a .tar file (gunzip) and use that"
+            f"data.path: {compressed} is compressed, so single images cannot be read from it; unpack it to a .tar file (gunzip) and use that"
         )
-    root = common_folder(files)
-    ids, archives, places, texts = list[str](), list[int](), list[_Place](), list[str | None]()
-    for number, file in enumerate(files):
-        for key, members in _samples(file, _place, "r:"):
-            ids.append(_id(file, files, root, key))
-            archives.append(number)
-            places.append(members[_image_suffix(members) or ""])  # type: ignore[arg-type]
-            texts.append(_text(members.get("cls")))
-    if not ids:
-        raise DataError(f"{files[0]}: no images in it (looked for {' '.join(SUFFIXES)})")
+    ids, numbers, places, texts = list[str](), list[int](), list[_Place](), list[str | None]()
+    bad, left = dict[int, DataError](), LeftOut()
+    for number, id, place, members in Archives(files, image).samples(_place, left):
+        if isinstance(place, DataError):
+            bad[len(ids)] = place
+        ids.append(id)
+        numbers.append(number)
+        places.append(place if isinstance(place, _Place) else _Place(0, 0))
+        texts.append(_text(members.get("cls")))
+    _check_rows(files, len(ids), left)
     labels, classes = _labels(texts, ids)
-    return Images(_Members(files, archives, places), ids, labels, classes)
+    return Images(_Members(files, numbers, places, bad), ids, labels, classes)
 
 
 @SOURCES.register("webdataset")
 class WebDataset(ImageSource):
     """Tar files; those of a split have names that start with it, or lie in a folder named so."""
 
-    suffixes = (".tar", ".tar.gz", ".tgz")
+    suffixes = TAR_SUFFIXES
 
     def open(self, data: Data) -> tuple[Images, Images | None]:
         root = data_path(data, "tar files")
         if not (files := files_below(root, self.suffixes)):
             raise DataError(f"data.path: {root}: no tar files in it")
-        train = _indexed(files_of_split(files, data.split, data.eval_split, root, "tar"))
+        train = _indexed(files_of_split(files, data.split, data.eval_split, root, "tar"), data.image_column)
         if data.eval_split is None:
             return train, None
-        evaluation = _indexed(files_of_split(files, data.eval_split, data.eval_split, root, "tar"))
+        evaluation = _indexed(files_of_split(files, data.eval_split, data.eval_split, root, "tar"), data.image_column)
         if train.labels is not None and evaluation.labels is not None:
             kinds = ["numbers" if all(name.isdecimal() for name in part.classes or ()) else "names" for part in (train, evaluation)]
             if len(set(kinds)) > 1:
@@ -242,28 +209,23 @@ class WebDataset(ImageSource):
         return train, match_classes(evaluation, train, f"{root}, data.eval_split={data.eval_split}")
 
     def open_files(self, files: Sequence[Path], folder: Path | None, options: Options) -> ImageRows:
-        """Images read one after another. Which members are passed along, and whether a class is a number, is taken from the first sample."""
-        if options.id or options.image:
-            raise UsageError(
-                "columns: tar files have members, not columns; name passed-along ones by suffix (json, txt) with the option for columns"
-            )
-        first = next(_samples(files[0], _content), ("", {}))[1]
-        suffixes = [suffix.lower().removeprefix(".") for suffix in options.columns]
-        _check_suffixes(suffixes, first, files[0])
-        text = first.get("cls")
-        number = isinstance(text, bytes) and _is_number(_text(text) or "")
-        label = None if text is None else label_feature(None) if number else _TEXT
-        root = common_folder(files)
+        """Images read one after another. Headers and labels are read before, so that the type of the labels is that of all of them."""
+        if options.id:
+            raise UsageError("columns: samples of tar files are named by their keys, so they have no id column; leave it out")
+        archives, columns = (
+            Archives(files, options.image, options.skip_bad),
+            [suffix.lower().removeprefix(".") for suffix in options.columns],
+        )
+        facts = _survey(archives, columns)
 
         def rows(start: int) -> Iterator[Row]:
-            position = 0
-            for file in files:
-                for key, members in _samples(file, _content):
-                    if position >= start:
-                        yield _sample_row(_id(file, files, root, key), members, label, suffixes)
-                    position += 1
+            for position, (_, id, image, members) in enumerate(archives.samples(content, LeftOut())):
+                if position >= start:
+                    yield _row(id, image, members, facts.label, columns)
 
-        columns = ({} if label is None else {"label": label}) | {suffix: _TEXT for suffix in suffixes}
-        plain = all(file.suffix.lower() == ".tar" for file in files)  # the headers are found without reading what lies between them
-        length = sum(1 for file in files for _ in _samples(file, _nothing)) if plain else None
-        return ImageRows(rows, length, {**files_identity(files, root), "rows": length, "columns": list(columns)}, columns)
+        described = ({} if facts.label is None else {"label": facts.label}) | {suffix: _TEXT for suffix in columns}
+        plain = all(file.suffix.lower() == ".tar" for file in files)
+        identity = {**files_identity(files, archives.root), "rows": facts.rows if plain else None, "columns": list(described)}
+        if archives.image is not None:
+            identity["image column"] = archives.image
+        return ImageRows(rows, facts.rows, identity, described)

@@ -1,0 +1,1 @@
+"""Files of images: which files of a folder are taken, and the members of tar archives."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import time
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -117,7 +119,7 @@ def encode_sparse(
     """
     preprocess = encoder.config.preprocess
     features, codes, labels, pixels, failures = list[Tensor](), list[SparseEmbeddings](), list[int](), list[Tensor](), list[str]()
-    size = batch_size or batch_size_for(preprocess, encoder.device)
+    size, start = batch_size or batch_size_for(preprocess, encoder.device), time.monotonic()
     with closing(_encoded_batches(encoder, images, size, num_workers, progress, role)) as batches:
         for batch, of_batch, z in batches:
             if not torch.isfinite(z).all() or not torch.isfinite(of_batch).all():
@@ -132,6 +134,8 @@ def encode_sparse(
         raise DataError(f"none of the images can be read{f'; the first: {failures[0]}' if failures else ''}")
     if failures:
         log.warning("%d of %d %s images cannot be read and are left out; the first: %s", len(failures), len(images), role, failures[0])
+    if progress and not sys.stderr.isatty():  # where no bar is shown
+        log.info("encoded %d %s images in %.1f s", len(labels), role, time.monotonic() - start)
     raw = torch.cat(pixels).numpy() if pixels else None
     return Encoded(torch.cat(features).numpy(), SparseEmbeddings.concat(codes), np.array(labels, np.int64), raw)
 

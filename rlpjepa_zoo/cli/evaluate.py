@@ -12,7 +12,6 @@ from ..errors import OutputError, UsageError
 from .options import (
     AnyBatchSize,
     AsJson,
-    BatchSize,
     Device,
     Overrides,
     Quiet,
@@ -154,19 +153,19 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; RUN/report.html if not given.")] = None,
     images: Annotated[int, typer.Option(help="Largest number of evaluation images to measure; 2 or more.")] = 2000,
-    batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
+    batch_size: AnyBatchSize = None,
+    num_workers: Workers = 4,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page about a run: curves, distribution of z, firing rates, nearest neighbours, units.
+    """Write one HTML page about a run: curves; distribution of z, firing rates, neighbours, units; of a classifier classes and mistakes.
 
-    The page loads nothing from outside. Without an encoder or without images, it shows the curves only.
+    The page loads nothing from outside. Without a published model or without images, it shows the curves only.
     """
     from ..report.report import write_report
 
-    summary = write_report(run, out, overrides or [], images, batch_size, num_workers, choose_device(device), progress=not quiet)
+    summary = write_report(run, out, overrides or [], images, batch_size, num_workers, choose_device(device), not (quiet or as_json))
     print(json.dumps(summary) if as_json else summary["page"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -18,10 +18,10 @@ from ..data.images import Images
 from ..data.preprocess import Preprocess, batched
 from ..errors import DataError, NonFiniteError
 from ..models.encoder import SparseEncoder
-from ..models.inference import Batch, pixel_batches
+from ..models.inference import pixel_batches
 from ..sparse.embeddings import SparseEmbeddings
 
-__all__ = ["PIXEL_SIDE", "Encoded", "batch_size_for", "encode", "encode_sparse", "pixel_size"]
+__all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "Kept", "batch_size_for", "encode", "encode_sparse", "pixel_size"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -70,10 +70,46 @@ def pixel_size(preprocess: Preprocess) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+class EncodedBatch(NamedTuple):
+    """The readable images of one batch; on the CPU."""
+
+    features: Tensor
+    """(n, F) float32."""
+    z: Tensor
+    """(n, D) float32."""
+    labels: list[int]
+    pixels: Tensor | None = None
+    """(n, H, W, 3) uint8."""
+    failures: Sequence[str] = ()
+    """Why the other images cannot be read."""
+
+
+class Kept:
+    """Features of a frozen backbone, batch by batch, so that images are encoded once however often a projector on them is measured.
+
+    Batches stay as they were, so z is bit-equal to that of a whole pass. Parts with more than `MOST` numbers (256 MB) are not kept.
+    """
+
+    MOST = 1 << 26
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[EncodedBatch]] = {}
+
+    def get(self, part: str) -> list[EncodedBatch] | None:
+        """Batches of a part, by its name; None if they were not kept."""
+        return self._parts.get(part)
+
+    def add(self, part: str, batches: list[EncodedBatch]) -> None:
+        """Keep features and labels of all batches of a part."""
+        if sum(batch.features.numel() for batch in batches) <= self.MOST:
+            self._parts[part] = [EncodedBatch(batch.features, batch.z[:0], batch.labels) for batch in batches]
+
+
 @torch.no_grad()
 def encode(
-    encoder: SparseEncoder, images: Images, batch_size: int = BATCH, num_workers: int = 0, progress: bool = False, allow_empty: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    encoder: SparseEncoder, images: Images, batch_size: int = BATCH, num_workers: int = 0, progress: bool = False, allow_empty: bool = False,
+    kept: Kept | None = None, part: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Encode all readable images in evaluation mode; the mode of the encoder is restored afterwards.
 
     Args:
@@ -81,6 +117,8 @@ def encode(
         batch_size, num_workers: images of a forward pass, threads that decode.
         progress: show a progress bar on stderr.
         allow_empty: return empty tensors if no image can be read.
+        kept, part: features of a frozen backbone and the name of these images among them; filled by the first call, then used instead of the
+            images.
 
     Returns:
         Features (n, F), embeddings z (n, D), both float32, and labels (n,), -1 where unknown; on the CPU.
@@ -88,15 +126,28 @@ def encode(
     Raises:
         DataError: no image can be read, unless `allow_empty`.
     """
-    features, codes, labels = [torch.zeros(0, encoder.config.features)], [torch.zeros(0, encoder.config.dim)], list[int]()
-    with closing(_encoded_batches(encoder, images, batch_size, num_workers, progress)) as batches:
-        for batch, of_batch, z in batches:
-            features.append(of_batch)
-            codes.append(z)
-            labels += _labels(batch)
+    known = None if kept is None else kept.get(part)
+    passes = _encoded_batches(encoder, images, batch_size, num_workers, progress) if known is None else _projected(encoder, known)
+    with closing(passes):
+        batches = [batch._replace(pixels=None) for batch in passes]
+    if kept is not None and known is None:
+        kept.add(part, batches)
+    labels = [label for batch in batches for label in batch.labels]
     if not labels and not allow_empty:
         raise DataError("none of the images can be read")
-    return torch.cat(features), torch.cat(codes), torch.tensor(labels, dtype=torch.long)
+    features, z = torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim)
+    return (
+        torch.cat([features, *(batch.features for batch in batches)]),
+        torch.cat([z, *(batch.z for batch in batches)]),
+        torch.tensor(labels, dtype=torch.long),
+    )
+
+
+def _projected(encoder: SparseEncoder, batches: list[EncodedBatch]) -> Generator[EncodedBatch, None, None]:
+    """Batches with z of known features."""
+    with encoder.evaluating():
+        for batch in batches:
+            yield batch._replace(z=encoder.outputs(batch.features.to(encoder.device)).float().cpu() if batch.labels else batch.z)
 
 
 @torch.no_grad()
@@ -121,15 +172,15 @@ def encode_sparse(
     features, codes, labels, pixels, failures = list[Tensor](), list[SparseEmbeddings](), list[int](), list[Tensor](), list[str]()
     size, start = batch_size or batch_size_for(preprocess, encoder.device), time.monotonic()
     with closing(_encoded_batches(encoder, images, size, num_workers, progress, role)) as batches:
-        for batch, of_batch, z in batches:
-            if not torch.isfinite(z).all() or not torch.isfinite(of_batch).all():
+        for batch in batches:
+            if not torch.isfinite(batch.z).all() or not torch.isfinite(batch.features).all():
                 raise NonFiniteError("the encoder gave NaN or infinity; its weights are damaged or diverged")
-            failures += [reason for _, reason in batch.failures]
-            features.append(of_batch)
-            codes.append(SparseEmbeddings.from_dense(z))
-            labels += _labels(batch)
-            if with_pixels:
-                pixels.append(_shrunk(batch.x, pixel_size(preprocess)))
+            failures += batch.failures
+            features.append(batch.features)
+            codes.append(SparseEmbeddings.from_dense(batch.z))
+            labels += batch.labels
+            if with_pixels and batch.pixels is not None:
+                pixels.append(_shrunk(batch.pixels, pixel_size(preprocess)))
     if not labels:
         raise DataError(f"none of the images can be read{f'; the first: {failures[0]}' if failures else ''}")
     if failures:
@@ -142,23 +193,20 @@ def encode_sparse(
 
 def _encoded_batches(
     encoder: SparseEncoder, images: Images, batch_size: int, num_workers: int, progress: bool, role: str = ""
-) -> Generator[tuple[Batch[Any], Tensor, Tensor], None, None]:
-    """For each batch: the readable images as (n, H, W, 3) uint8, their features (n, F) and z (n, D), both float32 on the CPU."""
+) -> Generator[EncodedBatch, None, None]:
+    """The images batch by batch."""
     preprocess, name = encoder.config.preprocess, " ".join(("encode", role)).rstrip()
     rows = batched(images.rows(), batch_size)
     bar = tqdm(total=len(images), desc=name, unit="image", disable=None if progress else True, leave=False)  # None: only on a terminal
     loop = pixel_batches(rows, preprocess, num_workers=num_workers, on_error="skip", progress=bar.update)
+    features, z = torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim)
     with encoder.evaluating(), bar, closing(loop) as batches:
         for batch in batches:
             if batch.items:
                 out = encoder.both(preprocess.normalised(batch.x.to(encoder.device)))
-                yield batch, out.features.float().cpu(), out.z.float().cpu()
-            else:
-                yield batch, torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim)
-
-
-def _labels(batch: Batch[Any]) -> list[int]:
-    return [row.columns.get("label", -1) for row in batch.items]
+                features, z = out.features.float().cpu(), out.z.float().cpu()
+            labels = [row.columns.get("label", -1) for row in batch.items]
+            yield EncodedBatch(features[: len(labels)], z[: len(labels)], labels, batch.x, [reason for _, reason in batch.failures])
 
 
 def _shrunk(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -32,7 +32,7 @@ SETS: dict[str, dict[str, str]] = {
 """Named sets as data sections: CIFAR from the Hugging Face Hub (or a local copy, data.path=DIR), the others from torchvision."""
 
 
-TEST_SPLITS = ("test", "val", "valid", "validation")
+TEST_SPLITS = ("test", "validation", "valid", "val")
 """Names of the split of test images in a folder of parquet files, tar files or of a saved data set; the first that exists is used."""
 
 

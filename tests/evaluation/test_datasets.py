@@ -7,13 +7,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torchvision
+from images import png
 from PIL import Image
 from refusals import refused
 
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
-from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set
+from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set, open_test_images
 from rlpjepa_zoo.evaluation.probes.base import held_out
 
 
@@ -76,8 +80,22 @@ def test_folders_that_cannot_be_split_are_refused(image_folder: Path, tmp_path: 
     Image.new("RGB", (8, 8)).save(image_folder / "blue" / "b.png")
     with refused(DataError, match="no class has two images"):
         open_set(str(image_folder))
-    with refused(UsageError, match="overrides belong"):
-        open_set(str(image_folder), ["data.split=train"])
+    with refused(UsageError, match="only data.KEY=VALUE"):
+        open_set(str(image_folder), ["train.epochs=3"])
+
+
+@pytest.mark.parametrize(("names", "split"), [(("train",), None), (("train", "test"), "test"), (("train", "validation"), "validation")])
+def test_parquet_files_have_a_test_part_or_are_split(tmp_path: Path, names: tuple[str, ...], split: str | None) -> None:
+    rows = {"photo": [png(i) for i in range(20)], "kind": [i % 2 for i in range(20)]}
+    for name in names:
+        pq.write_table(pa.table(rows), tmp_path / f"{name}-0.parquet")
+    overrides = ["data.image_column=photo", "data.label_column=kind"]
+    assert data_section_of(str(tmp_path), overrides).eval_split == split
+    images = open_set(str(tmp_path), overrides)
+    assert (len(images.train), len(images.test)) == ((16, 4) if split is None else (20, 20))
+    assert ("random fifth (4 of 20 images)" in images.note) == (split is None)
+    tested = open_test_images(str(tmp_path), overrides)
+    assert len(tested.test) == 20 and ("too high" in tested.note) == (split is None)
 
 
 def test_folder_with_test_images_keeps_its_split(image_folder: Path) -> None:

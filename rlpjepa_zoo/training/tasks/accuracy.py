@@ -48,7 +48,7 @@ def accuracy(classifier: Classifier, images: Images, batch_size: int = 256, num_
     mine = images.take(np.arange(distributed.rank(), len(images), distributed.world_size()))
     n, first, top, loss = 0, 0, 0, 0.0
     with closing(_logits(classifier, mine, batch_size, num_workers)) as batches:
-        for logits, y, _, _ in batches:
+        for logits, y, _ in batches:
             correct = logits.topk(min(TOP, logits.shape[1])).indices == y[:, None]
             n, first, top = n + len(y), first + int(correct[:, 0].sum()), top + int(correct.sum())
             loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
@@ -95,32 +95,35 @@ def classify(
     numbered, parts = Images(images.read, range(len(images)), images.labels), list[tuple[Any, ...]]()
     failures = list[tuple[Any, str]]()
     size = batch_size or batch_size_for(classifier.config.preprocess, classifier.device)
-    with closing(_logits(classifier, numbered, size, num_workers, progress)) as batches:
-        for logits, y, rows, of_batch in batches:
-            failures += of_batch
+    with closing(_logits(classifier, numbered, size, num_workers, progress, failures)) as batches:
+        for logits, y, rows in batches:
             if not logits.isfinite().all():
                 raise NonFiniteError("the classifier gave NaN or infinity; its weights are damaged or diverged")
             top, loss = logits.topk(min(TOP, logits.shape[1])).indices, nn.functional.cross_entropy(logits, y, reduction="none")
             parts.append((rows, y, top[:, 0], logits.softmax(1).amax(1), (top == y[:, None]).any(1), loss))
+    first = failures[0][1].removeprefix(f"{failures[0][0]}: ") if failures else ""
     if not parts:
-        raise DataError(f"none of the images can be read{f'; the first: {failures[0][1]}' if failures else ''}")
+        raise DataError(f"none of the images can be read; the first: {first}")
     if failures:
-        log.warning("%d of %d test images cannot be read and are left out; the first: %s", len(failures), len(images), failures[0][1])
+        log.warning("%d of %d test images cannot be read and are left out; the first: %s", len(failures), len(images), first)
     return Classified(*(np.concatenate([np.asarray(part) for part in column]) for column in zip(*parts, strict=True)))
 
 
 def _logits(
-    classifier: Classifier, images: Images, batch_size: int, num_workers: int, progress: bool = False
-) -> Generator[tuple[Tensor, Tensor, list[Any], list[tuple[Any, str]]], None, None]:
-    """For each batch with a readable image: logits (n, C) float64, labels (n,) and ids of the readable images, and the unreadable ones."""
+    classifier: Classifier, images: Images, batch_size: int, num_workers: int, progress: bool = False,
+    failures: list[tuple[Any, str]] | None = None,
+) -> Generator[tuple[Tensor, Tensor, list[Any]], None, None]:  # fmt: skip
+    """Logits (n, C) float64, labels (n,) and ids of the readable images of each batch; `failures` receives the others."""
     bar = tqdm(total=len(images), desc="classify", unit="image", disable=None if progress else True, leave=False)
     options: dict[str, Any] = {"num_workers": num_workers, "on_error": "skip", "progress": bar.update}
     loop = image_batches(batched(images.rows(), batch_size), classifier.config.preprocess, classifier.device, **options)
     with classifier.evaluating(), bar, closing(loop) as batches:
         for batch in batches:
+            if failures is not None:
+                failures += batch.failures
             if batch.items:
                 y = torch.tensor([row.columns.get("label", -1) for row in batch.items])
-                yield classifier(batch.x).float().cpu().double(), y, batch.ids, batch.failures
+                yield classifier(batch.x).float().cpu().double(), y, batch.ids
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------------------

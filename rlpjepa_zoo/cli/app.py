@@ -28,6 +28,7 @@ for function, name in (
     (train.finetune, "finetune"),
     (embed.embed, "embed"),
     (embed.dial, "dial"),
+    (evaluate.predict, "predict"),
     (evaluate.evaluate, "eval"),
     (evaluate.report, "report"),
     (hub.list_, "list"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +20,8 @@ from .options import (
     SourceName,
     Workers,
     choose_device,
+    list_failures,
     print_values,
-    write_file,
 )
 
 if TYPE_CHECKING:
@@ -140,10 +138,7 @@ def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extr
         raise DataError(f"none of the {len(failures)} images can be read; the first: {failures[0][1]}")
     embeddings.save(out, values=how.values)
     n, dim = embeddings.shape
-    if failures:
-        listing = out.with_name(out.name + ".failed.jsonl")
-        write_file(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures).encode())
-        logging.getLogger("rlpjepa_zoo").warning("%d of %d images could not be read, see %s", len(failures), n + len(failures), listing)
+    list_failures(out, failures, n)
     return {
         "file": str(out), "images": n, "skipped": len(failures), "dim": dim, "density": embeddings.l0, "bytes": out.stat().st_size,
         "bytes as dense float32": 4 * n * dim, "model": embeddings.meta["model"],

@@ -1,18 +1,18 @@
-"""Commands that measure: `eval`, `report`, `bench`."""
+"""Commands that measure or classify: `eval`, `report`, `predict`, `bench`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OutputError, UsageError
 from .options import (
     AllowPaths,
+    AnyBatchSize,
     AsJson,
-    BatchSize,
     Device,
     Overrides,
     Quiet,
@@ -21,13 +21,21 @@ from .options import (
     Workers,
     card_name,
     choose_device,
+    list_failures,
     own_folder,
     print_values,
     write_file,
 )
 
+if TYPE_CHECKING:
+    from ..models.classifier import Classifier
+
+_ONLY_ENCODERS = ("probes", "budgets", "shots", "seeds", "queries", "against", "limit", "pixels", "plot", "on_card")
+"""Options of `eval` that have no meaning for a classifier."""
+
 
 def evaluate(
+    context: typer.Context,
     source: SourceName,
     data: Annotated[
         str,
@@ -52,9 +60,9 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of training images, drawn at random.")] = None,
     allow_paths: AllowPaths = False,
-    pixels: Annotated[bool, typer.Option(help="Also measure raw pixels.")] = True,
-    batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
+    pixels: Annotated[bool, typer.Option(help="Also measure raw pixels, of larger images shrunk to 32 x 32.")] = True,
+    batch_size: AnyBatchSize = None,
+    num_workers: Workers = 4,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of accuracy against active dimensions (budgets: auto).")] = None,
     on_card: Annotated[bool, typer.Option("--card", help="Write the results into the card of SOURCE, a folder.")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
@@ -63,14 +71,16 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the sparse embedding, the dense features and raw pixels: kNN, linear, few-shot and MLP probes, retrieval, clustering."""
+    """Measure an encoder (kNN, linear, few-shot and MLP probes, retrieval, clustering), or the accuracy of a classifier on test images."""
     from ..evaluation.datasets import open_set
     from ..evaluation.evaluate import check_budgets, with_results
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.protocol import Protocol, default_probes
     from ..evaluation.tables import accuracy_table
-    from ..models.pretrained import load_encoder
+    from ..models.classifier import Classifier
+    from ..models.pretrained import load_published
 
+    overrides = [*(overrides or []), *(["data.allow_paths=true"] if allow_paths else [])]
     if plot is not None and plot.suffix != ".png":
         raise UsageError(f"--plot {plot}: expected a file ending in .png")
     asked = budgets or ("auto" if plot is not None else "")
@@ -84,12 +94,21 @@ def evaluate(
         if file is not None and not file.absolute().parent.is_dir():
             raise OutputError(f"{file}: no folder {file.parent}")
     folder = own_folder(source, "--card") if on_card else None
-    images = open_set(data, [*(overrides or []), *(["data.allow_paths=true"] if allow_paths else [])])
-    encoder = load_encoder(source, revision=revision, device=choose_device(device))
+    encoder, progress = load_published(source, revision=revision, device=choose_device(device)), not (quiet or as_json)
+    if isinstance(encoder, Classifier):
+        for name in _ONLY_ENCODERS:
+            if context.get_parameter_source(name).name == "COMMANDLINE":  # type: ignore[union-attr]
+                option = {"pixels": "--pixels", "on_card": "--card"}.get(name, f"--{name}")
+                raise UsageError(
+                    f"{option}: '{source}' is a classifier, and the option belongs to the evaluation of encoders; leave it out"
+                )
+        _evaluate_classifier(encoder, source, data, overrides, batch_size, num_workers, progress, out, as_json)
+        return
+    images = open_set(data, overrides)
     check_budgets(counts, encoder.config.dim)
     report = run(
-        encoder, images.train, images.test, batch_size, num_workers, progress=not quiet, with_pixels=pixels, limit=limit, probes=names,
-        budgets=counts, shots=images_per_class, seeds=seeds, queries=queries, against=against or (), note=images.note,
+        encoder, images.train, images.test, batch_size, num_workers, progress, pixels, limit, probes=names, budgets=counts,
+        shots=images_per_class, seeds=seeds, queries=queries, against=against or (), note=images.note,
     )  # fmt: skip
     if folder is not None:
         info = with_results(encoder.config.info, report, images.name)
@@ -107,6 +126,22 @@ def evaluate(
     print(f"density of z {report['l0']:.4f} (effective, l1: {report['l1']:.4f}), dead dimensions {report['dead']:.4f}")
 
 
+def _evaluate_classifier(
+    classifier: Classifier, source: str, data: str, overrides: list[str], batch_size: int | None, num_workers: int, progress: bool,
+    out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure and print the accuracy of a classifier."""
+    from ..evaluation.datasets import open_test_images
+    from ..evaluation.tables import classifier_table
+    from ..training.tasks.accuracy import evaluate_classifier
+
+    images = open_test_images(data, overrides)
+    report = evaluate_classifier(classifier, images.test, batch_size, num_workers, progress, images.note)
+    if out is not None:
+        write_file(out, (json.dumps({"source": source, "data": data, **report}, indent=1) + "\n").encode())
+    print_values(report | {"text": classifier_table(report)}, as_json)
+
+
 def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
@@ -121,20 +156,67 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; RUN/report.html if not given.")] = None,
     images: Annotated[int, typer.Option(help="Largest number of evaluation images to measure; 2 or more.")] = 2000,
-    batch_size: BatchSize = 256,
-    num_workers: Workers = 0,
+    batch_size: AnyBatchSize = None,
+    num_workers: Workers = 4,
     device: Device = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page about a run: curves, distribution of z, firing rates, nearest neighbours, units.
+    """Write one HTML page about a run: curves; distribution of z, firing rates, neighbours, units; of a classifier classes and mistakes.
 
-    The page loads nothing from outside. Without an encoder or without images, it shows the curves only.
+    The page loads nothing from outside. Without a published model or without images, it shows the curves only.
     """
     from ..report.report import write_report
 
-    summary = write_report(run, out, overrides or [], images, batch_size, num_workers, choose_device(device), progress=not quiet)
+    summary = write_report(run, out, overrides or [], images, batch_size, num_workers, choose_device(device), not (quiet or as_json))
     print(json.dumps(summary) if as_json else summary["page"])
+
+
+def predict(
+    classifier: Annotated[
+        str, typer.Argument(metavar="CLASSIFIER", help="owner/repo[@revision] on the Hub, or the folder of a classifier or its run.")
+    ],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write (.csv, .jsonl, .parquet), with the columns id, class, probability.")],
+    top: Annotated[int, typer.Option(min=1, help="Most probable classes of each image, one row for each.")] = 1,
+    batch_size: AnyBatchSize = None,
+    num_workers: Workers = 4,
+    id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
+    data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Classify images: write the most probable class of each image, in input order, to a table."""
+    from ..data.sources import open_images
+    from ..embedding.predictions import SUFFIXES, write_predictions
+    from ..evaluation.encoding import batch_size_for
+    from ..models.pretrained import load_classifier
+
+    if out.suffix not in SUFFIXES:
+        raise UsageError(f"--out {out}: expected a file ending in {', '.join(SUFFIXES)}")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"--out {out}: no folder {out.parent}")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    feed = open_images(images, split=split, id_column=id_column, image_column=image_column, revision=data_revision)
+    model = load_classifier(classifier, revision=revision, device=choose_device(device))
+    size = batch_size or batch_size_for(model.config.preprocess, model.device)
+    count, failures = write_predictions(model, feed, out, top, size, num_workers, skip_bad, not (quiet or as_json))
+    list_failures(out, failures, count)
+    result = {"file": str(out), "images": count, "skipped": len(failures), "classes": len(model.classes), "model": model.fingerprint()}
+    print_values(result, as_json)
 
 
 def bench(

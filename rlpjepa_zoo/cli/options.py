@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ AllowChange = Annotated[list[str] | None, typer.Option(metavar="KEY", help="Reci
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+AnyBatchSize = Annotated[int | None, typer.Option(min=1, help="Images per batch; chosen by their size if not given.")]
 Workers = Annotated[int, typer.Option(min=0, help="Threads that decode images; 0 decodes between batches.")]
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column that holds the images, or suffix in tar files, such as left.png; found if not given.")
@@ -79,6 +81,16 @@ def write_file(path: Path, content: bytes) -> None:
 
     with atomic_file(path) as aside:
         aside.write_bytes(content)
+
+
+def list_failures(out: Path, failures: list[tuple[Any, str]], read: int) -> None:
+    """Write the unreadable images, if there are any, into a file beside `out`, and log their number."""
+    listing = out.with_name(out.name + ".failed.jsonl")
+    if not failures:
+        listing.unlink(missing_ok=True)  # of an earlier output that was replaced
+        return
+    write_file(listing, "".join(json.dumps({"id": str(i), "reason": reason}) + "\n" for i, reason in failures).encode())
+    logging.getLogger("rlpjepa_zoo").warning("%d of %d images could not be read, see %s", len(failures), read + len(failures), listing)
 
 
 def format_value(value: Any) -> str:

@@ -89,7 +89,9 @@ def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: b
         folder = run()
         if distributed.rank() == 0:
             summary = json.loads((out / "summary.json").read_text())
-            print_values({artifact: str(folder), **{k: v for k, v in summary.items() if not isinstance(v, dict | list)}}, as_json)
+            numbers = {k: v for k, v in summary.items() if not isinstance(v, dict | list)}
+            measured_on = (summary["info"].get("density") or {}).get("eval_images")
+            print_values({artifact: str(folder), **numbers, **({"measured on": measured_on} if measured_on else {})}, as_json)
     finally:
         distributed.shut_down()
 

@@ -13,13 +13,14 @@ from ..config.load import list_recipes
 from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
+from ..core.files import parse_json
 from ..data.files.listing import no_such
 from ..data.images import Images
-from ..data.sources import folder_contents, open_source
+from ..data.sources import Source, folder_contents, open_source
 from ..errors import DataError, UsageError, did_you_mean
 from .probes.base import held_out
 
-__all__ = ["SETS", "EvalSet", "data_section_of", "open_set"]
+__all__ = ["SETS", "EvalSet", "data_section_of", "open_set", "open_test_images"]
 
 SETS: dict[str, dict[str, str]] = {
     "digits": {"source": "digits"},
@@ -31,6 +32,10 @@ SETS: dict[str, dict[str, str]] = {
     "pets": {"source": "torchvision", "name": "OxfordIIITPet", "split": "trainval", "eval_split": "test"},
 }
 """Named sets as data sections: CIFAR from the Hugging Face Hub (or a local copy, data.path=DIR), the others from torchvision."""
+
+
+TEST_SPLITS = ("test", "validation", "valid", "val")
+"""Names of the split of test images in a folder of parquet files, tar files or of a saved data set; the first that exists is used."""
 
 
 class EvalSet(NamedTuple):
@@ -53,7 +58,7 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
 
     Raises:
         DataError: `data` is written as a path, which does not exist.
-        UsageError: `data` is none of these (the message has the nearest name).
+        UsageError: `data` is none of these; the message has the nearest name.
 
     Example:
         >>> data_section_of("cifar100").name, data_section_of("cifar10", ["data.path=copy"]).path
@@ -62,11 +67,13 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
     if data in SETS:
         return data_section(SETS[data], overrides)
     if Path(data).is_dir():
-        kind, _ = folder_contents(Path(data))
-        if kind == "folder":
-            return data_section({"source": kind, "path": data}, overrides)
-        kind = "hf" if kind == "parquet" else kind  # hf reads rows of parquet files in any order
-        return data_section({"source": kind, "path": data, "eval_split": "test"}, overrides)
+        kind, files = folder_contents(Path(data))
+        values = {"source": kind, "path": data}
+        if kind != "folder":  # its own rule finds the evaluation images of a folder of images
+            values = {"source": "hf" if kind == "parquet" else kind, "path": data}  # hf reads rows of parquet files in any order
+            if (split := _test_split(files)) is not None:
+                values["eval_split"] = split
+        return data_section(values, overrides)
     known = [*SETS, *list_recipes()]
     if not Path(data).is_file() and data not in known:
         if os.sep in data or data.startswith((".", "~")):
@@ -76,16 +83,27 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
     return Recipe.load(data, overrides).data
 
 
+def _test_split(files: Sequence[Path]) -> str | None:
+    """Split of the test images among parquet or tar files, or in a data set saved by `datasets`; None if it has only one part."""
+    saved = files[0] / "dataset_dict.json"
+    if files[0].is_dir():
+        names = parse_json(saved.read_bytes(), str(saved)).get("splits", []) if saved.is_file() else []
+        return next((split for split in TEST_SPLITS if split in names), None)
+    parts = {split: [f for f in files if f.name.startswith(split) or f.parent.name == split] for split in TEST_SPLITS}
+    return next((split for split, chosen in parts.items() if chosen and len(files) > 1), None)
+
+
 def open_set(data: str, overrides: Sequence[str] = ()) -> EvalSet:
     """Open labelled data as training and test images.
 
-    A folder with one folder for each class but no val/ or test/ is split: a random fifth of each class, always the same, is for testing.
+    Data without test images (a folder with one folder for each class but no val/ or test/, parquet files of one split) are split: a random
+    fifth of each class, always the same, is for testing.
 
     Args:
         data, overrides: as of `data_section_of`.
 
     Raises:
-        DataError: the data do not exist or have no test images.
+        DataError: the data do not exist, have no labels or no class of two images.
         UsageError: see `data_section_of`; or the data are streamed.
 
     Example:
@@ -93,20 +111,42 @@ def open_set(data: str, overrides: Sequence[str] = ()) -> EvalSet:
         >>> len(digits.train), len(digits.test), digits.name
         (1437, 360, 'digits')
     """
-    section = data_section_of(data, overrides)
-    if section.streaming:
-        raise UsageError(f"--data {data}: evaluation needs all images at once; set data.streaming=false and data.length=null")
-    source = open_source(section)
-    name = section.name or section.label()
+    source, name = _open(data, overrides)
     if source.eval is not None:
         return EvalSet(source.images, source.eval, name, "")
     labels = source.images.labels
-    if section.source != "folder" or labels is None:
-        raise DataError(
-            f"--data {data}: no test images with labels; expected a folder for each class, in train/ and val/ or test/, or a set with data.eval_split"
-        )
-    test = held_out(labels, 0.2, purpose="test-split")
+    if labels is None or not (labels >= 0).any():
+        raise DataError(f"--data {data}: no labels; expected a folder for each class, or a column of class labels (data.label_column)")
+    known = np.flatnonzero(labels >= 0)
+    test = np.zeros(len(labels), bool)
+    test[known] = held_out(labels[known], 0.2, purpose="test-split")
     if not test.any():
         raise DataError(f"--data {data}: no class has two images, so none can be held out for testing")
-    note = f"no test part in the folder, so a stratified random fifth ({test.sum()} of {len(test)} images) was held out for testing"
+    note = f"no test part in the data, so a stratified random fifth ({test.sum()} of {len(test)} images) was held out for testing"
     return EvalSet(source.images.take(np.flatnonzero(~test)), source.images.take(np.flatnonzero(test)), name, note)
+
+
+def open_test_images(data: str, overrides: Sequence[str] = ()) -> EvalSet:
+    """Open labelled data to test a classifier on, which needs no training images: the test part, or all images of data without one.
+
+    Args and errors as of `open_set`; the training images of the result are those of the data.
+
+    Example:
+        >>> len(open_test_images("digits").test)
+        360
+    """
+    source, name = _open(data, overrides)
+    if source.eval is not None:
+        return EvalSet(source.images, source.eval, name, f"test images of {name}")
+    note = (
+        f"all {len(source.images)} images of {name}, which has no test part; the accuracy is too high if the classifier was trained on them"
+    )
+    return EvalSet(source.images, source.images, name, note)
+
+
+def _open(data: str, overrides: Sequence[str]) -> tuple[Source, str]:
+    """The images of a data set, and its name."""
+    section = data_section_of(data, overrides)
+    if section.streaming:
+        raise UsageError(f"--data {data}: evaluation needs all images at once; set data.streaming=false and data.length=null")
+    return open_source(section), section.name or section.label()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,43 +19,48 @@ from ..models.encoder import SparseEncoder
 from ..models.factory import create_encoder, fresh_copy
 from ..models.pretrained import load_encoder
 from ..sparse.embeddings import SparseEmbeddings
-from .encoding import encode_sparse, pixels
+from .encoding import encode_sparse, pixel_size
 from .intervals import paired_difference
 from .metrics import sparse_densities
 from .probes.base import Array, Scores
-from .protocol import Protocol, measure
+from .protocol import Protocol, Watch, measure
 
 __all__ = ["budget_curve", "check_budgets", "evaluate", "with_results"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
-MOST_PIXELS = 1 << 30
-"""Numbers of raw pixels (4 GB as float32) above which they are not measured."""
+MOST_PIXELS = 1 << 29
+"""Numbers of raw pixels (2 GB as float32) above which they are not measured."""
+MOST_FEATURES = 1 << 30
+"""Numbers of dense features (4 GB as float32) above which their memory is logged."""
 
 
 def evaluate(
-    encoder: SparseEncoder, train: Images, test: Images, batch_size: int = 256, num_workers: int = 0, k: int = 20, temperature: float = 0.07,
-    progress: bool = False, with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | str | None = None,
-    budgets: Sequence[int] | str = (), shots: Sequence[int] = (1, 5, 10), seeds: int = 3, queries: int = 2000, against: Sequence[str] = (),
-    note: str = "",
+    encoder: SparseEncoder, train: Images, test: Images, batch_size: int | None = None, num_workers: int = 0, progress: bool = False,
+    with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | Mapping[str, Mapping[str, Any]] | str | None = None,
+    budgets: Sequence[int] | str = (), seeds: int = 3, against: Sequence[str] = (), note: str = "", **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the sparse embedding z, the dense features and raw pixels of a frozen encoder on one split, and the density of z.
+
+    Images are read and encoded once. Memory: one batch of `batch_size`, the features (float32) and the pixels (uint8) of all images, and
+    about twice the representation that is being measured.
 
     Args:
         encoder: frozen; used in evaluation mode.
         train, test: labelled images; probes are fitted on the first and scored on the second. Images with a label < 0 are left out.
-        batch_size, num_workers: images of a forward pass, threads that decode.
-        k, temperature: of the kNN vote.
-        with_pixels: measure raw pixels too.
+        batch_size: images of a forward pass; chosen by the size of the input when None (on a CPU 256 up to 79 pixels, 32 at 224).
+        num_workers: threads that decode.
+        progress: show on stderr what is encoded and measured: a bar with the time left on a terminal, else a line for each.
+        with_pixels: measure raw pixels too, shrunk to a longest side of 32.
         limit: use at most this many training images, drawn at random.
-        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`: knn, linear, few_shot, mlp, retrieval, clustering; or "all". None: knn, linear, few_shot.
+        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`: knn, linear, few_shot, mlp, retrieval, clustering; or "all"; or a mapping of names to
+            hyper-parameters, such as ``{"knn": {"k": 5}, "few_shot": {"draws": 20}}``. None: knn, linear, few_shot.
         budgets: measure z also with only the k largest values of each image, for each k of these; "auto" is 1, 2, 4, ... up to 64 or D.
-        shots: images per class of few_shot.
         seeds: repetitions of what is random.
-        queries: test images that search in retrieval, at most.
         against: representations to compare with on the same images: "pixels", "random" (the same architecture, fresh weights), "timm:NAME" (pretrained
             features), or any source of `load_encoder`; each with its own preprocessing.
         note: how the split was made, for the protocol.
+        options: hyper-parameters of the probes by name, as of `Protocol`: k, temperature, grid, shots, draws, queries.
 
     Returns:
         A dict that JSON can hold. Always: n_train, n_test, l0, l1, dead (of z on the test images), seeds, protocol (text).
@@ -82,40 +87,67 @@ def evaluate(
         >>> report["n_train"], 0 <= report["knn_z"] <= 1, report["protocol"].split(";")[0]
         (100, True, 'kNN: k = 20, cosine, T = 0.07, deterministic')
     """
-    protocol = Protocol(
-        (probes,) if isinstance(probes, str) else probes, seeds, shots=tuple(shots), k=k, temperature=temperature, queries=queries
-    )
+    protocol = Protocol((probes,) if isinstance(probes, str) else probes, seeds, **options)
     budgets = check_budgets(budgets, encoder.config.dim)
     if "pixels" in against and not with_pixels:
         raise UsageError('against: "pixels" needs with_pixels=True (--pixels)')
-    if train.labels is None or test.labels is None:
-        raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
-    train, test = _with_labels(train, "training"), _with_labels(test, "test")
+    train, test, note = _labelled_parts(train, test, limit, note)
     others = {name: _other_encoder(name, encoder) for name in dict.fromkeys(against) if name != "pixels"}
-    if limit is not None and limit < len(train):
-        note = "; ".join(text for text in (f"{limit} of {len(train)} training images, drawn at random", note) if text)
-        train = train.take(torch.randperm(len(train), generator=rng.generator(0, "evaluate"))[:limit].numpy())
-    images = _LabelledSplit(train, test, {"batch_size": batch_size, "num_workers": num_workers, "progress": progress})
-    spaces, y, test_y = images.encode(encoder)
-    report: dict[str, Any] = sparse_densities(spaces["z"][1]) | {"n_train": len(y), "n_test": len(test_y), "seeds": seeds}
-    skipped = {}
-    if with_pixels and (len(y) + len(test_y)) * 3 * math.prod(encoder.config.preprocess.size) > MOST_PIXELS:
-        skipped["pixels"] = "more than 4 GB of raw pixels; measure them on fewer images with limit"
+    images, skipped = _LabelledSplit(train, test, {"batch_size": batch_size, "num_workers": num_workers, "progress": progress}), {}
+    if with_pixels and len(images) * 3 * math.prod(pixel_size(encoder.config.preprocess)) > MOST_PIXELS:
+        skipped["pixels"] = "more than 2 GB of raw pixels; measure them on fewer images with limit"
         log.warning("raw pixels left out: %s", skipped["pixels"])
-    elif with_pixels:
-        spaces["pixels"] = (pixels(encoder, train), pixels(encoder, test))
-    scores = {space: measure(x, y, test_x, test_y, protocol) for space, (x, test_x) in spaces.items()}
-    for space, of_space in scores.items():
-        report |= of_space.flat(space)
-    sentences = [protocol.describe(len(y), len(test_y), scores["z"].skipped), *([note] if note else []), "encoder frozen, one training run"]
-    report |= {"protocol": "; ".join(sentences), "skipped": skipped | scores["z"].skipped}
-    report["chosen_c"] = {space: of_space.chosen_c for space, of_space in scores.items() if of_space.chosen_c}
-    if budgets:
-        report["curve"] = budget_curve(*spaces["z"], y, test_y, protocol, budgets)
-    report["against"] = {name: images.compare(*other, scores, (y, test_y), protocol) for name, other in others.items()}
+    spaces, y, test_y = images.encode(encoder, with_pixels and not skipped)
+    z = spaces["z"]
+    report: dict[str, Any] = sparse_densities(z[1]) | {"n_train": len(y), "n_test": len(test_y), "seeds": seeds}
+    total = len(protocol.probes) * (len(spaces) + len(budgets) + sum(len(names) for _, names in others.values()))
+    with Watch(total, progress) as watch:
+        scores = {space: measure(*_floats(spaces.pop(space), y, test_y), protocol, watch, space) for space in [*spaces]}
+        for space, of_space in scores.items():
+            report |= of_space.flat(space)
+        sentences = [protocol.describe(len(y), len(test_y), scores["z"].skipped), *_of_pixels(encoder, scores), *([note] if note else [])]
+        report |= {"protocol": "; ".join([*sentences, "encoder frozen, one training run"]), "skipped": skipped | scores["z"].skipped}
+        report["chosen_c"] = {space: of_space.chosen_c for space, of_space in scores.items() if of_space.chosen_c}
+        if budgets:
+            report["curve"] = budget_curve(*z, y, test_y, protocol, budgets, watch)
+        report["against"] = {name: images.compare(name, *other, scores, (y, test_y), protocol, watch) for name, other in others.items()}
     if "pixels" in against and "pixels" in scores:
         report["against"]["pixels"] = {"differences": _differences(scores, {"pixels": scores["pixels"]})}
     return {key: value for key, value in report.items() if value not in ({}, [])}
+
+
+def _labelled_parts(train: Images, test: Images, limit: int | None, note: str) -> tuple[Images, Images, str]:
+    """Training images, at most `limit`, and test images, all with a label, and the note with what was drawn.
+
+    Raises:
+        DataError: no labels, training images of one class, or no test image of a training class.
+    """
+    if train.labels is None or test.labels is None:
+        raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
+    train, test = _with_labels(train, "training"), _with_labels(test, "test")
+    if limit is not None and limit < len(train):
+        note = "; ".join(text for text in (f"{limit} of {len(train)} training images, drawn at random", note) if text)
+        train = train.take(torch.randperm(len(train), generator=rng.generator(0, "evaluate"))[:limit].numpy())
+    if len(np.unique(train.labels)) < 2:  # type: ignore[arg-type]
+        drawn = "" if limit is None else f" (limit: {limit})"
+        raise DataError(f"evaluation: the {len(train)} labelled training images{drawn} are all of one class; expected at least two classes")
+    if not np.isin(test.labels, train.labels).any():  # type: ignore[arg-type]
+        raise DataError(f"evaluation: none of the {len(test)} test images is of a class of the training images")
+    return train, test, note
+
+
+def _floats(parts: tuple[Any, Any], y: Array, test_y: Array) -> tuple[Any, Array, Any, Array]:
+    """Arguments of `measure` from training and test rows; raw pixels become float32 in 0..1."""
+    x, test_x = (part.astype(np.float32) / 255 if getattr(part, "dtype", None) == np.uint8 else part for part in parts)
+    return x, y, test_x, test_y
+
+
+def _of_pixels(encoder: SparseEncoder, scores: dict[str, Scores]) -> list[str]:
+    """A sentence for the protocol if raw pixels were measured at another size than that of the input."""
+    (height, width), size = pixel_size(encoder.config.preprocess), encoder.config.preprocess.size
+    if "pixels" not in scores or (height, width) == size:
+        return []
+    return [f"raw pixels: {height} x {width}, shrunk from {size[0]} x {size[1]}"]
 
 
 def _with_labels(images: Images, role: str) -> Images:
@@ -138,32 +170,42 @@ class _LabelledSplit:
     options: dict[str, Any]
     """How images are encoded: batch_size, num_workers, progress."""
 
-    def encode(self, encoder: SparseEncoder) -> tuple[dict[str, tuple[Any, Any]], Array, Array]:
-        """Training and test rows of z (sparse) and of features (dense), and the labels of both."""
-        (features, z, y), (test_features, test_z, test_y) = (
-            encode_sparse(encoder, images, **self.options) for images in (self.train, self.test)
+    def __len__(self) -> int:
+        return len(self.train) + len(self.test)
+
+    def encode(self, encoder: SparseEncoder, with_pixels: bool = False) -> tuple[dict[str, tuple[Any, Any]], Array, Array]:
+        """Training and test rows of z (sparse), of features (dense) and perhaps of raw pixels (uint8), and the labels of both."""
+        if len(self) * encoder.config.features > MOST_FEATURES:
+            size = 4e-9 * len(self) * encoder.config.features
+            log.warning("the features of %d images take %.1f GB, and probes about three times as much", len(self), size)
+        train, test = (
+            encode_sparse(encoder, images, role, with_pixels=with_pixels, **self.options)
+            for role, images in (("training", self.train), ("test", self.test))
         )
-        return {"z": (z, test_z), "features": (features, test_features)}, y, test_y
+        spaces: dict[str, tuple[Any, Any]] = {"z": (train.z, test.z), "features": (train.features, test.features)}
+        return spaces | ({"pixels": (train.pixels, test.pixels)} if with_pixels else {}), train.labels, test.labels
 
     def compare(
-        self, other: SparseEncoder, names: tuple[str, ...], ours: dict[str, Scores], labels: tuple[Array, Array], protocol: Protocol
-    ) -> dict[str, Any]:
+        self, name: str, other: SparseEncoder, names: tuple[str, ...], ours: dict[str, Scores], labels: tuple[Array, Array],
+        protocol: Protocol, watch: Watch,
+    ) -> dict[str, Any]:  # fmt: skip
         """Entry of "against" in a report: another encoder measured on the same images, and the differences to it.
 
         Args:
-            other: the other encoder.
+            name, other: the other encoder.
             names: its representations to measure.
             ours: scores of the evaluated encoder.
             labels: of the training and test images that the evaluated encoder could read.
             protocol: of both.
+            watch: shows the progress.
         """
         spaces, y, test_y = self.encode(other)
         if not (np.array_equal(y, labels[0]) and np.array_equal(test_y, labels[1])):
             raise DataError("evaluation: the encoders that are compared could not read the same images")
-        theirs = {name: measure(spaces[name][0], y, spaces[name][1], test_y, protocol) for name in names}
+        theirs = {space: measure(spaces[space][0], y, spaces[space][1], test_y, protocol, watch, f"{space} of {name}") for space in names}
         entry: dict[str, Any] = {"l0": spaces["z"][1].l0} if "z" in names else {}
-        for name, scores in theirs.items():
-            entry |= scores.flat(name)
+        for space, scores in theirs.items():
+            entry |= scores.flat(space)
         return entry | {"differences": _differences(ours, theirs)}
 
 
@@ -209,8 +251,9 @@ def check_budgets(asked: Sequence[int] | str, dim: int) -> list[int]:
 
 
 def budget_curve(
-    z: SparseEmbeddings, test_z: SparseEmbeddings, y: Array, test_y: Array, protocol: Protocol, budgets: Sequence[int]
-) -> dict[str, list[Any]]:
+    z: SparseEmbeddings, test_z: SparseEmbeddings, y: Array, test_y: Array, protocol: Protocol, budgets: Sequence[int],
+    watch: Watch | None = None,
+) -> dict[str, list[Any]]:  # fmt: skip
     """Measures of z when only the largest values of each image are kept, in training and in test images.
 
     Returns:
@@ -218,7 +261,7 @@ def budget_curve(
     """
     curve: dict[str, list[Any]] = {"active": list(budgets)}
     for active in budgets:
-        scores = measure(z.top_k(active), y, test_z.top_k(active), test_y, protocol)
+        scores = measure(z.top_k(active), y, test_z.top_k(active), test_y, protocol, watch, f"z with {active} active")
         for name, value in scores.mean.items():
             curve.setdefault(name, []).append(value)
             if name in scores.spread:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError, did_you_mean
 from .probes import PROBES
 from .probes.base import Array, Probe, Rows, Scores, Split, at_least_one, rows
 
-__all__ = ["Protocol", "default_probes", "measure", "probe_names"]
+__all__ = ["Protocol", "Watch", "default_probes", "measure", "probe_names"]
+
+log = logging.getLogger("rlpjepa_zoo")
 
 
 def probe_names() -> tuple[str, ...]:
@@ -29,21 +35,23 @@ class Protocol:
     """How representations are measured.
 
     Args:
-        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`, or ("all",); None for `default_probes`.
+        probes: names of `rlpjepa_zoo.evaluation.probes.PROBES`, or ("all",); or a mapping of such names to hyper-parameters, the fields of the
+            probe's class, such as ``{"knn": {"k": 5}, "linear": {}}``. None for `default_probes`.
         seeds: repetitions of what is random (held-out images of the linear probe, draws of few-shot, first weights and centres), >= 1.
-        options: hyper-parameters of the probes by name: k and temperature (kNN), grid (linear), shots and draws (few-shot), queries (retrieval).
+        options: hyper-parameters by name, for every probe that has a field of this name: k and temperature (kNN), grid (linear), shots and
+            draws (few-shot), queries (retrieval).
 
     Raises:
-        UsageError: an unknown probe, with the nearest name, or a value out of range, also of a probe that is not named.
+        UsageError: an unknown probe or hyper-parameter, with the nearest name, or a value out of range, also of a probe that is not named.
         TypeError: an option that no probe has.
 
     Example:
-        >>> Protocol(("linear", "knn"), k=5).describe(n_train=100, n_test=50).split(";")[0]
+        >>> Protocol({"linear": {}, "knn": {"k": 5}}).describe(n_train=100, n_test=50).split(";")[0]
         'kNN: k = 5, cosine, T = 0.07, deterministic'
     """
 
-    def __init__(self, probes: Sequence[str] | None = None, seeds: int = 3, **options: Any) -> None:
-        registered = probe_names()
+    def __init__(self, probes: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None, seeds: int = 3, **options: Any) -> None:
+        registered, own = probe_names(), probes if isinstance(probes, Mapping) else {}
         names = default_probes() if probes is None else registered if "all" in probes else tuple(probes)
         for name in names:
             if name not in PROBES:
@@ -51,12 +59,16 @@ class Protocol:
                 raise UsageError(f"probes: '{name}' is not a probe.{hint}")
         if not names:
             raise UsageError(f"probes: expected at least one of {', '.join(registered)}, or all")
-        known = {parameter.name for name in registered for parameter in fields(PROBES[name])}
-        if unknown := options.keys() - known:
+        known = {name: [parameter.name for parameter in fields(PROBES[name])] for name in registered}
+        if unknown := options.keys() - {parameter for of_probe in known.values() for parameter in of_probe}:
             raise TypeError(f"options of no probe: {', '.join(sorted(unknown))}")
+        for name, given in own.items():
+            for option in sorted(given.keys() - set(known[name])):
+                hint = did_you_mean(option, known[name]) or f" It has {', '.join(known[name]) or 'none'}."
+                raise UsageError(f"probes.{name}: no option '{option}'.{hint}")
         at_least_one(seeds=seeds)
         # all probes are built, so that every option is checked
-        built = {name: PROBES[name].from_options(options) for name in registered}
+        built = {name: PROBES[name].from_options({**options, **own.get(name, {})}) for name in registered}
         self.probes: dict[str, Probe] = {name: probe for name, probe in built.items() if name in names}
         self.seeds = seeds
 
@@ -72,12 +84,48 @@ class Protocol:
         return "; ".join(sentence for sentence in sentences if sentence)
 
 
-def measure(x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol) -> Scores:
+class Watch:
+    """Shows which probe of which representation is measured: a bar with the time left on a terminal, else a log line for each.
+
+    Args:
+        measurements: number of measurements.
+        shown: False shows nothing.
+
+    Example:
+        >>> with Watch(2, shown=False) as watch:
+        ...     with watch.measuring("kNN of z"):
+        ...         pass
+    """
+
+    def __init__(self, measurements: int, shown: bool) -> None:
+        self.bar = tqdm(total=measurements, desc="measure", unit="probe", disable=None if shown else True, leave=False)
+        self.in_log = shown and self.bar.disable
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    @contextmanager
+    def measuring(self, name: str) -> Iterator[None]:
+        """One measurement."""
+        self.bar.set_description(f"measure {name}")
+        start = time.monotonic()
+        yield
+        self.bar.update()
+        if self.in_log:
+            log.info("measured %s in %.1f s", name, time.monotonic() - start)
+
+
+def measure(x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol, watch: Watch | None = None, name: str = "") -> Scores:
     """Measure one representation by all probes of a protocol.
 
     Args:
         x, test_x: (m, C), (n, C) representations that `rlpjepa_zoo.evaluation.probes.base.rows` accepts.
-        y, test_y: (m,), (n,) labels; rows with a label < 0 are left out.
+        y, test_y: (m,), (n,) labels; rows with a label < 0 are left out. Their size does not matter: probes count distinct labels.
+        protocol: the probes.
+        watch, name: what shows the progress, and the name of the representation there.
 
     Raises:
         DataError: no labelled images, or fewer than two classes.
@@ -85,8 +133,16 @@ def measure(x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol) 
     y, test_y = np.asarray(y), np.asarray(test_y)
     if not (y >= 0).any() or not (test_y >= 0).any():
         raise DataError("evaluation: no labelled images for training, or none for testing")
-    split = Split(rows(x)[y >= 0], y[y >= 0], rows(test_x)[test_y >= 0], test_y[test_y >= 0])
+    (x, y), (test_x, test_y) = _labelled(rows(x), y), _labelled(rows(test_x), test_y)
+    split = Split(x, y, test_x, test_y)
     scores = Scores()
-    for probe in protocol.probes.values():
-        probe.score(split, protocol.seeds, scores)
+    for probe_name, probe in protocol.probes.items():
+        with watch.measuring(f"{probe_name} of {name}") if watch is not None else nullcontext():
+            probe.score(split, protocol.seeds, scores)
     return scores
+
+
+def _labelled(x: Rows, y: Array) -> tuple[Rows, Array]:
+    """The rows with a label, without a copy if all have one."""
+    known = y >= 0
+    return (x, y) if known.all() else (x[known], y[known])

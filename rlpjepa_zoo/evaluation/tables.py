@@ -6,7 +6,10 @@ from typing import Any
 
 from ..core.measures import SPACES, measure_label, measures_of
 
-__all__ = ["accuracy_table"]
+__all__ = ["accuracy_table", "classifier_table"]
+
+_CLASSES = 50
+"""Classes that `classifier_table` lists, at most."""
 
 
 def accuracy_table(report: dict[str, Any]) -> str:
@@ -32,6 +35,33 @@ def accuracy_table(report: dict[str, Any]) -> str:
         lines += [f"{head:<17}" + "".join(f"{value:>7.3f}" for value in curve[m]) for m, head in heads.items() if m in curve]
         lines.append("")
     return "\n".join([*lines, f"{report['n_train']} training and {report['n_test']} test images; {report['protocol']}"])
+
+
+def classifier_table(report: dict[str, Any]) -> str:
+    """Text of a classifier's report: accuracy with its 95 % interval, of all images and of each class, the least accurate classes first.
+
+    Args:
+        report: what `evaluate_classifier` returns.
+    """
+    width = max(24, *(len(name) + 1 for name in report["classes"]))
+    lines = [f"{'':<{width}}{'accuracy':>9}{'95 % interval':>18}{'images':>9}"]
+
+    def row(name: str, share: float, low: float, high: float, n: int) -> str:
+        return f"{name:<{width}}{share:>9.3f}{f'{low:.3f} to {high:.3f}':>18}{n:>9,}"
+
+    for key, name in (("top1", "top-1"), ("top5", "top-5")):
+        if key in report:
+            lines.append(row(name, report[key], report[f"{key}_low"], report[f"{key}_high"], report["n_test"]))
+    lines += [
+        f"{name:<{width}}{report[key]:>9.3f}"
+        for key, name in (("mean_per_class", "mean of the classes"), ("most_frequent", "most frequent class"))
+    ]
+    lines += [f"{'cross-entropy, nats':<{width}}{report['loss']:>9.3f}", ""]
+    worst = sorted(report["classes"].items(), key=lambda entry: entry[1]["accuracy"])
+    lines += [row(name, entry["accuracy"], entry["low"], entry["high"], entry["n"]) for name, entry in worst[:_CLASSES]]
+    if len(worst) > _CLASSES:
+        lines.append(f"and {len(worst) - _CLASSES} classes that are more accurate; --json and --out list all")
+    return "\n".join([*lines, "", f"{report['n_test']} test images; {report['protocol']}"])
 
 
 def _head(measure: str) -> str:

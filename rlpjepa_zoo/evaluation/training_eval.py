@@ -16,7 +16,7 @@ from ..data.images import Images
 from ..data.sources import Source
 from ..errors import DataError
 from ..models.encoder import SparseEncoder
-from .encoding import encode
+from .encoding import Kept, encode
 from .metrics import dead, l0, l1
 from .probes.knn import knn_accuracy
 
@@ -32,13 +32,15 @@ def has_labels(source: Source) -> bool:
 
 @torch.no_grad()
 def during_training(
-    encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> dict[str, float]:
+    encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    kept: Kept | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Density in evaluation mode and, if there are labels, kNN accuracy of features and z; every rank encodes its share of the rows.
 
     Args:
         encoder, source, recipe: of the run.
         autocast: context for the precision of the forward passes.
+        kept: of a run with a frozen backbone, the features of earlier calls.
 
     Returns:
         l0_eval, l1_eval, dead_eval, knn_features, knn_z; empty for a stream without evaluation images.
@@ -53,10 +55,12 @@ def during_training(
             return images
         return images.take(torch.randperm(len(images), generator=rng.generator(recipe.seed, purpose))[:most].sort().values.numpy())
 
-    def encode_on_ranks(images: Images) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_on_ranks(images: Images, part: str) -> tuple[Tensor, Tensor, Tensor]:
         mine = images.take(np.arange(distributed.rank(), len(images), distributed.world_size()))
         with autocast():
-            encoded = encode(encoder, mine, batch, recipe.train.num_workers, allow_empty=True)  # this rank's share may be empty
+            encoded = encode(
+                encoder, mine, batch, recipe.train.num_workers, allow_empty=True, kept=kept, part=part
+            )  # this rank's share may be empty
         features, z, labels = (distributed.gather_rows(tensor.to(encoder.device)).cpu() for tensor in encoded)
         if not len(z):
             raise DataError("none of the images for evaluation can be read")
@@ -68,9 +72,11 @@ def during_training(
         bank, queries = sample(source.train, probe.bank, "bank"), source.eval
     if bank is None:
         return {}
-    features, z, y = encode_on_ranks(bank)
+    features, z, y = encode_on_ranks(bank, "bank")
     leave_one_out = queries is None
-    test_features, test_z, test_y = (features, z, y) if queries is None else encode_on_ranks(sample(queries, probe.eval_images, "eval"))
+    test_features, test_z, test_y = (features, z, y)
+    if queries is not None:
+        test_features, test_z, test_y = encode_on_ranks(sample(queries, probe.eval_images, "eval"), "queries")
     results = {"l0_eval": float(l0(test_z)), "l1_eval": float(l1(test_z)), "dead_eval": float(dead(test_z))}
     if int((y >= 0).sum()) > 1 and bool((test_y >= 0).any()):
         for name, rows, test_rows in (("features", features, test_features), ("z", z, test_z)):

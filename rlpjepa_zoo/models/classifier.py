@@ -6,7 +6,7 @@ The published folder of a classifier on features is an ordinary timm classifier:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from ..errors import NonFiniteError, UsageError
 from ..hub.format import LinearLayer, Projector
 from .base import Layers, PublishedModel, check_float_batch
 from .encoder import EncoderConfig, SparseEncoder
-from .inference import source_batches
+from .inference import Batch, OnError, source_batches
 
 __all__ = ["Classifier", "ClassifierConfig", "Prediction", "head_name", "make_classifier", "plain_timm"]
 
@@ -132,38 +132,59 @@ class Classifier(PublishedModel):
         """Logits (B, C) from the input of the linear layer."""
         return self.head(features)
 
-    @torch.inference_mode()
-    def predict(self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False) -> Prediction:
-        """Classify images, in evaluation mode.
+    def predict(
+        self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise",
+        failures: list[tuple[Any, str]] | None = None,
+    ) -> Prediction:  # fmt: skip
+        """Classify images, in evaluation mode. `probabilities` does it batch by batch; `rlpjepa predict` writes a file.
 
         Args:
             source: as of `SparseEncoder.embed`: a folder, paths, PIL images, a Hugging Face dataset, a preprocessed float tensor (B, 3, H, W), ...
             batch_size: images in a batch, >= 1.
             num_workers: threads that decode images; 0 decodes in the calling thread.
             progress: show a progress bar on stderr.
+            on_error: at an unreadable image, ``raise``, or ``skip`` it and append (id, reason) to `failures`.
+            failures: list that receives the ids of skipped images and the reasons.
 
         Raises:
             DataError: no such images, or an unreadable one.
             NonFiniteError: the classifier gave NaN or infinity.
         """
         ids, parts = [], [torch.zeros(0, len(self.classes))]
-        batches = source_batches(
-            source,
-            self.config.preprocess,
-            self.device,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            progress="predict" if progress else None,
-        )
-        with self.evaluating(), closing(batches):
-            for batch in batches:
-                logits = self(batch.x).float().cpu()
-                if not logits.isfinite().all():
-                    raise NonFiniteError(f"the classifier gave NaN or infinity for the batch that starts at {batch.ids[0]!r}")
+        options: dict[str, Any] = {"num_workers": num_workers, "progress": progress, "on_error": on_error}
+        with closing(self.probabilities(source, batch_size, **options)) as batches:
+            for batch, probabilities in batches:
                 ids += batch.ids
-                parts.append(logits.softmax(1))
+                parts.append(probabilities)
+                if failures is not None:
+                    failures += batch.failures
         probabilities = torch.cat(parts)
         return Prediction(ids, [self.classes[i] for i in probabilities.argmax(1).tolist()], probabilities.numpy())
+
+    def probabilities(
+        self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise", fix: str = ""
+    ) -> Generator[tuple[Batch[Any], Tensor], None, None]:
+        """Batches of images and the class probabilities (n, C) float32 of their n readable images, on the CPU.
+
+        Args:
+            source, batch_size, num_workers, progress, on_error: as of `predict`.
+            fix: appended to the message about an unreadable image.
+        """
+        batches = source_batches(
+            source, self.config.preprocess, self.device, batch_size=batch_size, num_workers=num_workers, on_error=on_error, fix=fix,
+            progress="predict" if progress else None,
+        )  # fmt: skip
+        with closing(batches):
+            for batch in batches:
+                yield batch, self._probabilities(batch) if batch.ids else torch.zeros(0, len(self.classes))
+
+    @torch.inference_mode()
+    def _probabilities(self, batch: Batch[Any]) -> Tensor:
+        with self.evaluating():
+            logits = self(batch.x).float().cpu()
+        if not logits.isfinite().all():
+            raise NonFiniteError(f"the classifier gave NaN or infinity for the batch that starts at {batch.ids[0]!r}")
+        return logits.softmax(1)
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def load_encoder(
     path = resolve(source, revision, token, cache_dir)
     published = read_folder(path)
     if published.classifier is not None:
-        raise ModelError(f"{path}: holds a classifier, not an encoder; use load_classifier")
+        raise ModelError(f"{path}: holds a classifier, not an encoder; use load_classifier, or `rlpjepa predict`")
     verify_folder(path, published)
     options = _encoder_options(published, f"{path}/{CONFIG}")
     recipe = read_recipe(path, published)
@@ -99,10 +99,17 @@ def load_classifier(
     return _load(path, published, build).to(device)
 
 
-def load_published(path: str | Path) -> SparseEncoder | Classifier:
-    """The encoder or the classifier in a published folder, verified."""
-    folder = resolve(path)
-    return load_encoder(folder) if read_folder(folder).classifier is None else load_classifier(folder)
+def load_published(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> SparseEncoder | Classifier:
+    """The encoder or the classifier of a source, whichever it holds, verified; arguments and errors as of `load_encoder`."""
+    folder = resolve(source, revision, token, cache_dir)
+    load = load_encoder if read_folder(folder).classifier is None else load_classifier
+    return load(folder, device=device)
 
 
 def verify_entry(name: str, root: str | Path | None = None, online: bool = False) -> Path:

@@ -22,8 +22,7 @@ from ..evaluation.intervals import share_interval
 from ..evaluation.probes.knn import knn_accuracy
 from ..hub.card_figures import ACCENT
 from .charts import Chart, Level, Line, density, histogram, quantile_plot, ranked
-from .page import Figure, Section, Table, Tile, TileRow, percent, picture, three_digits
-from .plots import sheet, thumbnail
+from .page import Figure, Section, Table, Tile, TileRow, percent, picture, sheet, three_digits, thumbnail
 
 __all__ = ["Sample", "law_section", "neighbours_section", "rates_section", "units_section"]
 

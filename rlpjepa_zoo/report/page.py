@@ -1,4 +1,4 @@
-"""The blocks of a report page, and their rendering by the template report.html.j2."""
+"""The blocks of a report page, their rendering by the template report.html.j2, and thumbnails of images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from functools import cache
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..data.images import Images
 from .charts import Chart
 
 __all__ = [
-    "Figure", "Header", "Key", "Origin", "Picture", "Section", "Table", "Tile", "TileRow", "percent", "picture", "render", "three_digits",
+    "Figure", "Header", "Key", "Origin", "Picture", "Section", "Table", "Tile", "TileRow", "percent", "picture", "render", "sheet", "three_digits",
+    "thumbnail",
 ]  # fmt: skip
 
 
@@ -128,6 +130,21 @@ def picture(image: Image.Image, alt: str) -> Picture:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return Picture("data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), alt, image.width, image.height)
+
+
+def thumbnail(images: Images, row: int, side: int = 64) -> Image.Image:
+    """The middle square of an image, scaled to side x side pixels; small images are enlarged without smoothing."""
+    image = images.read(row)
+    method = Image.Resampling.NEAREST if min(image.size) <= side else Image.Resampling.BICUBIC
+    return ImageOps.fit(image, (side, side), method)
+
+
+def sheet(images: Images, rows: Sequence[int], across: int = 4, down: int = 2, side: int = 64) -> Image.Image:
+    """Thumbnails of some images on white, from left to right and top to bottom."""
+    canvas = Image.new("RGB", (across * (side + 2), down * (side + 2)), "white")
+    for cell, row in enumerate(rows[: across * down]):
+        canvas.paste(thumbnail(images, row, side), (cell % across * (side + 2) + 1, cell // across * (side + 2) + 1))
+    return canvas
 
 
 def percent(share: float) -> str:

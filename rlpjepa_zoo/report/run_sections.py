@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ..config.finetune import TuningRecipe
+from ..config.pretrain import Recipe
 from ..evaluation.intervals import share_interval
 from ..hub.card_figures import ACCENT, INK, SECOND
 from ..training.run_dir import RunFiles
@@ -12,11 +14,11 @@ from .charts import Level, Line, curves
 from .encoder_sections import Sample
 from .page import Figure, Header, Key, Origin, Section, Table, percent, three_digits
 
-__all__ = ["header", "origin", "training_section"]
+__all__ = ["classifier_header", "header", "origin", "training_section"]
 
 
-def header(run: RunFiles, sample: Sample | None, missing: str, figures: dict[str, Any]) -> Header:
-    """Name and state of the run, warnings and key figures.
+def header(run: RunFiles[Recipe], sample: Sample | None, missing: str, figures: dict[str, Any]) -> Header:
+    """Name and state of a pretraining run, warnings and key figures.
 
     Args:
         run: files of the run.
@@ -24,29 +26,51 @@ def header(run: RunFiles, sample: Sample | None, missing: str, figures: dict[str
         missing: why there are none, in one line.
         figures: main figures, see `rlpjepa_zoo.report.report.write_report`.
     """
+    encoder = run.recipe.encoder
+    lead = f"{encoder.backbone}, {encoder.dim:,} dimensions; {_state(run, figures)}"
+    warnings = [*_warnings(run, sample.unreadable if sample is not None else 0, sample.split if sample is not None else "", figures)]
+    return Header(run.recipe.name, lead, warnings, missing, list(_keys(run, sample, figures)))
+
+
+def classifier_header(run: RunFiles[TuningRecipe], missing: str, unreadable: int, figures: dict[str, Any]) -> Header:
+    """Name and state of a fine-tuning run, warnings and key figures.
+
+    Args:
+        run: files of the run.
+        missing: why the classifier was not measured, in one line.
+        unreadable: images that were chosen for the page and cannot be read.
+        figures: main figures, see `rlpjepa_zoo.report.report.write_report`.
+    """
+    lead = f"{run.recipe.start.input} of {run.recipe.start.name}; {_state(run, figures)}"
+    warnings = [*_warnings(run, unreadable, figures.get("split", ""), figures)]
+    return Header(run.recipe.name, lead, warnings, missing, [*_accuracy_keys(figures), *_progress_keys(run, figures)])
+
+
+def _state(run: RunFiles[Any], figures: dict[str, Any]) -> str:
+    """Data, length and state of a run."""
     recipe, step, steps = run.recipe, figures["step"], figures["steps"]
     if figures["finished"]:
         state = f"finished after {step:,} steps"
     else:
         state = f"at step {step:,} of {steps:,} ({100 * step / steps:.0f}\N{NO-BREAK SPACE}%), not finished"
-    lead = f"{recipe.encoder.backbone}, {recipe.encoder.dim:,} dimensions; {recipe.data.label()}; {recipe.train.epochs:g} epochs; {state}"
-    return Header(recipe.name, lead, list(_warnings(run, sample, figures)), missing, list(_keys(run, sample, figures)))
+    return f"{recipe.data.label()}; {recipe.train.epochs:g} epochs; {state}"
 
 
-def _warnings(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iterator[str]:
+def _warnings(run: RunFiles[Any], unreadable: int, split: str, figures: dict[str, Any]) -> Iterator[str]:
     for sentence in figures["alarms"]:
         yield f"{sentence[0].upper()}{sentence[1:]}."
     if run.damaged:
         lines = "1 line" if run.damaged == 1 else f"{run.damaged} lines"
         yield f"{lines} of metrics.jsonl cannot be read and are left out (a run that is killed may leave its last line cut short)."
-    if sample is not None and sample.unreadable:
-        yield f"{sample.unreadable:,} of the {sample.split} images chosen for this page cannot be read and are left out."
-    encoder_step = figures.get("encoder_step")
-    if encoder_step is not None and encoder_step != figures["step"]:
-        yield f"The encoder measured here was published at step {encoder_step:,}; the curves go to step {figures['step']:,}."
+    if unreadable:
+        yield f"{unreadable:,} of the {split} images chosen for this page cannot be read and are left out."
+    measured_step = figures.get("measured_step")
+    if measured_step is not None and measured_step != figures["step"]:
+        noun = "classifier" if isinstance(run.recipe, TuningRecipe) else "encoder"
+        yield f"The {noun} measured here was published at step {measured_step:,}; the curves go to step {figures['step']:,}."
 
 
-def _keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
+def _keys(run: RunFiles[Recipe], sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
     yield from _density_keys(run, sample, figures)
     scored = f"{_scored(run, figures)} images"
     for key, name in (("knn_z", "kNN accuracy of z"), ("knn_features", "kNN accuracy of features")):
@@ -59,6 +83,27 @@ def _keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iter
     if figures["excess"] is not None:
         note = f"sliced W2², last batch logged, n = {run.recipe.train.batch_size:,} images"
         yield Key("Distance above its floor", f"{figures['excess']:.2g}", note)
+    yield from _progress_keys(run, figures)
+
+
+def _accuracy_keys(figures: dict[str, Any]) -> Iterator[Key]:
+    """Accuracy of a classifier: measured for the page, and by the run."""
+    if "accuracy" in figures:
+        interval = f"95 % interval {100 * figures['accuracy_low']:.1f} to {100 * figures['accuracy_high']:.1f}"
+        yield Key("Top-1 accuracy", percent(figures["accuracy"]), f"{interval}; n = {figures['images']:,} {figures['split']} images")
+        yield Key(
+            "Mean of the classes", percent(figures["mean_per_class"]), f"accuracy of each of {figures['classes']:,} classes, averaged"
+        )
+    noted = "" if figures["n_test"] is None else f"n = {figures['n_test']:,} images, "
+    for key, name in (("top1", "Top-1"), ("top5", "Top-5")):
+        if figures[key] is not None:
+            yield Key(f"{name} of the run", percent(figures[key]), f"{noted}by the run itself")
+    if figures["loss"] is not None:
+        yield Key("Cross-entropy", three_digits(figures["loss"]), f"nats; {noted}by the run itself")
+
+
+def _progress_keys(run: RunFiles[Any], figures: dict[str, Any]) -> Iterator[Key]:
+    """Speed, skipped steps and unreadable images."""
     if figures["images_per_second"] is not None:
         rows = len(run.series("images_per_second", "train")[1])
         yield Key("Images per second", f"{figures['images_per_second']:,.0f}", f"median of n = {rows:,} log rows")
@@ -68,7 +113,7 @@ def _keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iter
         yield Key("Images that cannot be read", f"{figures['bad_images']:,}", "each counted once; see bad_images.jsonl")
 
 
-def _density_keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
+def _density_keys(run: RunFiles[Recipe], sample: Sample | None, figures: dict[str, Any]) -> Iterator[Key]:
     asked = figures["density_asked"]
     if asked is not None:
         yield Key("Density asked for", f"{asked:.3g}", "target.density")
@@ -90,7 +135,7 @@ def _density_keys(run: RunFiles, sample: Sample | None, figures: dict[str, Any])
         yield Key("Dead dimensions", percent(figures["dead_eval"]), f"zero in {scored}, by the run itself")
 
 
-def _scored(run: RunFiles, figures: dict[str, Any]) -> str:
+def _scored(run: RunFiles[Recipe], figures: dict[str, Any]) -> str:
     """Number of images in the run's own evaluation, or its upper bound."""
     return f"n = {figures['scored']:,}" if figures["scored"] else f"n ≤ {max(run.recipe.probe.eval_images, run.recipe.probe.bank):,}"
 
@@ -115,24 +160,28 @@ _IN_PANELS = {"loss", "invariance", "matching", "l0", "dead", "probe_z", "probe_
 """Numbers of training rows that the charts below show. Any other number is a term of the objective and gets a chart under its own name."""
 
 
-def training_section(run: RunFiles, figures: dict[str, Any]) -> Section:
+def training_section(run: RunFiles[Any], figures: dict[str, Any]) -> Section:
     """One small chart per quantity that the run logged."""
-    panels = [panel for panel in (*_objective_panels(run), *_measure_panels(run, figures), *_speed_panels(run)) if panel.lines]
+    if isinstance(run.recipe, TuningRecipe):
+        measured = [*_classifier_panels(run, figures)]
+    else:
+        measured = [*_objective_panels(run), *_measure_panels(run, figures)]
+    panels = [panel for panel in (*measured, *_speed_panels(run)) if panel.lines]
     charts = [Figure(p.title, curves(_in_words(p), p.lines, p.levels, p.log, p.zero), p.note) for p in panels]
     return Section("Training", figures=charts)
 
 
-def _line(run: RunFiles, key: str, label: str, color: str = ACCENT, kind: str = "train") -> list[Line]:
+def _line(run: RunFiles[Any], key: str, label: str, color: str = ACCENT, kind: str = "train") -> list[Line]:
     """The curve of a logged number, if there are values."""
     steps, values = run.series(key, kind)
     return [Line(label, steps, values, color, dots=kind == "eval")] if steps else []
 
 
-def _batch(run: RunFiles) -> str:
+def _batch(run: RunFiles[Any]) -> str:
     return f"n = {run.recipe.train.batch_size:,} images a batch"
 
 
-def _objective_panels(run: RunFiles) -> Iterator[_Panel]:
+def _objective_panels(run: RunFiles[Recipe]) -> Iterator[_Panel]:
     """The loss and its terms, as the objective names them."""
     n, floor = _batch(run), run.last("floor")
     floors = [Level("floor of a finite batch", floor)] if floor is not None and floor > 0 else []
@@ -146,7 +195,7 @@ def _objective_panels(run: RunFiles) -> Iterator[_Panel]:
         yield _Panel(key, f"term of the objective; {n}", _line(run, key, key), [], zero=False)
 
 
-def _measure_panels(run: RunFiles, figures: dict[str, Any]) -> Iterator[_Panel]:
+def _measure_panels(run: RunFiles[Recipe], figures: dict[str, Any]) -> Iterator[_Panel]:
     """Density, accuracy and dead dimensions."""
     n, scored, theory = _batch(run), _scored(run, figures), figures["density_theory"]
     asked = ", as asked" if figures["density_asked"] is not None else ""
@@ -160,7 +209,16 @@ def _measure_panels(run: RunFiles, figures: dict[str, Any]) -> Iterator[_Panel]:
     yield _Panel("Dead dimensions", f"share that is 0 in every image; {n}, {scored} in evaluation", dead, [])
 
 
-def _speed_panels(run: RunFiles) -> Iterator[_Panel]:
+def _classifier_panels(run: RunFiles[TuningRecipe], figures: dict[str, Any]) -> Iterator[_Panel]:
+    """Loss and accuracy of a classifier."""
+    noted = f"{_batch(run)}; evaluation: " + ("-" if figures["n_test"] is None else f"n = {figures['n_test']:,} images")
+    loss = _line(run, "loss", "training batches") + _line(run, "loss", "evaluation", INK, "eval")
+    yield _Panel("Loss", f"cross-entropy in nats; {noted}", loss, [], zero=False)
+    top1 = _line(run, "top1_train", "top-1, training batches") + _line(run, "top1", "top-1, evaluation", INK, "eval")
+    yield _Panel("Accuracy", noted, top1 + _line(run, "top5", "top-5, evaluation", SECOND, "eval"), [])
+
+
+def _speed_panels(run: RunFiles[Any]) -> Iterator[_Panel]:
     """Gradient norm, learning rate and throughput."""
     yield _Panel("Norm of the gradient", "before clipping, if there is any", _line(run, "grad_norm", "norm"), [], log=True, zero=False)
     yield _Panel("Learning rate", "", _line(run, "lr", "learning rate"), [])
@@ -176,9 +234,8 @@ def _in_words(panel: _Panel) -> str:
 # --- origin ---------------------------------------------------------------------------------------------------------------------------
 
 
-def origin(run: RunFiles, sample: Sample | None, command: str) -> Origin:
+def origin(run: RunFiles[Any], info: dict[str, Any], command: str) -> Origin:
     """Recorded facts and versions, the recipe, and the command that makes the page."""
-    info = sample.info if sample is not None else run.info
     facts = [(str(key), str(value)) for key, value in (info.get("training") or {}).items()]
     versions = run.summary.get("versions") or info.get("versions") or {}
     facts += [("versions", ", ".join(f"{key} {value}" for key, value in versions.items()))] if versions else []

@@ -9,10 +9,11 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
+from ..config.finetune import TuningRecipe, load_any
 from ..config.pretrain import Recipe
 from ..core import distributed, files
 from ..errors import DataError, OutputError, UsageError
@@ -179,11 +180,14 @@ class BadImages:
 # --- reading -----------------------------------------------------------------------------------------------------------------------------
 
 
-class RunFiles(NamedTuple):
+R = TypeVar("R", bound=Recipe | TuningRecipe)
+
+
+class RunFiles(NamedTuple, Generic[R]):
     """Contents of a run directory, of a finished or an unfinished run."""
 
     path: Path
-    recipe: Recipe
+    recipe: R
     rows: list[dict[str, Any]]
     damaged: int
     """Lines of metrics.jsonl that cannot be read."""
@@ -230,7 +234,7 @@ def history(log_file: Path) -> list[dict[str, float]]:
     return points
 
 
-def read_run(path: Path) -> RunFiles:
+def read_run(path: Path) -> RunFiles[Any]:
     """Recipe, metrics and summary of a run directory; unreadable lines of metrics.jsonl are counted and left out.
 
     Raises:
@@ -252,7 +256,7 @@ def read_run(path: Path) -> RunFiles:
         raise UsageError(f"{path}/metrics.jsonl: holds no measurement yet; try again after train.log_every steps")
     if not is_number(summary.get("steps")) or summary["steps"] < rows[-1]["step"]:  # left by an earlier, shorter run in this folder
         summary = {}
-    return RunFiles(path, Recipe.load(path / "recipe.yaml", ["hub={}"]), rows, damaged, summary)  # the section hub is not needed
+    return RunFiles(path, load_any(path / "recipe.yaml", ["hub={}"]), rows, damaged, summary)  # the section hub is not needed
 
 
 def _object(text: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torchvision
 from images import png
 from PIL import Image
@@ -18,7 +19,7 @@ from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
-from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set
+from rlpjepa_zoo.evaluation.datasets import SETS, data_section_of, open_set, open_test_images
 from rlpjepa_zoo.evaluation.probes.base import held_out
 
 
@@ -81,8 +82,31 @@ def test_folders_that_cannot_be_split_are_refused(image_folder: Path, tmp_path: 
     Image.new("RGB", (8, 8)).save(image_folder / "blue" / "b.png")
     with refused(DataError, match="no class has two images"):
         open_set(str(image_folder))
-    with refused(RecipeError, match="data.label_column: has no meaning for source 'folder'"):
-        open_set(str(image_folder), ["data.label_column=y"])
+    with refused(UsageError, match="only data.KEY=VALUE"):
+        open_set(str(image_folder), ["train.epochs=3"])
+
+
+@pytest.mark.parametrize(("names", "split"), [(("train",), None), (("train", "test"), "test"), (("train", "validation"), "validation")])
+def test_parquet_files_have_a_test_part_or_are_split(tmp_path: Path, names: tuple[str, ...], split: str | None) -> None:
+    rows = {"photo": [png(i) for i in range(20)], "kind": [i % 2 for i in range(20)]}
+    for name in names:
+        pq.write_table(pa.table(rows), tmp_path / f"{name}-0.parquet")
+    overrides = ["data.image_column=photo", "data.label_column=kind"]
+    assert data_section_of(str(tmp_path), overrides).eval_split == split
+    images = open_set(str(tmp_path), overrides)
+    assert (len(images.train), len(images.test)) == ((16, 4) if split is None else (20, 20))
+    assert ("random fifth (4 of 20 images)" in images.note) == (split is None)
+    tested = open_test_images(str(tmp_path), overrides)
+    assert len(tested.test) == 20 and ("too high" in tested.note) == (split is None)
+
+
+def test_folder_with_test_images_keeps_its_split(image_folder: Path) -> None:
+    (image_folder / "train").mkdir()
+    for name in ("red", "blue"):
+        shutil.move(image_folder / name, image_folder / "train" / name)
+    shutil.copytree(image_folder / "train", image_folder / "val")
+    opened = open_set(str(image_folder))
+    assert (len(opened.train), len(opened.test), opened.note) == (40, 40, "")
 
 
 def test_overrides_say_how_a_folder_of_parquet_files_is_read(tmp_path: Path) -> None:
@@ -107,12 +131,3 @@ def test_cifar100_of_one_label_column_needs_no_column_names(tmp_path: Path) -> N
     assert opened.train.labels is not None and opened.train.labels.tolist() == [1, 0]
     recipe = Recipe.load("cifar100-resnet18", [f"data.path={tmp_path}"])
     assert open_source(recipe.data).images.classes == ["w", "x"]
-
-
-def test_folder_with_test_images_keeps_its_split(image_folder: Path) -> None:
-    (image_folder / "train").mkdir()
-    for name in ("red", "blue"):
-        shutil.move(image_folder / name, image_folder / "train" / name)
-    shutil.copytree(image_folder / "train", image_folder / "val")
-    opened = open_set(str(image_folder))
-    assert (len(opened.train), len(opened.test), opened.note) == (40, 40, "")

@@ -1,6 +1,7 @@
 """`evaluate`: budgets, comparisons, refusals, its report and the card made from it."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from PIL import Image
 from refusals import refused
 
 import rlpjepa_zoo as rz
+from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.images import Images
+from rlpjepa_zoo.data.preprocess import Preprocess
+from rlpjepa_zoo.data.sources import Source
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, ModelError, NonFiniteError, UsageError
 from rlpjepa_zoo.evaluation import encoding
-from rlpjepa_zoo.evaluation.encoding import encode
+from rlpjepa_zoo.evaluation.encoding import Kept, encode
 from rlpjepa_zoo.evaluation.evaluate import _other_encoder, evaluate, with_results
 from rlpjepa_zoo.evaluation.probes.knn import knn_accuracy
+from rlpjepa_zoo.evaluation.training_eval import during_training
 from rlpjepa_zoo.hub import card, card_figures
 from rlpjepa_zoo.hub.folder import read_folder
 from rlpjepa_zoo.models.encoder import SparseEncoder
@@ -214,6 +219,56 @@ def test_evaluation_without_labels_is_refused(small: SparseEncoder, halves: tupl
     for pair in ((unknown, test), (train, unknown)):
         with pytest.raises(DataError, match="no labelled images"):
             evaluate(small, *pair)
+
+
+def test_training_images_of_one_class_and_foreign_test_classes_are_refused(encoder: SparseEncoder, halves: tuple[Images, Images]) -> None:
+    train, test = halves
+    assert train.labels is not None and test.labels is not None
+    with refused(DataError, match="1 labelled training images .limit: 1. are all of one class"):
+        evaluate(encoder, train, test, limit=1)
+    with refused(DataError, match="none of the 20 test images is of a class"):
+        evaluate(encoder, train, Images(test._read, test.ids, test.labels + 2))
+    with refused(DataError, match="all of one class"):
+        evaluate(encoder, train.take(np.flatnonzero(train.labels == 0)), test)
+
+
+def test_class_numbers_as_large_as_product_numbers_give_the_same_report(encoder: SparseEncoder, halves: tuple[Images, Images]) -> None:
+    products = [Images(part._read, part.ids, 10**9 + 10**6 * part.labels) for part in halves if part.labels is not None]
+    assert evaluate(encoder, *products, shots=[1], seeds=1) == evaluate(encoder, *halves, shots=[1], seeds=1)
+
+
+def test_pixels_of_photographs_are_shrunk_and_their_probes_take_little_memory(halves: tuple[Images, Images]) -> None:
+    encoder, few = settled(preprocess=Preprocess((224, 224))).eval(), [half.take(range(0, 20, 2)) for half in halves]
+    options: dict[str, Any] = {"probes": ["knn", "linear"], "grid": (1.0,), "seeds": 1}
+    evaluate(encoder, *few, **options)  # modules that are imported on first use are not counted
+    tracemalloc.start()
+    report = evaluate(encoder, *few, **options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "raw pixels: 32 x 32, shrunk from 224 x 224" in report["protocol"] and report["linear_pixels"] == 1.0
+    assert peak < 6 << 20  # of numpy; at 224 pixels, the rows of these 20 images take 12 MB, and their probes twice as much
+
+
+def test_images_are_read_once_for_all_representations(encoder: SparseEncoder, halves: tuple[Images, Images]) -> None:
+    read: list[str] = []
+
+    def counted(images: Images) -> Images:
+        return Images(lambda i: (read.append(str(images.ids[i])), images._read(i))[1], images.ids, images.labels)
+
+    evaluate(encoder, *map(counted, halves), probes=["knn"])
+    assert len(read) == 40 == len(set(read))
+
+
+def test_features_of_a_frozen_backbone_are_encoded_once(halves: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.load("digits", ["probe.bank=15", "probe.eval_images=12", "encoder.freeze_backbone=true"])
+    encoder, source, kept = settled(), Source(*halves, 20, 2), Kept()
+    first, again = (during_training(encoder, source, recipe, kept=kept) for _ in range(2))
+    assert first == again == during_training(encoder, source, recipe)
+    with torch.no_grad():
+        encoder.projector[0].weight.mul_(-1)
+    changed = during_training(encoder, source, recipe)
+    monkeypatch.setattr(encoder, "both", lambda x: pytest.fail("the backbone ran again"))
+    assert during_training(encoder, source, recipe, kept=kept) == changed and changed["l0_eval"] != first["l0_eval"]
 
 
 # --- the card -----------------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 from clusters import codes, sparse
+from refusals import refused
 from scipy.sparse import csr_array
 
 from rlpjepa_zoo.core.measures import MEASURES, measure_label
 from rlpjepa_zoo.errors import DataError, UsageError
 from rlpjepa_zoo.evaluation.probes import PROBES, base
 from rlpjepa_zoo.evaluation.probes.clustering import clustering
-from rlpjepa_zoo.evaluation.protocol import Protocol, default_probes, measure, probe_names
+from rlpjepa_zoo.evaluation.protocol import Protocol, Watch, default_probes, measure, probe_names
 
 
 def test_sparse_and_dense_rows_give_the_same_scores(rng: np.random.Generator) -> None:
@@ -139,3 +140,38 @@ def test_probe_registered_late_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     late = type("Late", (PROBES["knn"],), {"order": 99})
     monkeypatch.setitem(PROBES._entries, "late", late)
     assert list(Protocol(("late",)).probes) == ["late"] and "late" in Protocol(("all",)).probes and "late" in probe_names()
+
+
+@pytest.mark.parametrize("name", probe_names())
+def test_size_of_class_numbers_does_not_matter(name: str) -> None:
+    y, test_y = np.arange(60) % 3, np.arange(30) % 3
+    x, test_x = np.eye(3, 8)[y] + 0.01, np.eye(3, 8)[test_y] + 0.01
+    large = np.array([5, 10**9, 2**62])
+    protocol = Protocol((name,), seeds=1, shots=(1, 5), draws=5)
+    small, big = (measure(x, of[y], test_x, of[test_y], protocol) for of in (np.arange(3), large))
+    assert big.mean == small.mean and min(big.mean.values()) > 0.99
+
+
+def test_options_of_one_probe_are_checked_against_its_own() -> None:
+    protocol = Protocol({"knn": {"k": 3}, "linear": {"grid": (1.0,)}, "few_shot": {"draws": 7, "shots": (2,)}}, seeds=1)
+    text = protocol.describe(100, 50)
+    assert list(protocol.probes) == ["knn", "linear", "few_shot"]
+    assert "k = 3" in text and "C = 1" in text and "mean of 7 draws" in text and "2-shot" in text
+    with refused(UsageError, match=r"probes.few_shot: no option 'drws'. Did you mean 'draws'"):
+        Protocol({"few_shot": {"drws": 3}})
+    with refused(UsageError, match=r"probes.knn: no option 'shots'. It has k, temperature"):
+        Protocol({"knn": {"shots": 3}})
+    with refused(UsageError, match="k: expected >= 1, got 0"):
+        Protocol({"knn": {"k": 0}})
+    with refused(UsageError, match="Did you mean 'linear'"):
+        Protocol({"linaer": {}})
+
+
+def test_every_measurement_is_named_in_the_log_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    x, y = np.eye(6), np.arange(6) % 2
+    protocol = Protocol(("knn", "retrieval"))
+    for shown, names in ((True, ["knn of z", "retrieval of z"]), (False, [])):
+        caplog.clear()
+        with caplog.at_level("INFO", "rlpjepa_zoo"), Watch(2, shown) as watch:
+            measure(x, y, x, y, protocol, watch, "z")
+        assert [record.message.removeprefix("measured ").partition(" in ")[0] for record in caplog.records] == names

@@ -72,7 +72,8 @@ def knn(bank: Any, bank_labels: Any, x: Any, k: int = 20, temperature: float = 0
         [7]
     """
     bank, x = unit(bank), unit(x)
-    labels = torch.as_tensor(np.asarray(bank_labels))
+    classes, numbers = np.unique(np.asarray(bank_labels), return_inverse=True)
+    class_of = torch.from_numpy(numbers)
     k = min(k, bank.shape[0] - int(leave_one_out))
     if k < 1:
         raise DataError("kNN: a single labelled image has no neighbour that can vote")
@@ -82,8 +83,8 @@ def knn(bank: Any, bank_labels: Any, x: Any, k: int = 20, temperature: float = 0
             cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -torch.inf
         near, columns = _nearest(cosine, k)
         weights = ((near - near.amax(1, keepdim=True)) / temperature).exp()
-        votes = torch.zeros(len(cosine), int(labels.max()) + 1).scatter_add_(1, labels[columns], weights)
-        predicted[start : start + len(cosine)] = votes.numpy().argmax(1)
+        votes = torch.zeros(len(cosine), len(classes)).scatter_add_(1, class_of[columns], weights)
+        predicted[start : start + len(cosine)] = classes[votes.numpy().argmax(1)]
     return predicted
 
 

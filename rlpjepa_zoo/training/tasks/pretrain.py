@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ...core import distributed, package, rng
 from ...data.images import Images
 from ...data.sources import Source
 from ...errors import RecipeError
+from ...evaluation.encoding import Kept
 from ...evaluation.metrics import alarms, batch_metrics
 from ...evaluation.training_eval import during_training, has_labels
 from ...models.encoder import SparseEncoder
@@ -28,6 +30,8 @@ from .online_probes import EncoderWithProbes, ProbedOutput
 from .task import Autocast, Best, Description, Logged, Step, Task, largest_over_ranks
 
 __all__ = ["PretrainTask", "build_objective", "train"]
+
+log = logging.getLogger("rlpjepa_zoo")
 
 _MAX_ALL_ZERO = 3
 """Logged steps in a row with all embeddings zero that end a run: ReLU passes no gradient at zero."""
@@ -80,6 +84,8 @@ class PretrainTask(Task):
         self.every_epochs = recipe.probe.every_epochs
         self.all_zero = 0
         """Logged steps in a row with all embeddings zero."""
+        self.kept = Kept() if recipe.encoder.freeze_backbone else None
+        """Features of the images that measure a frozen backbone's projector."""
 
     def setup(self, source: Source) -> None:
         """Refuse `train.best` by kNN without labels; build the encoder."""
@@ -87,6 +93,8 @@ class PretrainTask(Task):
         if best in ("knn_z", "knn_features") and not has_labels(source):
             raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
         self.source = source
+        if source.eval is None and isinstance(source.train, Images):
+            log.info("no evaluation images: density and kNN are measured on training images, each scored by the votes of the others")
         self.core = build_encoder(self.recipe)
 
     def module(self) -> nn.Module:
@@ -126,7 +134,7 @@ class PretrainTask(Task):
         ))  # fmt: skip
 
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
-        return during_training(artifact, self.source, self.recipe, autocast)
+        return during_training(artifact, self.source, self.recipe, autocast, self.kept)
 
     def describe(
         self, metrics: Mapping[str, float], training: Mapping[str, Any] | None = None, log_file: Path | None = None, final: bool = True
@@ -142,7 +150,7 @@ class PretrainTask(Task):
     def _record(self, metrics: Mapping[str, float], density: float | None) -> dict[str, Any]:
         """What the card says about recipe, data, target, density and kNN accuracy."""
         recipe, cfg = self.recipe, self.core.backbone.pretrained_cfg
-        held_out = self._held_out() is not None
+        held_out = self.source.eval is not None
         law: dict[str, Any] = {}
         if recipe.target is not None:
             mu, sigma = recipe.target.law()

@@ -12,7 +12,7 @@ from ..errors import DataError, UsageError, first_line
 from .ids import object_array, python_values
 
 __all__ = [
-    "RESERVED", "Columns", "check_names", "column_dict", "columns_from_arrow", "columns_of", "columns_to_arrow", "pack_columns", "unpack_columns",
+    "RESERVED", "Columns", "check_names", "column_dict", "columns_from_arrow", "columns_of", "columns_to_arrow", "python_objects", "pack_columns", "unpack_columns",
 ]  # fmt: skip
 
 Columns = dict[str, np.ndarray[Any, Any]]
@@ -95,8 +95,19 @@ def columns_from_arrow(table: Any) -> Columns:
         if (numbers and not column.null_count) or kind.is_timestamp(column.type):
             columns[name] = column.to_numpy()
         else:
-            columns[name] = object_array(column.to_pylist())
+            columns[name] = python_objects(column)
     return columns
+
+
+def python_objects(column: Any) -> np.ndarray[Any, Any]:
+    """The values of an Arrow column as Python objects. Equal values of a dictionary are one object, so a repeated long text takes no memory."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(column.type) or not column.num_chunks:
+        return object_array(column.to_pylist())
+    whole = pa.concat_arrays(column.unify_dictionaries().chunks)
+    values = object_array([*whole.dictionary.to_pylist(), None])
+    return values[whole.indices.fill_null(len(values) - 1).to_numpy()]
 
 
 def pack_columns(columns: Columns) -> np.ndarray[Any, Any]:

@@ -87,10 +87,8 @@ def _id(row: int, value: Any) -> str | int:
             return text if isinstance(text, str) else text.decode()
         except UnicodeDecodeError as error:
             raise DataError(f"ids: row {row} has {_short(value)}, which is not UTF-8; decode it first") from error
-    missing = value is None or value != value or str(value) in ("<NA>", "NaT")
-    raise DataError(
-        f"ids: row {row} has {'no id' if missing else _short(value)}{f' ({value})' if missing else ''}; expected text or an integer"
-    )
+    missing = str(value) in ("None", "nan", "<NA>", "NaT")  # pandas's NA can neither be compared nor taken for true or false
+    raise DataError(f"ids: row {row} has {f'no id ({value})' if missing else _short(value)}; expected text or an integer")
 
 
 def _integers(values: list[int]) -> np.ndarray[Any, Any]:

@@ -22,7 +22,7 @@ from .columns import columns_to_arrow, pack_columns, unpack_columns
 from .csr import number_array
 from .ids import pack_text, unpack_text
 from .parquet import HEADER, NO_HEADER, read_parquet, too_large, write_table
-from .seal import BLANK, intact, seal
+from .seal import BLANK, KEY, intact, seal
 
 __all__ = ["SUFFIXES", "Arrays", "Values", "arrow_table", "read", "write"]
 
@@ -34,6 +34,7 @@ INT32_LIMIT = 2**31
 SUFFIXES = (".safetensors", ".npz", ".parquet")
 _ALLOWANCE, _EXPANSION = 1 << 28, 256
 """A file may ask for this many bytes of memory, or for this many times its own size. More is a file made to fill the memory."""
+_NPZ_ENTRIES = {"format", "shape", "data", "indices", "indptr", "header", "ids", "id_text", "id_ends", "columns"}
 
 Values = Literal["float32", "float16", "uint8"]
 """Types in which values can be saved."""
@@ -143,7 +144,7 @@ def _write_safetensors(path: Path, rows: Arrays, encoded: dict[str, np.ndarray[A
     from safetensors.numpy import save
 
     arrays = {"indptr": rows.indptr, **encoded, **_packed(rows)}
-    path.write_bytes(save(arrays, metadata={HEADER: json.dumps(_header(rows) | {"sha256": BLANK})}))  # the checksum is last, see `seal`
+    path.write_bytes(save(arrays, metadata={HEADER: json.dumps(_header(rows) | {KEY: BLANK})}))
     seal(path)
 
 
@@ -246,8 +247,9 @@ def _read_npz(file: BinaryIO) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         if (asked := sum(entry.file_size for entry in entries.values())) > most_bytes(size):
             raise DataError(f"asks for {asked:,} bytes of memory, the limit for a file of this size is {most_bytes(size):,}")
-        wanted = ("indptr", "indices", "data", "header", "ids", "id_text", "id_ends", "columns")
-        arrays = {name: _npy(archive.read(entries[name])) for name in wanted if name in entries}
+        if unknown := entries.keys() - _NPZ_ENTRIES:  # the CRC of an entry does not cover its name
+            raise DataError(f"damaged or not embeddings: unexpected entry {min(unknown)[:60]!r}")
+        arrays = {name: _npy(archive.read(entries[name])) for name in _NPZ_ENTRIES - {"format", "shape"} if name in entries}
     arrays["values"] = arrays.pop("data")
     columns = unpack_columns(arrays.pop("columns")) if "columns" in arrays else {}
     return json.loads(str(arrays.pop("header"))), arrays, columns

@@ -14,9 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
-from .columns import columns_from_arrow
-from .ids import object_array
-from .seal import BLANK, intact, seal
+from .columns import columns_from_arrow, python_objects
+from .seal import BLANK, KEY, intact, seal
 
 __all__ = ["HEADER", "NO_HEADER", "read_parquet", "write_table"]
 
@@ -24,8 +23,6 @@ HEADER = "rlpjepa_zoo"
 """Key of the header in the metadata."""
 NO_HEADER: dict[str, Any] = {}
 """In place of the header that another program dropped."""
-_SEAL = "rlpjepa_zoo.sha256"
-"""Key of the checksum, which only the file has, not the schema inside it: a program that writes the table again copies it into the schema."""
 
 
 def write_table(table: Any, path: Path, dense: bool = False) -> None:
@@ -41,7 +38,7 @@ def write_table(table: Any, path: Path, dense: bool = False) -> None:
     how: dict[str, Any] = {"compression": "none", "use_dictionary": False} if dense else {"compression": "zstd"}
     with open(path, "wb") as file, pq.ParquetWriter(file, table.schema, write_page_checksum=True, **how) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({_SEAL: BLANK})
+        writer.add_key_value_metadata({KEY: BLANK})
     seal(path)
 
 
@@ -103,46 +100,38 @@ def _check_size(metadata: Any, most_bytes: int) -> None:
 
 
 def _written_again(metadata: Any) -> bool:
-    """Whether another program read the table and wrote it with the metadata of the old file, whose checksum is not that of the new file."""
+    """Whether another program read the table and wrote it with the metadata of the old file, whose checksum is not that of the new file.
+
+    Arrow then copies the checksum into the schema, where we do not write it.
+    """
     import pyarrow as pa
 
     stored = metadata.metadata or {}
     if b"ARROW:schema" not in stored:
-        return True
+        return False
     schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored[b"ARROW:schema"])))
-    return _SEAL.encode() in (schema.metadata or {})
+    return KEY.encode() in (schema.metadata or {})
 
 
 def _arrays(table: Any) -> dict[str, Any]:
-    indices, values = _lists(table["indices"], "indices"), _lists(table["values"], "values")
-    if not indices.offsets.equals(values.offsets):
-        differing = np.diff(indices.offsets.to_numpy()) != np.diff(values.offsets.to_numpy())
-        raise DataError(f"row {int(np.flatnonzero(differing)[0])}: indices and values have different lengths")
-    arrays = {
-        "indptr": indices.offsets.to_numpy(),
-        "indices": _numbers(indices.values, "indices"),
-        "values": _numbers(values.values, "values"),
-        "ids": _ids(table["id"]),
-    }
+    (counts, indices), (value_counts, values) = (_lists(table[name], name) for name in ("indices", "values"))
+    if not np.array_equal(counts, value_counts):
+        raise DataError(f"row {int(np.flatnonzero(counts != value_counts)[0])}: indices and values have different lengths")
+    indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    arrays = {"indptr": indptr, "indices": indices, "values": values, "ids": _ids(table["id"])}
     if "scale" in table.column_names:
-        arrays["scale"] = _numbers(_whole(table["scale"]), "scale")
+        arrays["scale"] = _numbers(table["scale"].chunks, table["scale"].type, "scale")
     return arrays
 
 
-def _whole(column: Any) -> Any:
-    """A chunked column as one array."""
-    import pyarrow as pa
-
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
-def _lists(column: Any, name: str) -> Any:
-    """A column of lists of any kind as one large list array whose offsets start at 0.
+def _lists(column: Any, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Length of each list of a column, and the elements of all lists. The lists may be of any kind that Arrow knows.
 
     Raises:
-        DataError: it is no column of lists, or a row is null.
+        DataError: it is no column of lists of numbers, or a row is null.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     inner = getattr(column.type, "value_type", None)
     if inner is None or pa.types.is_dictionary(column.type):
@@ -150,17 +139,22 @@ def _lists(column: Any, name: str) -> Any:
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy())[0])
         raise DataError(f"row {row}: column '{name}' has no value (null); an embedding without entries is an empty list")
-    if pa.types.is_dictionary(inner):
-        inner = inner.value_type
-    lists = _whole(column.cast(pa.large_list(inner)))
-    offsets = lists.offsets.to_numpy()
-    return pa.LargeListArray.from_arrays(pa.array(offsets - offsets[0]), lists.values.slice(offsets[0], offsets[-1] - offsets[0]))
+    counts = [pc.list_value_length(chunk).to_numpy() for chunk in column.chunks]
+    return np.concatenate([np.zeros(0, np.int64), *counts]), _numbers([chunk.flatten() for chunk in column.chunks], inner, name)
 
 
-def _numbers(array: Any, name: str) -> np.ndarray[Any, Any]:
-    if array.null_count:
+def _numbers(chunks: list[Any], kind: Any, name: str) -> np.ndarray[Any, Any]:
+    """The numbers of Arrow arrays of one type, which may be a dictionary of numbers."""
+    import pyarrow as pa
+
+    if any(chunk.null_count for chunk in chunks):
         raise DataError(f"column '{name}' holds null in place of a number")
-    return np.asarray(array.to_numpy(zero_copy_only=False))
+    if pa.types.is_dictionary(kind):
+        chunks, kind = [chunk.dictionary_decode() for chunk in chunks], kind.value_type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise DataError(f"column '{name}': expected numbers, got {kind}")
+    dtype = np.int64 if pa.types.is_null(kind) else kind.to_pandas_dtype()  # lists that are all empty have no type
+    return np.concatenate([np.zeros(0, dtype), *(chunk.to_numpy(zero_copy_only=False).astype(dtype, copy=False) for chunk in chunks)])
 
 
 def _ids(column: Any) -> Any:
@@ -173,7 +167,4 @@ def _ids(column: Any) -> Any:
 
     if column.null_count:
         raise DataError(f"row {int(np.flatnonzero(column.is_null().to_numpy())[0])}: no id (null)")
-    ids = _whole(column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column)
-    if pa.types.is_dictionary(ids.type):
-        return object_array(ids.dictionary.to_pylist())[ids.indices.to_numpy()]
-    return ids.to_numpy() if pa.types.is_integer(ids.type) else object_array(ids.to_pylist())
+    return column.to_numpy() if pa.types.is_integer(column.type) else python_objects(column)

@@ -11,12 +11,16 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["BLANK", "intact", "seal"]
+__all__ = ["BLANK", "KEY", "intact", "seal"]
 
 _MARK = b"sha256-of-this-file:"
 _DIGITS = 64
 BLANK = _MARK.decode() + "0" * _DIGITS
-"""Text that a writer puts into the header; `seal` fills it in."""
+"""Text that a writer puts under a key into the header; `seal` fills it in."""
+KEY = "rlpjepa_zoo.sha256"
+"""The key: in safetensors, of the JSON header; in parquet, of the metadata."""
+_PLACES = (rb"\"%b\": \"%b" % (KEY.encode(), _MARK), b"%b\x18%c%b" % (KEY.encode(), len(BLANK), _MARK))
+"""Key and mark as the two formats write them: JSON inside JSON, and two fields of Thrift. Text of the user is escaped differently."""
 _MOST_HEADER = 1 << 27
 """Largest header that is searched, in bytes; safetensors allows 100 MB."""
 _CHUNK = 1 << 20
@@ -44,7 +48,7 @@ def intact(file: BinaryIO) -> bool | None:
 
 
 def _place(file: BinaryIO) -> int | None:
-    """Offset of the digits: after the last mark, as a mark before it can only be text of the user."""
+    """Offset of the digits."""
     size = file.seek(0, os.SEEK_END)
     if size < 16:
         return None
@@ -59,9 +63,9 @@ def _place(file: BinaryIO) -> int | None:
     if begin < 8 or length > min(_MOST_HEADER, size - begin):
         return None
     file.seek(begin)
-    found = file.read(length).rfind(_MARK)
-    place = begin + found + len(_MARK)
-    return place if found >= 0 and place + _DIGITS <= begin + length else None
+    header = file.read(length)
+    ends = [found + len(place) for place in _PLACES if (found := header.rfind(place)) >= 0]
+    return begin + ends[-1] if ends and ends[-1] + _DIGITS <= length else None
 
 
 def _digest(file: BinaryIO, place: int) -> bytes:

@@ -121,6 +121,7 @@ def _check_out(out: Path, to_file: bool, overwrite: bool) -> None:
 
 def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extraction, progress: bool) -> dict[str, Any]:
     """Embed into one file. All embeddings are in memory until it is written."""
+    from ..embedding.parts import with_arrow_ids
     from ..sparse.columns import check_names
 
     check_names(feed.columns)
@@ -131,6 +132,8 @@ def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extr
     )  # fmt: skip
     if failures and not len(embeddings):
         raise DataError(f"none of the {len(failures)} images can be read; the first: {failures[0][1]}")
+    if out.suffix.lower() == ".parquet":
+        embeddings = with_arrow_ids(embeddings)
     embeddings.save(out, values=how.values)
     n, dim = embeddings.shape
     if failures:

@@ -15,7 +15,7 @@ from ..sparse.folder import empty_part_path, part_path
 from ..sparse.io import Values
 from ..sparse.parquet import HEADER, write_table
 
-__all__ = ["arrow_text", "write_part"]
+__all__ = ["arrow_text", "with_arrow_ids", "write_part"]
 
 
 def write_part(
@@ -65,6 +65,12 @@ def write_part(
 def arrow_text(name: str) -> str:
     """Return text that Arrow can hold: bytes of a file name that are not UTF-8 are escaped as in Python."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def with_arrow_ids(e: SparseEmbeddings) -> SparseEmbeddings:
+    """The same rows with ids that Arrow can hold."""
+    ids = [name if isinstance(name, int) else arrow_text(name) for name in e.ids.tolist()]
+    return SparseEmbeddings(e.indptr, e.indices, e.values, e.dim, ids, e.meta, e.columns)
 
 
 def _arrow_type(feature: dict[str, Any]) -> Any:

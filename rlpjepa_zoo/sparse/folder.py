@@ -99,7 +99,7 @@ class Totals(_Record):
     dim: Annotated[int, Field(ge=1, lt=2**31)]
     density: Annotated[float, Field(ge=0, le=1)]
     bytes: Positive
-    dense_bytes: Annotated[int, Field(alias="bytes as dense float32", ge=1)]
+    dense_bytes: Annotated[int, Field(alias="bytes as dense float32", ge=1, lt=2**90)]
     parts: Positive
     columns: list[Text] = []
 

@@ -213,8 +213,8 @@ class SparseEmbeddings:
         """Rows of length one (L2), so that inner products are cosines and a row finds itself first; rows of zeros stay zero.
 
         Example:
-            >>> SparseEmbeddings.from_dense([[3.0, 4.0], [0.0, 0.0]]).normalize().to_dense().round(2).tolist()
-            [[0.6, 0.8], [0.0, 0.0]]
+            >>> SparseEmbeddings.from_dense([[0.0, 2.0], [0.0, 0.0]]).normalize().to_dense().tolist()
+            [[0.0, 1.0], [0.0, 0.0]]
         """
         rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
         values = self.values.astype(np.float64)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .distributions import mu_for_density as mu_for_density
     from .distributions import sigma_gn as sigma_gn
     from .distributions import sigma_rgn as sigma_rgn
+    from .embedding.load import load_embeddings as load_embeddings
     from .evaluation.evaluate import evaluate as evaluate
     from .hub.zoo import list_encoders as list_encoders
     from .models.classifier import Classifier as Classifier
@@ -49,6 +50,7 @@ _HOME = {
     "load_classifier": "models.pretrained",
     "load_encoder": "models.pretrained",
     "evaluate": "evaluation.evaluate",
+    "load_embeddings": "embedding.load",
     "RectifiedLpJEPALoss": "objectives.rectified_lpjepa",
     "directions": "ops.directions",
     "sliced_wasserstein": "ops.sliced_wasserstein",

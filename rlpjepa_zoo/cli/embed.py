@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from ..models.encoder import SparseEncoder
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
+OTHER_FILES = {
+    ".csv", ".tsv", ".txt", ".json", ".jsonl", ".npy", ".pt", ".pth", ".pkl", ".pickle", ".h5", ".hdf5", ".arrow", ".feather", ".zip", ".tar", ".gz",
+    ".db", ".sqlite", ".mat", ".xlsx", ".bin", ".onnx", ".zarr", ".lance",
+}  # fmt: skip
+"""Endings that ask for a file, in a format that is not written. Any other name is that of a folder: emb-v1.0, test_resnet.digits."""
 
 
 def embed(
@@ -44,10 +49,11 @@ def embed(
     out: Annotated[
         Path, typer.Option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to start or to continue.")
     ],
-    batch_size: BatchSize = 256,
+    batch_size: BatchSize = None,
     num_workers: Workers = 4,
     max_active: Annotated[int | None, typer.Option(min=1, help="Keep at most this many largest values of each image.")] = None,
     min_value: Annotated[float, typer.Option(help="Leave out values below this.")] = 0.0,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Rows of length one (L2), so that inner products are cosines.")] = False,
     values: Annotated[str, typer.Option(help="float32 (exact), float16, or uint8 (with one scale per image).")] = "float32",
     precision: Annotated[str, typer.Option(help="float32, or bf16: faster on many processors, with its rounding error.")] = "float32",
     part_rows: Annotated[
@@ -80,11 +86,11 @@ def embed(
     from ..models.inference import OutputOptions
     from ..models.pretrained import load_encoder
 
-    to_file = bool(out.suffix) and not out.is_dir()
-    if to_file and out.suffix not in SUFFIXES:
+    to_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
+    if out.suffix.lower() in OTHER_FILES and not out.is_dir():
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
-    how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
-    _check_out(out, to_file, overwrite, bool(columns))
+    how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision, normalize), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
+    _check_out(out, to_file, overwrite)
     feed = open_images(
         images,
         split=split,
@@ -113,7 +119,7 @@ def embed(
         distributed.shut_down()
 
 
-def _check_out(out: Path, to_file: bool, overwrite: bool, columns: bool) -> None:
+def _check_out(out: Path, to_file: bool, overwrite: bool) -> None:
     """Refuse an --out that cannot be written, before anything is loaded."""
     if not out.parent.is_dir():
         raise OutputError(f"--out {out}: no folder {out.parent}")
@@ -121,21 +127,25 @@ def _check_out(out: Path, to_file: bool, overwrite: bool, columns: bool) -> None
         return
     if out.exists() and not overwrite:
         raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
-    if columns:
-        raise UsageError(f"--columns: a file holds ids and embeddings only, a folder holds columns too; give --out DIR instead of {out}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
 
 
 def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extraction, progress: bool) -> dict[str, Any]:
     """Embed into one file. All embeddings are in memory until it is written."""
+    from ..embedding.parts import with_arrow_ids
+    from ..sparse.columns import check_names
+
+    check_names(feed.columns)
     failures: list[tuple[Any, str]] = []
     embeddings = encoder.embed(
         feed, how.batch_size, how.num_workers, how.budget.max_active, progress, "skip" if how.skip_bad else "raise", failures,
-        min_value=how.budget.min_value, precision=how.budget.precision,  # type: ignore[arg-type]
+        min_value=how.budget.min_value, precision=how.budget.precision, normalize=how.budget.normalize,  # type: ignore[arg-type]
     )  # fmt: skip
     if failures and not len(embeddings):
         raise DataError(f"none of the {len(failures)} images can be read; the first: {failures[0][1]}")
+    if out.suffix.lower() == ".parquet":
+        embeddings = with_arrow_ids(embeddings)
     embeddings.save(out, values=how.values)
     n, dim = embeddings.shape
     list_failures(out, failures, n)
@@ -167,6 +177,7 @@ def dial(
     """Make a trained encoder sparser without training, and save it with this setting."""
     from ..core.source import ModelSource
     from ..data.sources import open_images
+    from ..embedding.parts import arrow_text
     from ..models.pretrained import load_encoder
 
     if (density is None) == (budget is None):
@@ -182,7 +193,7 @@ def dial(
         options = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
         feed = None if images is None else open_images(images, image_column=image_column, allow_paths=allow_paths, prefix="--")
         sparser = encoder.with_density(density or 0.0, mode, feed, **options)  # type: ignore[arg-type]
-    sparser.save_pretrained(out, name=ModelSource.folder(out).text)
+    sparser.save_pretrained(out, name=arrow_text(ModelSource.folder(out).text))
     setting = sparser.config.dial
     description = "" if setting is None else setting.describe(sparser.config.dim)
     print_values({"encoder": str(out), "dial": description, "model": sparser.fingerprint()}, as_json)

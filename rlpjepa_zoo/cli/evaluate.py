@@ -11,8 +11,8 @@ import typer
 from ..errors import OutputError, UsageError
 from .options import (
     AllowPaths,
-    AnyBatchSize,
     AsJson,
+    BatchSize,
     Device,
     Overrides,
     Quiet,
@@ -61,7 +61,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of training images, drawn at random.")] = None,
     allow_paths: AllowPaths = False,
     pixels: Annotated[bool, typer.Option(help="Also measure raw pixels, of larger images shrunk to 32 x 32.")] = True,
-    batch_size: AnyBatchSize = None,
+    batch_size: BatchSize = None,
     num_workers: Workers = 4,
     plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of accuracy against active dimensions (budgets: auto).")] = None,
     on_card: Annotated[bool, typer.Option("--card", help="Write the results into the card of SOURCE, a folder.")] = False,
@@ -156,7 +156,7 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="HTML file to write; RUN/report.html if not given.")] = None,
     images: Annotated[int, typer.Option(help="Largest number of evaluation images to measure; 2 or more.")] = 2000,
-    batch_size: AnyBatchSize = None,
+    batch_size: BatchSize = None,
     num_workers: Workers = 4,
     device: Device = None,
     as_json: AsJson = False,
@@ -185,7 +185,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="File to write (.csv, .jsonl, .parquet), with the columns id, class, probability.")],
     top: Annotated[int, typer.Option(min=1, help="Most probable classes of each image, one row for each.")] = 1,
-    batch_size: AnyBatchSize = None,
+    batch_size: BatchSize = None,
     num_workers: Workers = 4,
     id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
@@ -201,7 +201,7 @@ def predict(
     """Classify images: write the most probable class of each image, in input order, to a table."""
     from ..data.sources import open_images
     from ..embedding.predictions import SUFFIXES, write_predictions
-    from ..evaluation.encoding import batch_size_for
+    from ..models.inference import default_batch_size
     from ..models.pretrained import load_classifier
 
     if out.suffix not in SUFFIXES:
@@ -212,7 +212,7 @@ def predict(
         raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
     feed = open_images(images, split=split, id_column=id_column, image_column=image_column, revision=data_revision)
     model = load_classifier(classifier, revision=revision, device=choose_device(device))
-    size = batch_size or batch_size_for(model.config.preprocess, model.device)
+    size = batch_size or default_batch_size(model.config.preprocess.size, model.device)
     count, failures = write_predictions(model, feed, out, top, size, num_workers, skip_bad, not (quiet or as_json))
     list_failures(out, failures, count)
     result = {"file": str(out), "images": count, "skipped": len(failures), "classes": len(model.classes), "model": model.fingerprint()}

@@ -18,12 +18,14 @@ from ..errors import ModelError, OutputError, UsageError, first_line
 
 MAX_JSON = 1 << 20
 """Largest JSON file that is read, in bytes."""
+MAX_DEPTH = 64
+"""Deepest nesting of JSON that is read."""
 MAX_HEADER = 1 << 22
 """Largest header of a safetensors file that is read, in bytes."""
 
 
 def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
-    """Parse strict JSON: UTF-8, at most `limit` bytes, no duplicate keys, no NaN or Infinity.
+    """Parse strict JSON: UTF-8, at most `limit` bytes, no duplicate keys, no NaN or Infinity, at most 64 levels.
 
     Raises:
         ModelError: names the file and the place where parsing stopped.
@@ -41,9 +43,22 @@ def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
     if len(text) > limit:
         raise ModelError(f"{name}: {len(text)} bytes, the limit is {limit}")
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        if _deeper(value, MAX_DEPTH):
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        return value
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{name}: not valid JSON ({error})") from error
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested deeper than `limit`; comparing or printing them would end in a RecursionError."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [child for v in level if isinstance(v, dict | list) for child in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return False
+    return True
 
 
 def sha256(content: bytes | Path) -> str:
@@ -108,6 +123,17 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         return {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
     except (OSError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Torch tensors of a safetensors file by name."""
+    import safetensors.torch
+
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # safetensors maps only files whose names are UTF-8
+        return dict(safetensors.torch.load(path.read_bytes()))
+    return dict(safetensors.torch.load_file(path))
 
 
 @contextmanager

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError
-from .manifest import read_manifest
-from .parts import part_paths
+from ..sparse.folder import CARD, FAILED, MANIFEST, Manifest, listed_parts, part_paths, read_manifest, read_summary
 
 __all__ = ["card", "publishable"]
 
@@ -36,53 +34,61 @@ rows = datasets.load_dataset("{repo}", split="train")
 ```
 
 ```python
-{download}import rlpjepa_zoo as rz
+import rlpjepa_zoo as rz
 
-e = rz.SparseEmbeddings.load({folder}
+e = rz.load_embeddings("{place}")
 matrix = e.to_scipy()  # CSR
+labels = e.columns  # further columns by name, as numpy arrays
 ```
+{normalize}"""
+_NORMALIZE = """
+Rows do not have length one. For a search by inner products, call `e.normalize()` first.
 """
-_DOWNLOAD = """from huggingface_hub import snapshot_download
-
-folder = snapshot_download("{repo}", repo_type="dataset")
-"""
 
 
-def card(manifest: dict[str, Any], repo: str | None = None, license: str | None = None, notes: str | None = None) -> str:
+def card(manifest: Manifest, repo: str | None = None, license: str | None = None, notes: str | None = None) -> str:
     """Return the data set card of a finished folder. It depends on the arguments only.
 
     Args:
-        manifest: from `read_manifest`, with its "result".
+        manifest: of a finished folder, with its `result`.
         repo: ``owner/name`` that the examples open; None opens the folder of the card.
         license: SPDX identifier.
         notes: additional Markdown.
     """
-    model, options, result = manifest["model"], manifest["options"], manifest["result"]
-    limits = f"; at most {options['max_active']} values an image" if options["max_active"] else ""
-    limits += f"; no values below {options['min_value']:g}" if options["min_value"] else ""
+    model, options, result = manifest.model, manifest.options, manifest.result
+    if result is None:
+        raise UsageError("the card needs the totals of a finished folder")
+    limits = f"; at most {options.max_active} values an image" if options.max_active else ""
+    limits += f"; no values below {options.min_value:g}" if options.min_value else ""
+    limits += "; each row divided by its length" if options.normalize else ""
     return _CARD.format(
         license=f"license: {license}\n" if license else "",
-        rows=result["rows"],
-        dim=result["dim"],
-        name=model["source"] + (f" at {model['revision']}" if model["revision"] else ""),
-        architecture=model["architecture"],
-        fingerprint=model["fingerprint"],
-        density=result["density"],
+        rows=result.rows,
+        dim=result.dim,
+        name=_code(model.source) + (f" at {_code(model.revision)}" if model.revision else ""),
+        architecture=_code(model.architecture),
+        fingerprint=_code(model.fingerprint),
+        density=result.density,
         limits=limits,
-        bytes=result["bytes"],
-        ratio=result["bytes as dense float32"] / result["bytes"],
-        failures=f" {result['skipped']:,} images could not be read (`failed.jsonl`)." if result["skipped"] else "",
-        values=options["values"] + (" times `scale` of the row" if options["values"] == "uint8" else ""),
-        columns="".join(f", `{column}`" for column in result["columns"]),
+        bytes=result.bytes,
+        ratio=result.dense_bytes / result.bytes,
+        failures=f" {result.skipped:,} images could not be read (`{FAILED}`)." if result.skipped else "",
+        values=options.values + (" times `scale` of the row" if options.values == "uint8" else ""),
+        columns="".join(f", `{_code(column)}`" for column in result.columns),
         notes=f"\n{notes.strip()}\n" if notes else "",
         repo=repo or ".",
-        download=_DOWNLOAD.format(repo=repo) if repo else "",
-        folder="folder)" if repo else '".")  # this folder',
+        place=f"hf-hub:{repo}" if repo else ".",
+        normalize="" if options.normalize else _NORMALIZE,
     )
 
 
+def _code(name: str) -> str:
+    """A name inside a code span of Markdown, which ends at a backtick or an empty line."""
+    return " ".join(name.replace("`", "'").split())
+
+
 def publishable(out: str | Path, repo: str, license: str | None = None, notes: str | None = None) -> dict[str, bytes | Path]:
-    """Return the files of a finished folder for a data set on the Hub, by name.
+    """Return the files of a finished folder for a data set on the Hub, by name. Every part is checked first.
 
     Args:
         out: folder of the embeddings.
@@ -90,14 +96,17 @@ def publishable(out: str | Path, repo: str, license: str | None = None, notes: s
 
     Raises:
         UsageError: the folder holds no embeddings, or they are not finished.
+        DataError: the manifest or a part is damaged, or a part is missing.
     """
     out = Path(out)
     manifest = read_manifest(out)
-    if manifest is None or "result" not in manifest:
+    if manifest is None or manifest.result is None:
         raise UsageError(f"{out}: holds no finished embeddings; run `rlpjepa embed ... --out {out}` to its end first")
-    parts = part_paths(out)
-    if len(parts) != manifest["result"]["parts"]:
-        raise UsageError(f"{out}: {len(parts)} parts, {manifest['result']['parts']} were written; embed again to make the others")
-    published: dict[str, bytes | Path] = {f"data/{path.name}": path for path in parts}
-    published |= {name: out / name for name in ("embeddings.json", "failed.jsonl") if (out / name).is_file()}
-    return {**published, "README.md": card(manifest, repo, license, notes).encode()}
+    if (present := len(part_paths(out))) != manifest.result.parts:
+        raise UsageError(f"{out}: {present} parts, {manifest.result.parts} were written; embed again to make the others")
+    parts = listed_parts(out, manifest)
+    for path, sha256 in parts:
+        read_summary(path, sha256)
+    published: dict[str, bytes | Path] = {f"data/{path.name}": path for path, _ in parts}
+    published |= {name: out / name for name in (MANIFEST, FAILED) if (out / name).is_file()}
+    return {**published, CARD: card(manifest, repo, license, notes).encode()}

@@ -1,9 +1,6 @@
 """Embed any number of images into a folder of parquet files, with any number of processes. A stopped run continues where it stopped.
 
-    DIR/data/part-000000.parquet ...   rows in input order: id, indices, values (scale), and the copied columns; each file complete or absent
-    DIR/embeddings.json                the manifest: what was embedded, by which encoder, how; after the end, the totals
-    DIR/failed.jsonl                   images that could not be read, and why (absent if there are none)
-    DIR/README.md                      a data set card; `datasets.load_dataset(DIR)` opens the folder
+`rlpjepa_zoo.sparse.folder` defines the folder; `datasets.load_dataset(DIR)` opens it.
 
 A part holds a fixed range of rows, embedded in batches that do not cross it. So its bytes depend neither on where a run was stopped nor on the
 number of processes (with the same number of threads, batch size and versions). Part k belongs to process k mod the number of processes.
@@ -12,12 +9,13 @@ number of processes (with the same number of threads, batch size and versions). 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +28,19 @@ from ..data.images import ImageRows, Row, spans
 from ..data.preprocess import batched
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import SparseEncoder
-from ..models.inference import OutputOptions, image_batches
+from ..models.inference import OutputOptions, default_batch_size, image_batches
+from ..sparse import folder
+from ..sparse.columns import check_names
 from ..sparse.embeddings import SparseEmbeddings
+from ..sparse.folder import EncoderRecord, Manifest, Options, Summary, Totals
 from ..sparse.io import Values
 from .card import card
-from .manifest import FORMAT, check_equal, finished_parts, prepare, provenance, read_manifest
-from .parts import arrow_text, part_paths, write_json, write_part
+from .manifest import check_equal, finished_parts, prepare, provenance
+from .parts import arrow_text, write_part
 
 __all__ = ["Extraction", "extract"]
+
+log = logging.getLogger("rlpjepa_zoo")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Extraction:
         values: ``float32``, ``float16`` or ``uint8``, see `SparseEmbeddings.save`.
         part_rows: images in each part.
         budget: limits on the values that are kept of each embedding.
-        batch_size: images per batch.
+        batch_size: images per batch; None chooses by the image size, see `rlpjepa_zoo.models.inference.default_batch_size`.
         num_workers: threads of each process that decode images.
         skip_bad: leave out and list images that cannot be read. It may differ when a folder is continued.
 
@@ -59,7 +62,7 @@ class Extraction:
     values: Values = "float32"
     part_rows: int = 4096
     budget: OutputOptions = field(default_factory=OutputOptions)
-    batch_size: int = 256
+    batch_size: int | None = None
     num_workers: int = 4
     skip_bad: bool = False
 
@@ -67,13 +70,16 @@ class Extraction:
         if self.values not in ("float32", "float16", "uint8"):
             raise UsageError(f"values: expected float32, float16 or uint8, got {self.values}")
         for name, least in (("part_rows", 1), ("batch_size", 1), ("num_workers", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"{name}: expected >= {least}, got {value}")
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> Options:
         """Return the options that must not change when a folder is continued."""
-        budget = {"max_active": self.budget.max_active, "min_value": self.budget.min_value, "precision": self.budget.precision}
-        return {"values": self.values, "part_rows": self.part_rows, **budget}
+        budget = self.budget
+        return Options(
+            values=self.values, part_rows=self.part_rows, max_active=budget.max_active, min_value=budget.min_value,
+            precision=budget.precision, normalize=budget.normalize,  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -83,11 +89,13 @@ def extract(
     out: str | Path,
     how: Extraction | None = None,
     *,
-    model: dict[str, Any] | None = None,
+    model: EncoderRecord | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Embed all rows of a feed into a folder of parquet files. Parts that a stopped run finished are kept. Every process of a launch calls this.
+    """Embed all rows of a feed into a folder of parquet files. Parts that a stopped run finished are kept; if all are, nothing is embedded.
+
+    Every process of a launch calls this.
 
     Memory does not depend on the number of rows. SIGTERM and Ctrl-C stop it between two batches; no incomplete file remains.
 
@@ -121,19 +129,27 @@ def extract(
         (2, (2, 16))
     """
     how, out, model = how or Extraction(), Path(out), model or provenance(encoder, encoder.config.architecture)
-    manifest = {"format": FORMAT, "model": model, "input": feed.identity, "options": how.fixed()}
-    meta = {"model": model["fingerprint"], "architecture": model["architecture"], "provenance": json.dumps(manifest, sort_keys=True)}
+    batch_size = how.batch_size or default_batch_size(encoder.config.preprocess.size, encoder.device)
+    how = replace(how, batch_size=batch_size)
+    check_names(feed.columns)
+    manifest = Manifest(model=model, input=json.loads(json.dumps(feed.identity)), options=how.fixed())
+    meta = {"model": model.fingerprint, "architecture": model.architecture, "provenance": manifest.model_dump_json(exclude_none=True)}
+    if feed.classes:
+        meta["classes"] = json.dumps(feed.classes)
     with ExitStack() as stack:
-        done = set[int]()
+        done, on_disk = dict[int, Summary](), manifest
         with distributed.fail_together():
             if distributed.rank() == 0:
                 stack.enter_context(files.lock(out))
-                done = prepare(out, manifest, how.batch_size, overwrite)
-        done, first = distributed.gather_objects((done, manifest))[0]
+                on_disk, done = prepare(out, manifest, batch_size, overwrite)
+        done, on_disk, first = distributed.gather_objects((done, on_disk, manifest))[0]
         with distributed.fail_together():
             check_equal(first, manifest, "processes see another", "give all the same encoder, images and options")
+        if (totals := _finished(on_disk, done)) is not None:
+            log.info("%s: nothing to do, all %d rows are embedded", out, totals.rows)
+            return totals.model_dump(by_alias=True)
         with encoder.evaluating(), Interrupts() as interrupts:
-            _write_parts(encoder, feed, out, how, meta, done, interrupts, progress)
+            _write_parts(encoder, feed, out, how, meta, set(done), interrupts, progress)
         try:
             distributed.barrier()
         except RuntimeError as error:
@@ -141,8 +157,17 @@ def extract(
                 f"another process ended, see the error of that process ({first_line(error)}); the same command continues"
             ) from error
         with distributed.fail_together():
-            totals = _finish(out, manifest, feed) if distributed.rank() == 0 else {}
-        return dict(distributed.gather_objects(totals)[0])
+            totals = _finish(out, on_disk, feed) if distributed.rank() == 0 else None
+        return dict(distributed.gather_objects(totals)[0].model_dump(by_alias=True))
+
+
+def _finished(manifest: Manifest, done: dict[int, Summary]) -> Totals | None:
+    """The totals of a folder whose parts are all there; None if there is something to do."""
+    totals = manifest.result
+    if totals is None or manifest.sha256 is None or [*done] != [*range(len(done))]:
+        return None
+    rows, failed = sum(part.rows for part in done.values()), sum(len(part.failed) for part in done.values())
+    return totals if (rows, failed) == (totals.rows, totals.skipped) else None
 
 
 class _Batch(NamedTuple):
@@ -183,7 +208,12 @@ def _encode(
                 codes = torch.zeros(0, encoder.config.dim)
             embeddings = SparseEmbeddings.from_dense(codes, batch.ids, meta)
             cells = [row.columns for _, row in batch.items]
-            yield _Batch(batch.group[0][0], embeddings, cells, [(str(id), reason) for id, reason in batch.failures])
+            failures = [(arrow_text(str(id)), arrow_text(reason)) for id, reason in batch.failures]
+            yield _Batch(batch.group[0][0], embeddings, cells, failures)
+
+
+def _with_text_id(row: Row) -> Row:
+    return row if isinstance(row.id, int) else row._replace(id=arrow_text(row.id))
 
 
 def _write_parts(
@@ -207,7 +237,7 @@ def _write_parts(
 
     def groups() -> Iterator[list[tuple[int, Row]]]:
         for part, rows in spans(feed, how.part_rows, mine):
-            yield from batched(((part, row._replace(id=arrow_text(row.id))) for row in rows), how.batch_size)
+            yield from batched(((part, _with_text_id(row)) for row in rows), how.batch_size or 1)
 
     def check() -> None:
         if interrupts.stop:
@@ -256,13 +286,13 @@ def _progress_bar(feed: ImageRows, part_rows: int, mine: Callable[[int], bool], 
     return tqdm(total=total, desc=name, unit="image", unit_scale=True, disable=not progress or rank > 0, mininterval=0.5)
 
 
-def _finish(out: Path, manifest: dict[str, Any], feed: ImageRows) -> dict[str, Any]:
+def _finish(out: Path, manifest: Manifest, feed: ImageRows) -> Totals:
     """Check that all parts are there, write failed.jsonl, the card and the final manifest, and return the totals."""
-    fingerprint, dim = manifest["model"]["fingerprint"], manifest["model"]["dim"]
-    done = finished_parts(out, fingerprint)
-    paths = part_paths(out)
-    rows, nnz = (sum(summary[key] for summary in done.values()) for key in ("rows", "nnz"))
-    failures = [(str(name), str(reason)) for summary in done.values() for name, reason in summary["failed"]]
+    dim = manifest.model.dim
+    done = finished_parts(out, manifest.model.fingerprint, {})
+    paths = folder.part_paths(out)
+    rows, nnz = sum(part.rows for part in done.values()), sum(part.nnz for part in done.values())
+    failures = [(name, reason) for part in done.values() for name, reason in part.failed]
     if missing := set(range(max(done, default=-1) + 1)) - done.keys():
         raise DataError(f"{out}: part {min(missing)} is missing; run the same command again")
     if feed.length is not None and rows + len(failures) != feed.length:
@@ -273,18 +303,17 @@ def _finish(out: Path, manifest: dict[str, Any], feed: ImageRows) -> dict[str, A
     if not rows:
         first = f"; the first of {len(failures)}: {failures[0][1]}" if failures else ""
         raise DataError(f"{out}: none of the images can be read{first}")
-    totals = {
-        "rows": rows, "skipped": len(failures), "reasons": _count_reasons(failures), "dim": dim, "density": nnz / (rows * dim),
-        "bytes": sum(path.stat().st_size for path in paths), "bytes as dense float32": 4 * rows * dim, "parts": len(paths),
-        "columns": list(feed.columns),
-    }  # fmt: skip
+    totals = Totals(
+        rows=rows, skipped=len(failures), reasons=_count_reasons(failures), dim=dim, density=nnz / (rows * dim),
+        bytes=sum(path.stat().st_size for path in paths), dense_bytes=4 * rows * dim, parts=len(paths), columns=list(feed.columns),
+    )  # fmt: skip
     if failures:
-        with files.atomic_file(out / "failed.jsonl") as aside:
+        with files.atomic_file(out / folder.FAILED) as aside:
             aside.write_text("".join(json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in failures))
-    manifest = {**manifest, "made with": (read_manifest(out) or {}).get("made with"), "result": totals}
-    with files.atomic_file(out / "README.md") as aside:
-        aside.write_text(card(manifest))
-    write_json(out / "embeddings.json", manifest)
+    manifest = manifest.model_copy(update={"result": totals, "sha256": {path.name: files.sha256(path) for path in paths}})
+    with files.atomic_file(out / folder.CARD) as aside:
+        aside.write_text(card(manifest), "utf-8")
+    folder.write_manifest(out, manifest)
     return totals
 
 

@@ -1,14 +1,9 @@
-"""One part of a folder of embeddings: a parquet file that holds a fixed range of input rows.
-
-data/part-000003.parquet     columns id, indices, values (scale), and the copied columns; number, rows, nnz and failures in the schema metadata
-data/.part-000003.json       written instead if no image of the part can be read, because datasets cannot open a folder with an empty part
-"""
+"""Writing one part of a folder of embeddings; `rlpjepa_zoo.sparse.folder` defines what a folder holds."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,29 +11,11 @@ from typing import Any
 from ..core import files
 from ..errors import DataError, first_line
 from ..sparse.embeddings import SparseEmbeddings
+from ..sparse.folder import empty_part_path, part_path
 from ..sparse.io import Values
+from ..sparse.parquet import HEADER, write_table
 
-__all__ = ["arrow_text", "part_number", "part_paths", "read_summary", "write_json", "write_part"]
-
-_PART = re.compile(r"part-(\d{6,})\.parquet")
-_EMPTY = re.compile(r"\.part-(\d{6,})\.json")
-
-
-def part_number(path: Path) -> int | None:
-    """Return the number of a part, told by its file name; None for other files."""
-    name = _PART.fullmatch(path.name) or _EMPTY.fullmatch(path.name)
-    return None if name is None else int(name[1])
-
-
-def part_paths(out: Path) -> list[Path]:
-    """Return the parquet files of a folder of embeddings, in input order."""
-    return sorted(path for path in (out / "data").iterdir() if _PART.fullmatch(path.name))
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file completely or not at all."""
-    with files.atomic_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=1) + "\n")
+__all__ = ["arrow_text", "with_arrow_ids", "write_part"]
 
 
 def write_part(
@@ -66,11 +43,11 @@ def write_part(
         OutputError: disk full, no permission.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     summary = {"number": number, "rows": len(embeddings), "nnz": embeddings.nnz, "failed": failures}
     if not len(embeddings):
-        write_json(out / "data" / f".part-{number:06d}.json", {**summary, "model": embeddings.meta["model"]})
+        with files.atomic_file(empty_part_path(out, number)) as aside:
+            aside.write_text(json.dumps({**summary, "model": embeddings.meta["model"]}, indent=1) + "\n")
         return
     table = embeddings.to_arrow(values)
     for name, feature in columns.items():
@@ -78,34 +55,22 @@ def write_part(
             table = table.append_column(name, pa.array([cell[name] for cell in cells], _arrow_type(feature)))
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise DataError(f"column '{name}' holds a value that is not of its type ({first_line(error)})") from error
-    header = json.loads(table.schema.metadata[b"rlpjepa_zoo"]) | {"part": summary}
+    header = json.loads(table.schema.metadata[HEADER.encode()]) | {"part": summary}
     info = {"info": {"features": _features(table.schema, columns)}}
-    table = table.replace_schema_metadata({"rlpjepa_zoo": json.dumps(header), "huggingface": json.dumps(info)})
-    with files.atomic_file(out / "data" / f"part-{number:06d}.parquet") as aside:
-        pq.write_table(table, aside, compression="zstd")
+    table = table.replace_schema_metadata({HEADER: json.dumps(header), "huggingface": json.dumps(info)})
+    with files.atomic_file(part_path(out, number)) as aside:
+        write_table(table, aside)
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """Return the summary that a part carries: number, rows, nnz, failed, model.
-
-    Raises:
-        DataError: the file is damaged or no part.
-    """
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix == ".json":
-            return dict(json.loads(path.read_text()))
-        with pq.ParquetFile(path) as file:
-            header = json.loads((file.schema_arrow.metadata or {})[b"rlpjepa_zoo"])
-            return {**header["part"], "model": header["meta"]["model"]}
-    except Exception as error:
-        raise DataError(f"{path}: damaged or not a part of embeddings ({first_line(error)})") from error
+def arrow_text(name: str) -> str:
+    """Return text that Arrow can hold: bytes of a file name that are not UTF-8 are escaped as in Python."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def arrow_text(name: str | int) -> str | int:
-    """Return an id that Arrow can hold: bytes of a file name that are not UTF-8 are escaped as in Python."""
-    return name if isinstance(name, int) else os.fsencode(name).decode("utf-8", "backslashreplace")
+def with_arrow_ids(e: SparseEmbeddings) -> SparseEmbeddings:
+    """The same rows with ids that Arrow can hold."""
+    ids = [name if isinstance(name, int) else arrow_text(name) for name in e.ids.tolist()]
+    return SparseEmbeddings(e.indptr, e.indices, e.values, e.dim, ids, e.meta, e.columns)
 
 
 def _arrow_type(feature: dict[str, Any]) -> Any:

@@ -18,17 +18,15 @@ from ..data.images import Images
 from ..data.preprocess import Preprocess, batched
 from ..errors import DataError, NonFiniteError
 from ..models.encoder import SparseEncoder
-from ..models.inference import pixel_batches
+from ..models.inference import default_batch_size, pixel_batches
 from ..sparse.embeddings import SparseEmbeddings
 
-__all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "Kept", "batch_size_for", "encode", "encode_sparse", "pixel_size"]
+__all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "Kept", "encode", "encode_sparse", "pixel_size"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
 PIXEL_SIDE = 32
 """Longest side of the images whose raw pixels are measured. Larger inputs are shrunk: at 224 pixels, a row would have 150,528 columns."""
-BATCH, BATCH_PIXELS = 256, 32 * 224 * 224
-"""Images of a forward pass on a CPU: `BATCH`, or as many as have `BATCH_PIXELS` pixels, if these are fewer (32 of 224 x 224)."""
 
 
 class Encoded(NamedTuple):
@@ -42,20 +40,6 @@ class Encoded(NamedTuple):
     """(n,) int64."""
     pixels: np.ndarray[Any, Any] | None
     """(n, 3 h w) uint8 with (h, w) of `pixel_size`, if they were asked for."""
-
-
-def batch_size_for(preprocess: Preprocess, device: torch.device) -> int:
-    """Images of a forward pass if none is given.
-
-    Activations grow with the pixels of a batch: 256 images of 224 x 224 took 4.4 GB in a ResNet and were slower on a CPU than 32 (1.4 GB).
-
-    Example:
-        >>> cpu = torch.device("cpu")
-        >>> batch_size_for(Preprocess((32, 32)), cpu), batch_size_for(Preprocess((224, 224)), cpu)
-        (256, 32)
-    """
-    height, width = preprocess.size
-    return max(1, min(BATCH, BATCH_PIXELS // (height * width))) if device.type == "cpu" else BATCH
 
 
 def pixel_size(preprocess: Preprocess) -> tuple[int, int]:
@@ -107,7 +91,7 @@ class Kept:
 
 @torch.no_grad()
 def encode(
-    encoder: SparseEncoder, images: Images, batch_size: int = BATCH, num_workers: int = 0, progress: bool = False, allow_empty: bool = False,
+    encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False, allow_empty: bool = False,
     kept: Kept | None = None, part: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Encode all readable images in evaluation mode; the mode of the encoder is restored afterwards.
@@ -160,7 +144,7 @@ def encode_sparse(
     Args:
         encoder, images: what to encode with and what to encode.
         role: of the images, for messages.
-        batch_size: images of a forward pass; `batch_size_for` when None.
+        batch_size: images of a forward pass; chosen by `default_batch_size` when None.
         num_workers, progress: as of `encode`.
         with_pixels: also return raw pixels.
 
@@ -170,7 +154,7 @@ def encode_sparse(
     """
     preprocess = encoder.config.preprocess
     features, codes, labels, pixels, failures = list[Tensor](), list[SparseEmbeddings](), list[int](), list[Tensor](), list[str]()
-    size, start = batch_size or batch_size_for(preprocess, encoder.device), time.monotonic()
+    size, start = batch_size or default_batch_size(preprocess.size, encoder.device), time.monotonic()
     with closing(_encoded_batches(encoder, images, size, num_workers, progress, role)) as batches:
         for batch in batches:
             if not torch.isfinite(batch.z).all() or not torch.isfinite(batch.features).all():

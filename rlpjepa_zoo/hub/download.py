@@ -160,18 +160,25 @@ class _Download:
     """
 
     def __init__(
-        self, repo: str, revision: str | None, token: str | None, cache_dir: str | Path | None, first: str = "config.json"
+        self,
+        repo: str,
+        revision: str | None,
+        token: str | None,
+        cache_dir: str | Path | None,
+        first: str = "config.json",
+        type: str | None = None,
     ) -> None:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub import errors as hub
 
         self.repo, self.revision, self.token, self.cache_dir, self.first = repo, revision, check_token(token), cache_dir, first
+        self.type = type
         self.where = repo + (f"@{revision}" if revision else "")
         self.commit, self.trouble = "", "HF_HUB_OFFLINE is set"
         self.patience = Patience(self.where)
         if constants.is_offline_mode():
             return
-        url = hf_hub_url(repo, first, revision=revision)
+        url = hf_hub_url(repo, first, revision=revision, repo_type=type)
         try:
             metadata = self.patience(lambda: get_hf_file_metadata(url, token=self.token))
             self.commit = metadata.commit_hash or ""
@@ -196,8 +203,9 @@ class _Download:
             started = time.monotonic()
             try:
                 return hf_hub_download(
-                    self.repo, name, revision=revision or self.commit, token=self.token, cache_dir=self.cache_dir, force_download=force
-                )
+                    self.repo, name, revision=revision or self.commit, token=self.token, cache_dir=self.cache_dir, force_download=force,
+                    repo_type=self.type,
+                )  # fmt: skip
             except Exception as error:
                 if network_error(error) is not None and time.monotonic() - started > 5:
                     raise GaveUp from error
@@ -228,13 +236,21 @@ class _Download:
         from huggingface_hub import HfApi
 
         try:
-            return self.patience(lambda: HfApi(token=self.token).list_repo_files(self.repo, revision=self.revision))
+            return self.patience(lambda: HfApi(token=self.token).list_repo_files(self.repo, revision=self.revision, repo_type=self.type))
         except Exception as error:
             raise explain(error, self.where) from error
 
 
-def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
-    """The cache folder with the named files of any repository, such as a plain timm model.
+def fetch(
+    repo: str,
+    names: Sequence[str],
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    type: str | None = None,
+) -> Path:
+    """The cache folder with the named files of any repository, such as a plain timm model or, with the type "dataset", embeddings.
 
     Raises:
         ModelError: the repository does not hold one of them; the message names a pickle in its place.
@@ -242,16 +258,16 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Path:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    get = _Download(repo, revision, None, None, names[0])
+    get = _Download(repo, revision, token, cache_dir, names[0], type)
     if not get.commit:
-        cached = [try_to_load_from_cache(repo, name, revision=revision) for name in names]
+        cached = [try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision, repo_type=type) for name in names]
         if missing := [f"{name} missing" for name, path in zip(names, cached, strict=True) if not isinstance(path, str)]:
             raise get.unavailable(missing)
         return Path(str(cached[0])).parent
     paths = [get(name, partial(_refuse_missing, name)) for name in names]
-    for path in paths:
+    for name, path in zip(names, paths, strict=True):
         blob = path.resolve().name  # the cache names a large file by the sha256 that the Hub lists
-        if _SHA256.fullmatch(blob) and sha256(path) != blob and sha256(get(path.name, force=True)) != blob:
+        if _SHA256.fullmatch(blob) and sha256(path) != blob and sha256(get(name, force=True)) != blob:
             raise ModelError(f"{path}: differs from the sha256 that the Hub lists for it; try again later")
     return get.done(paths[0].parent)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -13,14 +14,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..data.images import ImageRows, Row
 from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
+from ..sparse.columns import columns_of
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
 from .base import Layers, PublishedModel, check_float_batch
-from .inference import OnError, OutputOptions, source_batches
+from .inference import OnError, OutputOptions, default_batch_size, source_batches
 
 __all__ = ["EncoderConfig", "Output", "SparseEncoder", "make_projector"]
 
@@ -214,7 +217,7 @@ class SparseEncoder(PublishedModel):
     def embed(
         self,
         images: Any,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         num_workers: int = 4,
         max_active: int | None = None,
         progress: bool = False,
@@ -223,6 +226,7 @@ class SparseEncoder(PublishedModel):
         *,
         min_value: float = 0.0,
         precision: Literal["float32", "bf16"] = "float32",
+        normalize: bool = False,
         image_column: str | None = None,
         allow_paths: bool = False,
     ) -> SparseEmbeddings:
@@ -233,7 +237,8 @@ class SparseEncoder(PublishedModel):
         Args:
             images: a folder, paths, PIL images, a Hugging Face dataset (also streamed), parquet or tar files (see
                 `rlpjepa_zoo.data.sources.open_images`), or a float tensor (B, 3, H, W) that is already preprocessed.
-            batch_size: images in a batch, >= 1.
+            batch_size: images in a batch, >= 1; None chooses by the image size, see `rlpjepa_zoo.models.inference.default_batch_size`.
+                Embeddings are equal up to rounding.
             num_workers: threads that decode images; 0 decodes in the calling thread.
             max_active: keep only this many largest values of each row.
             progress: show a progress bar on stderr.
@@ -241,10 +246,12 @@ class SparseEncoder(PublishedModel):
             failures: list that receives the ids of skipped images and the reasons.
             min_value: values below this become zero.
             precision: ``bf16`` computes in bfloat16 (autocast), which is faster on many processors; codes differ by its rounding.
+            normalize: rows of length one (L2), so that inner products are cosines.
             image_column, allow_paths: for tables of images, see `rlpjepa_zoo.data.sources.open_images`.
 
         Returns:
-            `SparseEmbeddings` with the ids of the images (paths or row numbers) and the encoder's fingerprint in `meta["model"]`.
+            `SparseEmbeddings` with the ids of the images (paths or row numbers), the class label and other columns of the source, and the
+            encoder's fingerprint in `meta["model"]`; `meta["classes"]` is a JSON list of the class names, where known.
 
         Raises:
             DataError: no such images, or an unreadable one.
@@ -257,15 +264,26 @@ class SparseEncoder(PublishedModel):
             >>> enc.embed([Image.new("RGB", (80, 60)), Image.new("L", (40, 40))], max_active=4).shape
             (2, 16)
         """
-        if batch_size < 1 or (max_active is not None and max_active < 1) or on_error not in ("raise", "skip") or num_workers < 0:
+        if (
+            (batch_size is not None and batch_size < 1)
+            or (max_active is not None and max_active < 1)
+            or on_error not in ("raise", "skip")
+            or num_workers < 0
+        ):
             raise UsageError(
                 f"embed: expected batch_size >= 1, max_active >= 1, num_workers >= 0, on_error 'raise' or 'skip', got "
                 f"{batch_size}, {max_active}, {num_workers}, {on_error!r}"
             )
-        options = OutputOptions(max_active, min_value, precision)
+        options = OutputOptions(max_active, min_value, precision, normalize)
+        if not isinstance(images, Tensor | ImageRows):
+            images = open_images(images)
+        height, width = images.shape[-2:] if isinstance(images, Tensor) else self.config.preprocess.size
+        batch_size = batch_size or default_batch_size((height, width), self.device)
         if image_column is not None or allow_paths:
             images = open_images(images, image_column=image_column, allow_paths=allow_paths)
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
+        if classes := getattr(images, "classes", None):
+            meta["classes"] = json.dumps(classes)
         parts = []
         batches = source_batches(
             images, self.config.preprocess, self.device, batch_size=batch_size, num_workers=num_workers, on_error=on_error,
@@ -276,7 +294,8 @@ class SparseEncoder(PublishedModel):
                 if failures is not None:
                     failures += batch.failures
                 if batch.ids:
-                    parts.append(SparseEmbeddings.from_dense(self.codes(batch.x, batch.ids[0], options), batch.ids, meta))
+                    columns = columns_of([row.columns for row in batch.items if isinstance(row, Row)])
+                    parts.append(SparseEmbeddings.from_dense(self.codes(batch.x, batch.ids[0], options), batch.ids, meta, columns))
         return SparseEmbeddings.concat(parts or [SparseEmbeddings.from_dense(np.zeros((0, self.config.dim)), meta=meta)])
 
     def codes(self, x: Tensor, first: Any, options: OutputOptions) -> Tensor:
@@ -303,7 +322,9 @@ class SparseEncoder(PublishedModel):
             )
         if options.min_value > 0:
             z = torch.where(z >= options.min_value, z, torch.zeros_like(z))
-        return z if options.max_active is None else keep_largest(z, options.max_active)
+        if options.max_active is not None:
+            z = keep_largest(z, options.max_active)
+        return _unit_rows(z) if options.normalize else z
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
@@ -313,3 +334,9 @@ class SparseEncoder(PublishedModel):
     def _layers(self, timm_model: Any) -> Layers:
         config = self.config
         return Layers(Projector(config.dim, config.hidden_dim, config.projector_depth), dial=config.dial)
+
+
+def _unit_rows(z: Tensor) -> Tensor:
+    """(B, D) >= 0 with rows of length one; rows of zeros stay zero."""
+    z = z / z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)  # squares of large values are infinite
+    return z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1)

@@ -20,9 +20,11 @@ from ..data.sources import open_images
 from ..errors import DataError, UsageError
 from .base import check_float_batch
 
-__all__ = ["Batch", "OnError", "OutputOptions", "image_batches", "pixel_batches", "source_batches"]
+__all__ = ["Batch", "OnError", "OutputOptions", "default_batch_size", "image_batches", "pixel_batches", "source_batches"]
 
 T = TypeVar("T")
+PIXELS = 32 * 224 * 224
+"""Pixels of a batch on a CPU."""
 OnError = Literal["raise", "skip"]
 Failure = tuple[Any, str]
 """Id of an unreadable image, and the reason."""
@@ -36,6 +38,7 @@ class OutputOptions:
         max_active: largest number of values; the largest are kept. None keeps all.
         min_value: smaller values become zero.
         precision: ``float32`` or ``bf16``.
+        normalize: divide each embedding, as kept, by its length (L2); embeddings of zeros stay zero.
 
     Raises:
         UsageError: values out of range.
@@ -44,6 +47,7 @@ class OutputOptions:
     max_active: int | None = None
     min_value: float = 0.0
     precision: str = "float32"
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         if self.max_active is not None and self.max_active < 1:
@@ -52,6 +56,24 @@ class OutputOptions:
             raise UsageError(f"min_value: expected a number >= 0, got {self.min_value}")
         if self.precision not in ("float32", "bf16"):
             raise UsageError(f"precision: expected 'float32' or 'bf16', got {self.precision!r}")
+
+
+def default_batch_size(size: tuple[int, int], device: torch.device) -> int:
+    """Images per batch of an evaluation pass, by the memory that they need.
+
+    Args:
+        size: height and width of an input image.
+        device: where the backbone runs.
+
+    Returns:
+        1 .. 256: as many images as have `PIXELS` pixels together; 32 of 224 x 224 on a CPU, 256 of 64 x 64. An accelerator takes eight times as many.
+
+    Example:
+        >>> default_batch_size((224, 224), torch.device("cpu")), default_batch_size((32, 32), torch.device("cpu"))
+        (32, 256)
+    """
+    pixels = PIXELS * (1 if device.type == "cpu" else 8)
+    return max(1, min(256, pixels // (size[0] * size[1])))
 
 
 @dataclass(frozen=True)

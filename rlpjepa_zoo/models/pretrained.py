@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors.torch
+import safetensors
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..core import rng
-from ..core.files import tensor_shapes
+from ..core.files import load_tensors, tensor_shapes
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, first_line
@@ -57,7 +57,11 @@ def load_encoder(
     path = resolve(source, revision, token, cache_dir)
     published = read_folder(path)
     if published.classifier is not None:
-        raise ModelError(f"{path}: holds a classifier, not an encoder; use load_classifier, or `rlpjepa predict`")
+        start = published.info.get("start")
+        origin = f", such as the one that it was tuned from ({start})" if isinstance(start, str) else ""
+        raise ModelError(
+            f"{path}: holds a classifier, not an encoder; use load_classifier in Python or `rlpjepa predict`, or give an encoder{origin}"
+        )
     verify_folder(path, published)
     options = _encoder_options(published, f"{path}/{CONFIG}")
     recipe = read_recipe(path, published)
@@ -206,6 +210,6 @@ def _compare(expected: dict[str, Tensor], header: dict[str, tuple[str, tuple[int
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load_file(path)
+        return load_tensors(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error

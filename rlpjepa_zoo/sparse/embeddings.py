@@ -1,18 +1,25 @@
-"""`SparseEmbeddings`: n non-negative sparse rows with their ids, as three CSR arrays. Needs numpy only; converters import their libraries."""
+"""`SparseEmbeddings`: n non-negative sparse rows with ids and columns, as three CSR arrays. Needs numpy only; converters import their libraries."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import DataError, UsageError
 from . import io
-from .io import Values, number_array
+from .columns import column_dict
+from .csr import check_csr, number_array
+from .ids import id_array
+from .io import Values
 
 __all__ = ["SparseEmbeddings"]
+
+log = logging.getLogger("rlpjepa_zoo")
 
 
 class SparseEmbeddings:
@@ -23,12 +30,15 @@ class SparseEmbeddings:
         indices: (nnz,) column of each entry, strictly increasing within a row.
         values: (nnz,) floats > 0, finite.
         dim: number of columns D.
-        ids: n ids (paths, keys), all strings or all integers; 0 .. n - 1 when None.
+        ids: n ids (paths, keys), all text or all integers, in a list or an array of numpy, pandas, polars or Arrow; 0 .. n - 1 when None.
         meta: str -> str provenance, saved with the rows; the key ``"model"`` names the encoder. Rows of different encoders cannot be
             concatenated.
+        columns: further values of each row, such as the class label: name -> n values.
 
     Attributes:
         shape: (n, D).
+        ids: (n,) array: int64, or Python strings (dtype object).
+        columns: read-only mapping from names to (n,) arrays; indexing, concatenation and files keep them, equality does not look at them.
         nnz: number of stored entries.
         l0: mean over rows of the fraction of non-zeros, the *density*, in [0, 1].
 
@@ -41,7 +51,7 @@ class SparseEmbeddings:
         ((2, 3), 3, 0.5, ['b.png'], [[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
     """
 
-    __slots__ = ("dim", "ids", "indices", "indptr", "meta", "values")
+    __slots__ = ("_columns", "dim", "ids", "indices", "indptr", "meta", "values")
 
     def __init__(
         self,
@@ -49,8 +59,9 @@ class SparseEmbeddings:
         indices: Any,
         values: Any,
         dim: int,
-        ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | None = None,
+        ids: Any = None,
         meta: Mapping[str, str] | None = None,
+        columns: Mapping[str, Any] | None = None,
     ) -> None:
         self.indptr, wide, self.values = (
             number_array("indptr", indptr, np.int64),
@@ -63,46 +74,17 @@ class SparseEmbeddings:
         if not all(isinstance(k, str) and isinstance(v, str) for k, v in dict(meta or {}).items()):
             raise DataError("meta: expected text for every key and value")
         self.meta = dict(meta or {})
-        n = len(self.indptr) - 1
-        self.ids = np.arange(n) if ids is None or np.size(ids) == n == 0 else np.asarray(ids)
-        if self.ids.dtype.kind == "U" and not isinstance(ids, np.ndarray) and not all(isinstance(i, str) for i in ids or ()):
-            raise DataError("ids: expected all strings or all integers, got both")
-        self._check(wide)
+        check_csr(self.indptr, wide, self.values, self.dim)
+        self.ids = id_array(ids, len(self))
+        self._columns = column_dict(columns, len(self))
         self.indices = wide.astype(np.int32, copy=False)
-
-    def _check(self, indices: np.ndarray[Any, Any]) -> None:
-        p, v = self.indptr, self.values
-        if p.ndim != 1 or len(p) < 1 or p[0] != 0 or p[-1] != len(indices) or len(indices) != len(v):
-            raise DataError(
-                f"indptr, indices and values do not fit together: lengths {len(p)}, {len(indices)}, {len(v)}, last indptr {p[-1:].tolist()}"
-            )
-        if (np.diff(p) < 0).any():
-            raise DataError(f"row {int(np.flatnonzero(np.diff(p) < 0)[0])}: indptr decreases")
-        if not 0 < self.dim < 2**31:
-            raise DataError(f"dim: expected 1 .. 2^31 - 1, got {self.dim}")
-        if self.ids.ndim != 1 or len(self.ids) != len(p) - 1 or self.ids.dtype.kind not in "iuU":
-            raise DataError(f"ids: expected {len(p) - 1} strings or {len(p) - 1} integers, got {self.ids.dtype} of shape {self.ids.shape}")
-        bad = ~(np.isfinite(v) & (v > 0))
-        if indices.dtype.kind not in "iu" and len(indices):
-            raise DataError(f"indices: expected integers, got {indices.dtype}")
-        bad |= (indices < 0) | (indices >= self.dim)
-        if len(indices) > 1:
-            rising = np.diff(indices.astype(np.int64, copy=False)) > 0
-            rising[p[1:-1][(p[1:-1] > 0) & (p[1:-1] < len(indices))] - 1] = (
-                True  # the first column of a row may be lower than the last of the row before
-            )
-            bad[1:] |= ~rising
-        if bad.any():
-            entry = int(np.flatnonzero(bad)[0])
-            row = int(np.searchsorted(p, entry, side="right")) - 1
-            raise DataError(
-                f"row {row}: column {indices[entry]} with value {v[entry]}; expected rising columns below {self.dim} and finite values > 0"
-            )
 
     # --- construction ----------------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_dense(cls, dense: Any, ids: Any = None, meta: Mapping[str, str] | None = None) -> SparseEmbeddings:
+    def from_dense(
+        cls, dense: Any, ids: Any = None, meta: Mapping[str, str] | None = None, columns: Mapping[str, Any] | None = None
+    ) -> SparseEmbeddings:
         """From an (n, D) array or tensor; only exact zeros (and -0.0) are dropped.
 
         Raises:
@@ -113,10 +95,10 @@ class SparseEmbeddings:
         dense = np.asarray(dense, dtype=np.float32)
         if dense.ndim != 2:
             raise DataError(f"expected an (n, D) matrix, got shape {dense.shape}")
-        rows, columns = np.nonzero(dense)
+        rows, active = np.nonzero(dense)
         indptr = np.zeros(len(dense) + 1, dtype=np.int64)
         np.cumsum(np.bincount(rows, minlength=len(dense)), out=indptr[1:])
-        return cls(indptr, columns, dense[rows, columns], dense.shape[1], ids, meta)
+        return cls(indptr, active, dense[rows, active], dense.shape[1], ids, meta, columns)
 
     @classmethod
     def from_scipy(cls, matrix: Any, ids: Any = None, meta: Mapping[str, str] | None = None) -> SparseEmbeddings:
@@ -131,7 +113,7 @@ class SparseEmbeddings:
         """Stack rows in the given order.
 
         Raises:
-            UsageError: no parts, different widths, or rows of different encoders.
+            UsageError: no parts, different widths, kinds of ids or columns, or rows of different encoders.
         """
         if isinstance(parts, SparseEmbeddings):
             raise UsageError("concat: expected a list, as in SparseEmbeddings.concat([a, b])")
@@ -146,16 +128,19 @@ class SparseEmbeddings:
         starts = np.cumsum([0] + [part.nnz for part in parts])
         indptr = np.concatenate([[0]] + [part.indptr[1:] + start for part, start in zip(parts, starts, strict=False)])
         meta = {k: v for k, v in parts[0].meta.items() if all(part.meta.get(k) == v for part in parts)}
-        ids = [part.ids for part in parts]
-        if len({part.ids.dtype.kind == "U" for part in parts if len(part)}) > 1:
+        filled = [part for part in parts if len(part)] or parts[:1]
+        if len({part.ids.dtype.kind == "O" for part in filled}) > 1:
             raise UsageError("concat: some parts have string ids, others integers")
+        if len(names := {tuple(sorted(part.columns)) for part in filled}) > 1:
+            raise UsageError(f"concat: the parts have different columns {sorted(names)}; with_columns({{}}) drops them")
         return cls(
             indptr,
             np.concatenate([part.indices for part in parts]),
             np.concatenate([part.values for part in parts]),
             parts[0].dim,
-            np.concatenate([i for i in ids if len(i)] or ids[:1]),
+            np.concatenate([part.ids for part in filled]),
             meta,
+            {name: np.concatenate([part.columns[name] for part in filled]) for name in filled[0].columns},
         )
 
     # --- access ---------------------------------------------------------------------------------------------------------------------
@@ -172,6 +157,10 @@ class SparseEmbeddings:
     def l0(self) -> float:
         n, dim = self.shape
         return self.nnz / (n * dim) if n else 0.0
+
+    @property
+    def columns(self) -> Mapping[str, np.ndarray[Any, Any]]:
+        return MappingProxyType(self._columns)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -208,16 +197,38 @@ class SparseEmbeddings:
         counts = np.diff(self.indptr)[rows]
         indptr = np.concatenate([[0], np.cumsum(counts)])
         entries = np.repeat(self.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
-        return self._with(indptr, entries, self.ids[rows])
+        columns = {name: values[rows] for name, values in self._columns.items()}
+        return SparseEmbeddings(indptr, self.indices[entries], self.values[entries], self.dim, self.ids[rows], self.meta, columns)
 
-    def _with(self, indptr: Any, entries: Any, ids: Any) -> SparseEmbeddings:
-        return SparseEmbeddings(indptr, self.indices[entries], self.values[entries], self.dim, ids, self.meta)
+    def _with(self, indptr: Any, entries: Any, values: Any = None) -> SparseEmbeddings:
+        """The same rows with some of their entries."""
+        values = self.values[entries] if values is None else values
+        return SparseEmbeddings(indptr, self.indices[entries], values, self.dim, self.ids, self.meta, self._columns)
+
+    def with_columns(self, columns: Mapping[str, Any]) -> SparseEmbeddings:
+        """The same rows with these columns in place of the present ones; an empty mapping drops them."""
+        return SparseEmbeddings(self.indptr, self.indices, self.values, self.dim, self.ids, self.meta, columns)
+
+    def normalize(self) -> SparseEmbeddings:
+        """Rows of length one (L2), so that inner products are cosines and a row finds itself first; rows of zeros stay zero.
+
+        Example:
+            >>> SparseEmbeddings.from_dense([[0.0, 2.0], [0.0, 0.0]]).normalize().to_dense().tolist()
+            [[0.0, 1.0], [0.0, 0.0]]
+        """
+        rows = np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        values = self.values.astype(np.float64)
+        lengths = np.sqrt(np.bincount(rows, values**2, minlength=len(self)))
+        with np.errstate(under="ignore"):
+            values = (values / lengths[rows]).astype(np.float32)
+        keep = values > 0  # beside 1e30, 1e-30 is zero
+        return self._with(np.concatenate([[0], np.cumsum(keep)])[self.indptr], np.flatnonzero(keep), values[keep])
 
     def at_least(self, value: float) -> SparseEmbeddings:
         """Keep the values >= `value`."""
         keep = self.values >= value
         indptr = np.concatenate([[0], np.cumsum(keep)])[self.indptr]
-        return self._with(indptr, np.flatnonzero(keep), self.ids)
+        return self._with(indptr, np.flatnonzero(keep))
 
     def top_k(self, k: int) -> SparseEmbeddings:
         """Keep the k largest values of each row (of equal ones, those of lower column); rows with fewer values do not change.
@@ -232,7 +243,7 @@ class SparseEmbeddings:
         rank = np.arange(self.nnz) - self.indptr[rows]
         entries = np.sort(order[rank < k])
         indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(self.indptr), k))])
-        return self._with(indptr, entries, self.ids)
+        return self._with(indptr, entries)
 
     # --- conversion ------------------------------------------------------------------------------------------------------------------
 
@@ -243,13 +254,13 @@ class SparseEmbeddings:
         return dense
 
     def to_scipy(self) -> Any:
-        """`scipy.sparse.csr_array`, float32, which scikit-learn accepts."""
+        """A `scipy.sparse.csr_array` of its own memory, float32, which scikit-learn accepts."""
         from scipy.sparse import csr_array
 
         rows = (
             self.indptr.astype(np.int32) if self.nnz < io.INT32_LIMIT else self.indptr
         )  # many scikit-learn functions take 32-bit indices only
-        return csr_array((self.values, self.indices, rows), shape=self.shape)
+        return csr_array((self.values, self.indices, rows), shape=self.shape, copy=True)
 
     def to_torch(self, layout: Literal["csr", "coo"] = "csr") -> Any:
         """A torch sparse tensor, float32. torch CSR can neither be sliced nor concatenated; this class can.
@@ -272,16 +283,18 @@ class SparseEmbeddings:
             return torch.sparse_csr_tensor(torch.from_numpy(self.indptr.copy()), columns, values, self.shape, check_invariants=True)
 
     def to_arrow(self, values: Values = "float32") -> Any:
-        """A `pyarrow.Table` with columns id, indices (lists of int16 or int32) and values (lists of numbers), as `save` writes it."""
+        """A `pyarrow.Table` with id, indices (lists of int16 or int32), values (lists of numbers) and the further columns, as `save` writes it."""
         return io.arrow_table(self._arrays(), values)
 
     # --- files -----------------------------------------------------------------------------------------------------------------------
 
     def _arrays(self) -> io.Arrays:
-        return io.Arrays(self.indptr, self.indices, self.values, self.dim, self.ids, self.meta)
+        return io.Arrays(self.indptr, self.indices, self.values, self.dim, self.ids, self.meta, self._columns)
 
     def save(self, path: str | Path, values: Values = "float32") -> Path:
         """Write one file, atomically; the suffix sets the format: ``.safetensors``, ``.npz`` (scipy.sparse.load_npz opens it too) or ``.parquet``.
+
+        Every file carries a checksum, which `load` verifies.
 
         Args:
             path: the file.
@@ -297,19 +310,41 @@ class SparseEmbeddings:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> SparseEmbeddings:
+    def load(cls, path: str | Path, dim: int | None = None) -> SparseEmbeddings:
         """Read what `save` wrote, or all parts of a folder that `rlpjepa embed --out DIR` wrote; every file is checked like the arguments.
+
+        Also reads a parquet file that pandas, polars or datasets wrote again, with columns id, indices, values and others in any order. Such a
+        file does not tell D. Without `dim`, D is the largest column that occurs, plus one, and a warning says so.
+
+        Args:
+            path: the file or folder. `rlpjepa_zoo.load_embeddings` also takes a repository on the Hub.
+            dim: D; refused if the file tells another.
 
         Raises:
             DataError: no such file, a damaged one, or a folder that is not finished.
             ModelError: a file of another kind or a newer format.
-            UsageError: parts of different encoders.
+            UsageError: parts of different encoders, or another `dim`.
         """
+        if str(path).startswith("hf-hub:"):
+            raise UsageError(f"{path}: SparseEmbeddings.load reads local files; rlpjepa_zoo.load_embeddings('{path}') reads from the Hub")
         path = Path(path)
+        parts: list[tuple[Path, str | None]] = [(path, None)]
         if path.is_dir():
-            return cls.concat([cls.load(part) for part in io.part_files(path)])
-        arrays = io.read(path)
+            from . import folder
+
+            dim, parts = folder.verified_parts(path, dim)
+        found = [(part, io.read(part, sha256)) for part, sha256 in parts]
+        widths = [arrays.dim for _, arrays in found if arrays.dim is not None]
+        if dim is not None and any(width != dim for width in widths):
+            raise UsageError(f"{path}: has width {next(width for width in widths if width != dim)}, not {dim}")
+        if dim is None and not widths:
+            dim = max(int(np.max(arrays.indices, initial=0)) for _, arrays in found) + 1
+            log.warning("%s: was written by another program and does not tell the width; taken as %d, or give dim=", path, dim)
+        return cls.concat([cls._checked(part, arrays, widths[0] if dim is None else dim) for part, arrays in found])
+
+    @classmethod
+    def _checked(cls, path: Path, arrays: io.Arrays, dim: int) -> SparseEmbeddings:
         try:
-            return cls(*arrays)
+            return cls(*(arrays if arrays.dim is not None else arrays._replace(dim=dim)))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error

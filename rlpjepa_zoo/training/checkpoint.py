@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core import distributed
-from ..core.files import parse_json, sha256, sync_folder, write_durably
+from ..core.files import load_tensors, parse_json, sha256, sync_folder, write_durably
 from ..errors import ModelError, OutputError
 
 __all__ = ["Checkpoint", "check_space", "latest", "optimizer_state", "remove_leftovers", "restore_optimizer", "save"]
@@ -174,7 +174,7 @@ def _read(step: int, path: Path) -> Checkpoint:
             or sha256(file) != entry.get("sha256")
         ):
             raise ModelError(f"{file}: missing or differs from its sha256")
-    model, optimizer = (safetensors.torch.load_file(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
+    model, optimizer = (load_tensors(path / name) for name in ("model.safetensors", "optimizer.safetensors"))
     return Checkpoint(step, model, optimizer, parse_json((path / "state.json").read_bytes(), str(path / "state.json"), limit=1 << 28))
 
 

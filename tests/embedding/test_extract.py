@@ -383,7 +383,7 @@ def test_very_long_image_is_skipped_without_using_memory(tmp_path: Path) -> None
 def test_full_disk_keeps_the_finished_parts(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet as pq
 
-    enc, out, write, calls = settled(), tmp_path / "out", pq.write_table, [0]
+    enc, out, write, calls = settled(), tmp_path / "out", pq.ParquetWriter.write_table, [0]
 
     def full(*args: Any, **options: Any) -> None:
         calls[0] += 1
@@ -391,7 +391,7 @@ def test_full_disk_keeps_the_finished_parts(photos: Path, tmp_path: Path, monkey
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*args, **options)
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with refused(OutputError, match=r"part-000002\.parquet: cannot write: No space left"):
         extract(enc, open_images(photos), out, HOW)
     assert sorted(p.name for p in (out / "data").iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
@@ -446,9 +446,13 @@ def test_every_file_holds_its_provenance(photos: Path, tmp_path: Path) -> None:
     for part in (tmp_path / "out/data").iterdir():
         meta = SparseEmbeddings.load(part).meta
         recorded = json.loads(meta["provenance"])
-        assert meta["model"] == enc.fingerprint() and recorded["model"] == model and recorded["options"]["values"] == "float32"
+        assert (
+            meta["model"] == enc.fingerprint()
+            and recorded["model"] == model.model_dump(exclude_none=True)
+            and recorded["options"]["values"] == "float32"
+        )
         assert recorded["input"]["files"] == N and recorded["model"]["dial"] == {"mode": "top_k", "value": 3}
-    assert model["source"] == tmp_path.name  # no path of this machine
+    assert model.source == tmp_path.name  # no path of this machine
 
 
 def test_parts_of_two_encoders_do_not_load(photos: Path, tmp_path: Path) -> None:
@@ -456,6 +460,9 @@ def test_parts_of_two_encoders_do_not_load(photos: Path, tmp_path: Path) -> None
     for name, encoder in (("a", enc), ("b", enc.with_budget(3))):
         extract(encoder, open_images(photos), tmp_path / name, HOW)
     (tmp_path / "b/data/part-000000.parquet").rename(tmp_path / "a/data/part-000004.parquet")
+    with refused(DataError, match="damaged or changed: its sha256"):
+        SparseEmbeddings.load(tmp_path / "a")
+    (tmp_path / "a/embeddings.json").unlink()  # then the folder is any parquet files
     with refused(UsageError, match="rows of different encoders do not mix"):
         SparseEmbeddings.load(tmp_path / "a")
     with refused(DataError, match="no data/"):

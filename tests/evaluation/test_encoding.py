@@ -11,7 +11,7 @@ from rlpjepa_zoo.data.images import Images
 from rlpjepa_zoo.data.preprocess import Preprocess
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError
-from rlpjepa_zoo.evaluation.encoding import batch_size_for, encode, encode_sparse, pixel_size
+from rlpjepa_zoo.evaluation.encoding import encode, encode_sparse, pixel_size
 from rlpjepa_zoo.evaluation.metrics import dead, l0, l1, sparse_densities
 from rlpjepa_zoo.models.encoder import SparseEncoder
 from rlpjepa_zoo.models.factory import create_encoder
@@ -67,9 +67,3 @@ def test_pixels_are_those_of_the_input_or_means_of_its_areas(image_folder: Path)
         whole = large.config.preprocess.pixels(images.read(i)).transpose(2, 0, 1).astype(float)
         first = whole[:, :3, :4].mean((1, 2))  # 96 rows on 32, 64 columns on 21: the area of a corner is 3 x 4
         assert np.abs(row.reshape(3, 32, 21)[:, 0, 0] - first).max() <= 0.5
-
-
-@pytest.mark.parametrize("side", [32, 64, 224, 384])
-def test_batch_takes_at_most_the_pixels_of_a_batch_at_224(side: int) -> None:
-    size = batch_size_for(Preprocess((side, side)), torch.device("cpu"))
-    assert 1 <= size <= 256 and (size == 256 or size * side**2 <= 32 * 224**2)

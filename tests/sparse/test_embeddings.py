@@ -407,7 +407,6 @@ def test_bad_entry_is_refused_with_its_row(change, row):
         {"ids": [1.5, 2.5, 3.5]},
         {"ids": [["a"], ["b"], ["c"]]},
         {"ids": [True, False, True]},
-        {"ids": [1, "b", 3]},
     ],
     ids=repr,
 )
@@ -444,33 +443,6 @@ def test_truncated_file_is_refused_at_any_length(saved):
         saved.write_bytes(content[:cut])
         with refused(DataError, ModelError, match=saved.name):
             SparseEmbeddings.load(saved)
-
-
-def header_bytes(path, content):
-    if path.suffix == ".safetensors":
-        return range(8 + int.from_bytes(content[:8], "little"))
-    if path.suffix == ".parquet":
-        return range(len(content) - 8 - int.from_bytes(content[-8:-4], "little"), len(content))
-    return range(len(content))
-
-
-def test_flipped_byte_raises_only_typed_errors(saved):
-    content = saved.read_bytes()
-    places = header_bytes(saved, content)
-    escaped, caught = [], 0
-    for at in places[:: max(1, len(places) // 300)]:
-        for mask in (0x01, 0x40):
-            saved.write_bytes(content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :])
-            try:
-                SparseEmbeddings.load(saved)
-            except (DataError, ModelError, UsageError) as error:
-                caught += 1
-                if len(str(error).splitlines()) > 1:
-                    escaped.append((at, mask, "more than one line"))
-            except Exception as error:
-                escaped.append((at, mask, repr(error)))
-    assert caught > 20
-    assert escaped == []
 
 
 def test_newer_format_is_refused_with_the_fix(tmp_path, monkeypatch, dense):

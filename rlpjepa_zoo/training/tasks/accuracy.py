@@ -17,10 +17,9 @@ from ...core import distributed
 from ...data.images import Images
 from ...data.preprocess import batched
 from ...errors import DataError, NonFiniteError
-from ...evaluation.encoding import batch_size_for
 from ...evaluation.intervals import share_interval
 from ...models.classifier import Classifier
-from ...models.inference import image_batches
+from ...models.inference import default_batch_size, image_batches
 
 __all__ = ["TOP", "Classified", "accuracy", "classify", "evaluate_classifier", "with_class_numbers"]
 
@@ -94,7 +93,7 @@ def classify(
     """
     numbered, parts = Images(images.read, range(len(images)), images.labels), list[tuple[Any, ...]]()
     failures = list[tuple[Any, str]]()
-    size = batch_size or batch_size_for(classifier.config.preprocess, classifier.device)
+    size = batch_size or default_batch_size(classifier.config.preprocess.size, classifier.device)
     with closing(_logits(classifier, numbered, size, num_workers, progress, failures)) as batches:
         for logits, y, rows in batches:
             if not logits.isfinite().all():

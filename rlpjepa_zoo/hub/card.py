@@ -1,18 +1,16 @@
 """The model card: README.md of a published folder and its figures, a function of config.json alone; never edited by hand.
 
-The text is in card.md.j2. This module checks the record that the card shows, and prepares its numbers and tables.
+The text is in card.md.j2. This module prepares its numbers and tables; record.py defines the record that the card shows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.measures import measure_label, measures_of
 from ..core.source import ModelSource
@@ -20,10 +18,11 @@ from ..errors import ModelError, UsageError
 from . import card_figures
 from .folder import snapshot_folder
 from .format import CARD, Published, is_card, pack
+from .record import SPACES as _SPACES
+from .record import Density, Info, checked_info
 
-__all__ = ["checked_info", "files", "render", "rewritten"]
+__all__ = ["files", "render", "rewritten"]
 
-_SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
 _ACCURACIES = ("knn", "linear", "one_shot")
 
 
@@ -65,120 +64,6 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
     return pack(model, {name: content for name, content in contents.items() if not is_card(name)} | files(model))
 
 
-# --- the record that the card shows ---------------------------------------------------------------------------------------------------
-
-Number = int | float
-
-
-class _Open(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
-
-class _Target(_Open):
-    p: Number
-    mu: Number
-    sigma: Number
-
-
-class _Density(_Open):
-    asked: Number | None = None
-    theory: Number | None = None
-    train: Number | None = None
-    eval: Number | None = None
-    eval_images: str | None = None
-
-
-class _Row(_Open):
-    step: Number
-    l0: Number | None = None
-    excess: Number | None = None
-    l0_eval: Number | None = None
-
-
-class _Curve(_Open):
-    """Numbers of active dimensions, and for each number the value or the spread of a measure."""
-
-    __pydantic_extra__: dict[str, list[float] | None]
-    active: list[int]
-
-    @model_validator(mode="after")
-    def _equally_long(self) -> Self:
-        for name, values in self.__pydantic_extra__.items():
-            if values is not None and len(values) != len(self.active):
-                raise ValueError(f"{name} has {len(values)} numbers for {len(self.active)} budgets")
-        return self
-
-
-class _Difference(_Open):
-    measure: str
-    space: str
-    minus: str
-    difference: float
-    low: float
-    high: float
-    n: int
-
-
-class _Against(_Open):
-    differences: list[_Difference] = []
-
-
-class _Results(_Open):
-    n_train: int | None = None
-    n_test: int | None = None
-    protocol: str | None = None
-    data: str | None = None
-    curve: _Curve | None = None
-    skipped: dict[str, str] | None = None
-    against: dict[str, _Against] | None = None
-
-
-class _Info(_Open):
-    """What the card reads of `EncoderConfig.info`; other keys are kept."""
-
-    target: _Target | None = None
-    density: _Density | None = None
-    results: _Results | None = None
-    history: list[_Row] | None = None
-    training: dict[str, str | int | float | None] | None = None
-    data: str | None = None
-    dataset: str | None = None
-    recipe: str | None = None
-    base_model: str | None = None
-    augmentations: str | None = None
-    license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.+-]*$")
-    notes: str | None = Field(None, max_length=100_000)
-
-
-def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a model, `EncoderConfig.info`, as plain JSON values.
-
-    Raises:
-        UsageError: a value has another type than the card expects; the message names its key.
-    """
-    try:
-        record = _Info.model_validate(dict(info)).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"info.{where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}") from error
-    results = record.get("results") or {}
-    for where, scores in [("results", results), *((f"results.against.{k}", v) for k, v in (results.get("against") or {}).items())]:
-        for key, value in scores.items():
-            if not _is_score(key):
-                continue
-            if value is not None and not isinstance(value, int | float):
-                raise UsageError(f"info.{where}.{key}: expected a number, got {str(value)[:60]!r}")
-            scores[key] = None if value is None else float(value)
-    return record
-
-
-def _is_score(key: str) -> bool:
-    """Whether a key of results is measure_space or measure_std_space."""
-    stem = next((key.removesuffix(f"_{space}") for space in _SPACES if key.endswith(f"_{space}")), "")
-    return measure_label(stem.removesuffix("_std")) is not None
-
-
 # --- what the template shows ---------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +90,7 @@ def _template() -> Any:
 
 def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
     """Variables of the template."""
-    info = {key: model.info.get(key) for key in (*_Info.model_fields, "start", "method")}
+    info = {key: model.info.get(key) for key in (*Info.model_fields, "start", "method")}
     density, results, training = info["density"] or {}, info["results"] or {}, info["training"] or {}
     asked, measured = density.get("asked"), density.get("eval")
     height, width = model.preprocess["size"]
@@ -214,15 +99,24 @@ def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
     return {
         "model": model, "info": info, "classifier": model.classifier, "name": model.name, "height": height, "width": width,
         "figures": figures, "front": _front_matter(model), "notes": str(info["notes"] or "").strip(),
-        "data": model.info.get("data", "images"),
+        "data": model.info.get("data", "images"), "start": _start(info),
         "images": f" ({training['images']:,} images)" if isinstance(training.get("images"), int) else "",
         "source": source, "timm_name": (source if source.kind == "folder" else ModelSource.repository(source.bare)).timm_name,
-        "density": {key: density.get(key) for key in _Density.model_fields},
+        "density": {key: density.get(key) for key in Density.model_fields},
         "densities": ["-" if density.get(key) is None else f"{density[key]:.3f}" for key in ("asked", "theory", "train", "eval") if density],
         "missed": bool(asked and measured and not 0.67 < measured / asked < 1.5),
         "pixels_are_better": best["pixels"] > max(best["z"], best["features"]),
         "results": _encoder_results(results, figures) if model.classifier is None else _classifier_results(results),
     }  # fmt: skip
+
+
+def _start(info: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Start`, and its name with link and data as text; cards of earlier versions only have `base_model`."""
+    start, repo = info["backbone"] or {}, info["base_model"]
+    name = start.get("name") or repo
+    link = f"[{name}](https://huggingface.co/{repo})" if repo else f"`{name}`"
+    text = link + (f" (trained on {start['data']})" if start.get("data") else "")
+    return {"name": name, "text": text, "license": start.get("license"), "frozen": start.get("frozen", False)}
 
 
 def _front_matter(model: Published) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..data.preprocess import Preprocess
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
+from ..ops.modules import as_weights, unwrapped
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
 from .base import Layers, PublishedModel, check_float_batch
@@ -99,28 +101,25 @@ class SparseEncoder(PublishedModel):
             backbone.requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> SparseEncoder:
-        super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()  # batch statistics stay as they were
-        return self
+    def _steady(self) -> Sequence[nn.Module]:
+        return [self.backbone] if self.freeze_backbone else []  # its batch statistics stay as they were
 
     def features(self, x: Tensor) -> Tensor:
         """Dense pooled backbone features.
 
         Args:
-            x: (B, 3, H, W) float, preprocessed.
+            x: (B, 3, H, W) float of any precision, preprocessed.
 
         Returns:
             (B, F), in the dtype the backbone computes in.
         """
         check_float_batch(x, UsageError, "preprocess images with enc.transform")
-        return self.backbone(x)
+        return self.backbone(as_weights(x, self.backbone))
 
     def both(self, x: Tensor) -> Output:
         """Features and embeddings in one pass."""
         features = self.features(x)
-        z = self.projector(features)
+        z = self.outputs(features)
         return Output(features, z if self.config.dial is None else self.config.dial(z))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ class SparseEncoder(PublishedModel):
 
     def outputs(self, features: Tensor) -> Tensor:
         """Codes (B, D) before the dial, from features (B, F)."""
-        return self.projector(features)
+        return self.projector(as_weights(features, self.projector))
 
     @property
     def device(self) -> torch.device:
@@ -277,7 +276,7 @@ class SparseEncoder(PublishedModel):
         """Embeddings of one batch.
 
         Args:
-            x: (B, 3, H, W) float, preprocessed.
+            x: (B, 3, H, W) float of any precision, preprocessed.
             first: id of the first image, for the error message.
             options: values to keep, and precision.
 
@@ -288,7 +287,8 @@ class SparseEncoder(PublishedModel):
             NonFiniteError: NaN or infinity among them.
         """
         x = x.to(self.device, memory_format=torch.channels_last)  # faster: benchmarks/embedding.py
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        single = all(p.dtype == torch.float32 for p in self.parameters())  # others compute in their own precision
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=options.precision == "bf16" and single):
             z = self(x)
         z = z.float()
         if not torch.isfinite(z).all():
@@ -302,8 +302,12 @@ class SparseEncoder(PublishedModel):
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
     def _timm_model(self) -> Any:
-        return copy.deepcopy(self.backbone).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
+        return unwrapped(self.backbone)
 
     def _layers(self, timm_model: Any) -> Layers:
         config = self.config
         return Layers(Projector(config.dim, config.hidden_dim, config.projector_depth), dial=config.dial)
+
+    def _fresh(self, backbone: nn.Module) -> SparseEncoder:
+        config = self.config
+        return SparseEncoder(backbone, make_projector(config.features, config.hidden_dim, config.dim, config.projector_depth), config)

@@ -57,7 +57,9 @@ def load_encoder(
     path = resolve(source, revision, token, cache_dir)
     published = read_folder(path)
     if published.classifier is not None:
-        raise ModelError(f"{path}: holds a classifier, not an encoder; use load_classifier")
+        raise ModelError(
+            f"{path}: holds a classifier, not an encoder; open it with rlpjepa_zoo.load_classifier, or give the encoder that it started from"
+        )
     verify_folder(path, published)
     options = _encoder_options(published, f"{path}/{CONFIG}")
     recipe = read_recipe(path, published)
@@ -99,9 +101,9 @@ def load_classifier(
     return _load(path, published, build).to(device)
 
 
-def load_published(path: str | Path) -> SparseEncoder | Classifier:
-    """The encoder or the classifier in a published folder, verified."""
-    folder = resolve(path)
+def load_published(source: str | Path, revision: str | None = None) -> SparseEncoder | Classifier:
+    """An encoder or a classifier, whichever the source holds; arguments and errors as of `load_encoder`."""
+    folder = resolve(source, revision)
     return load_encoder(folder) if read_folder(folder).classifier is None else load_classifier(folder)
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 
 __all__ = ["ModelSource", "is_repository", "shareable_path"]
 
-_FOLDERS_OF_RUNS = ("encoder", "classifier", "encoder-best", "classifier-best", "checkpoints")
+_RUNS = "runs"
+"""Folder of all runs in the documents."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class ModelSource:
     @property
     def missing_folder(self) -> bool:
         """Whether the text, without prefix, revision and folder of that name, reads as a path: it starts or ends like one, is too deep for a
-        repository, has a last part that runs use for their folders, or its parent is a folder here.
+        repository, begins with the folder that the documents use for runs, or its parent is a folder here.
 
         Example:
             >>> ModelSource.parse("./gone").missing_folder, ModelSource.parse("owner/repo").missing_folder
@@ -146,7 +147,7 @@ class ModelSource:
             return False
         path = _expand(self.text)
         as_path = self.text.startswith(("/", "~", "./", "../")) or self.text.endswith("/") or "\\" in self.text or self.text.count("/") > 1
-        return as_path or path.name in _FOLDERS_OF_RUNS or (bool(path.parent.name) and _exists(path.parent, folder=True))
+        return as_path or path.parts[0] == _RUNS or (bool(path.parent.name) and _exists(path.parent, folder=True))
 
     @property
     def label(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import package
 from ..core.files import disk_errors, existing_parent, parse_json, partial_folder, tensor_bytes
 from ..data.preprocess import Preprocess
-from ..errors import NonFiniteError, UsageError, ZooError, first_line
+from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
 from ..hub import card
 from ..hub.folder import write_folder
 from ..hub.format import CONFIG, GOLDEN, RECIPE, LinearLayer, Projector, Published, pack, tensor_place
@@ -87,6 +87,25 @@ class PublishedModel(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         modules.lengthen_names(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Why the backbone does not take images of this size, in one line; None if it does. One black image is tried."""
+        first = next(self.parameters())
+        try:
+            with self.evaluating():
+                self(torch.zeros(1, 3, height, width, device=first.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return f"the backbone does not take images of {height} x {width} pixels ({first_line(error)})"
+        return None
+
+    def _check_size(self, source: Any) -> None:
+        """Refuse a batch of preprocessed images whose size the backbone does not take."""
+        if isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4 and source.shape[2:] != self.config.preprocess.size:
+            problem = self.size_problem(*source.shape[2:])
+            if problem is not None:
+                height, width = self.config.preprocess.size
+                raise DataError(f"{problem}; preprocess images with .transform, which gives {height} x {width}")
 
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two models with equal fingerprints give equal outputs."""

@@ -143,6 +143,7 @@ class Classifier(PublishedModel):
             DataError: no such images, or an unreadable one.
             NonFiniteError: the classifier gave NaN or infinity.
         """
+        self._check_size(source)
         ids, parts = [], [torch.zeros(0, len(self.classes))]
         batches = source_batches(
             source,

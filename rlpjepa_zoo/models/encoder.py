@@ -228,7 +228,8 @@ class SparseEncoder(PublishedModel):
 
         Args:
             images: a folder, paths, PIL images, a Hugging Face dataset (also streamed), parquet or tar files (see
-                `rlpjepa_zoo.data.sources.open_images`), or a float tensor (B, 3, H, W) that is already preprocessed.
+                `rlpjepa_zoo.data.sources.open_images`), a float tensor (B, 3, H, W) of any precision that is already preprocessed, or a uint8
+                tensor (B, 3, H, W) of RGB pixels.
             batch_size: images in a batch, >= 1.
             num_workers: threads that decode images; 0 decodes in the calling thread.
             max_active: keep only this many largest values of each row.
@@ -258,6 +259,7 @@ class SparseEncoder(PublishedModel):
                 f"{batch_size}, {max_active}, {num_workers}, {on_error!r}"
             )
         options = OutputOptions(max_active, min_value, precision)
+        self._check_size(images)
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         parts = []
         batches = source_batches(

@@ -98,7 +98,8 @@ def export(model: SparseEncoder | Classifier, path: str | Path, *, overwrite: bo
             output = io.StringIO()  # torch prints whole graphs when it fails; the error below gives the reason
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 data = format.convert(_trace(graph, images), _metadata(model))
-        files.write_durably(temporary, data)
+        with files.disk_errors(path, len(data)):
+            files.write_durably(temporary, data)
         with _as_model_error(f"{path}: the exported file does not open or run"):
             given = list(map(format.open(temporary), batches))
         for got, want in zip(given, expected, strict=True):

@@ -221,7 +221,11 @@ def export(
     path, config, preprocess = run(model, out, overwrite=overwrite), model.config, model.config.preprocess
     height, width = preprocess.size
     mean, std = (tuple(map(float, values)) for values in (preprocess.mean, preprocess.std))
-    both = (("logits", config.dim), ("probabilities", config.dim)) if isinstance(model, Classifier) else (("z", config.dim), ("features", config.features))
+    both = (
+        (("logits", config.dim), ("probabilities", config.dim))
+        if isinstance(model, Classifier)
+        else (("z", config.dim), ("features", config.features))
+    )
     print_values(
         {
             "file": str(path), "bytes": path.stat().st_size,

@@ -101,7 +101,12 @@ class PublishedModel(nn.Module):
 
     def _check_size(self, source: Any) -> None:
         """Refuse a batch of preprocessed images whose size the backbone does not take."""
-        if isinstance(source, Tensor) and source.is_floating_point() and source.dim() == 4 and source.shape[2:] != self.config.preprocess.size:
+        if (
+            isinstance(source, Tensor)
+            and source.is_floating_point()
+            and source.dim() == 4
+            and source.shape[2:] != self.config.preprocess.size
+        ):
             problem = self.size_problem(*source.shape[2:])
             if problem is not None:
                 height, width = self.config.preprocess.size

@@ -224,7 +224,9 @@ def test_threads_embed_with_shared_weights_in_training_mode(other):
 
     thread = threading.Thread(target=short)
     thread.start()
-    found["long"] = second.embed(rows(lambda i: inside.set() if i == 0 else ended.wait(60) if i == 2 else None), batch_size=2, num_workers=0)
+    found["long"] = second.embed(
+        rows(lambda i: inside.set() if i == 0 else ended.wait(60) if i == 2 else None), batch_size=2, num_workers=0
+    )
     thread.join()
     assert np.array_equal(found["short"], expected) and np.array_equal(found["long"].to_dense(), expected)
     assert all(module.training for module in enc.modules()) and enc.fingerprint() == before

@@ -24,7 +24,6 @@ from ..hub import card
 from ..hub.folder import write_folder
 from ..hub.format import CONFIG, GOLDEN, RECIPE, LinearLayer, Projector, Published, pack, tensor_place
 from ..hub.push import push
-from ..hub.record import checked_info
 from ..ops import modules
 from ..sparse.topk import Dial
 from . import golden
@@ -214,7 +213,7 @@ class PublishedModel(nn.Module):
         timm_model = self._timm_model()
         layers = self._layers(timm_model)
         timm_config = _timm_config(timm_model, self.config.preprocess, layers.label_names, scratch)
-        record = checked_info(self.config.info if info is None else info)
+        record = card.checked_info(self.config.info if info is None else info)
         published = Published(
             timm=timm_config,
             preprocess=dataclasses.asdict(self.config.preprocess),

@@ -21,9 +21,9 @@ from ..core.files import MAX_JSON, parse_json, tensor_shapes
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
+from ..hub.card import Start, pretraining_data
 from ..hub.download import fetch
 from ..hub.format import BACKBONE, CONFIG, Projector
-from ..hub.record import Start, pretraining_data
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 
 __all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "fresh_copy", "refused_arguments", "validate_arguments"]
@@ -115,7 +115,7 @@ def _as_saved(arguments: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _start_record(source: ModelSource, weights: dict[str, Any] | None, frozen: bool) -> dict[str, Any]:
-    """What a card says about the weights that a backbone starts from: the keys base_model and backbone of `rlpjepa_zoo.hub.record.Info`.
+    """What a card says about the weights that a backbone starts from: the keys base_model and backbone of `rlpjepa_zoo.hub.card.Info`.
 
     Args:
         source: of the backbone.

@@ -208,23 +208,30 @@ def export(
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the sparse encoder as one ONNX or torch.export file.
+    """Write an encoder or a classifier as one ONNX or torch.export file.
 
-    The file holds backbone, projector and ReLU. It is checked to give the same codes before it is moved to OUT.
+    The file holds all layers; of an encoder it gives z and features, of a classifier logits and probabilities. It is checked to give the same
+    numbers before it is moved to OUT.
     """
+    from ..models.classifier import Classifier
     from ..models.export import export as run
-    from ..models.pretrained import load_encoder
+    from ..models.pretrained import load_published
 
-    encoder = load_encoder(source, revision=revision)
-    path, config, preprocess = run(encoder, out, overwrite=overwrite), encoder.config, encoder.config.preprocess
+    model = load_published(source, revision=revision)
+    path, config, preprocess = run(model, out, overwrite=overwrite), model.config, model.config.preprocess
     height, width = preprocess.size
     mean, std = (tuple(map(float, values)) for values in (preprocess.mean, preprocess.std))
+    both = (
+        (("logits", config.dim), ("probabilities", config.dim))
+        if isinstance(model, Classifier)
+        else (("z", config.dim), ("features", config.features))
+    )
     print_values(
         {
             "file": str(path), "bytes": path.stat().st_size,
             "input images": f"float32 (batch, 3, {height}, {width}), RGB in 0..1, resized by {preprocess.interpolation} and cropped to "
             f"{height}x{width} with crop_pct {preprocess.crop_pct:g}, then (x - mean) / std with mean {mean}, std {std}",
-            "outputs": f"z (batch, {config.dim}), features (batch, {config.features})",
+            "outputs": ", ".join(f"{name} (batch, {width})" for name, width in both),
         },
         as_json,
     )  # fmt: skip

@@ -1,20 +1,26 @@
-"""Files: atomic writes, digests, strict JSON, headers of safetensors files, folder locks."""
+"""Files: atomic writes, errors of the disk, digests, strict JSON, safetensors, folder locks."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import ModelError, OutputError, UsageError, first_line
+from ..errors import ModelError, OutputError, UsageError, ZooError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_JSON = 1 << 20
 """Largest JSON file that is read, in bytes."""
@@ -86,6 +92,71 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+# --- unfinished files ------------------------------------------------------------------------------------------------------------------
+
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(?:-(?P<host>[0-9a-f]{8}))?\.partial(?:\..*)?", re.DOTALL)
+"""Name of an unfinished file or folder. Earlier versions wrote it without the host."""
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _partial(path: Path, suffix: str = "") -> Path:
+    """Where this process writes `path` before it is complete: in the same folder, so that a rename publishes it."""
+    return path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}-{_host()}.partial{suffix}")
+
+
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Remove unfinished files and folders of processes that were killed; those of running processes and of other machines stay.
+
+    Args:
+        folder: where to look; not below it.
+        name: only those of this file (without its suffix) or folder.
+    """
+    with suppress(OSError):
+        for hidden in [entry for entry in os.listdir(folder) if entry.startswith(f".{name or ''}")]:
+            match, path = _PARTIAL.fullmatch(hidden), folder / hidden
+            if match is None or name not in (None, match["name"]) or match["host"] not in (None, _host()) or _runs(int(match["process"])):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be told."""
+    if os.name != "posix":  # signal 0 would end the process on Windows
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError) as error:  # not ours; or no number of a process
+        return isinstance(error, OSError)
+    return True
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` for files that are not complete yet; removed afterwards, unless it was renamed.
+
+    Raises:
+        OutputError: disk full, no permission, no such folder.
+    """
+    remove_partials(path.parent, path.name)
+    partial = _partial(path)
+    try:
+        with disk_errors(path):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path in the same folder, which is renamed to `path` on success and removed on error.
@@ -93,18 +164,80 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: disk full, no permission, no such folder.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    remove_partials(path.parent, path.stem)
+    temporary = _partial(path, path.suffix)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror or error}") from error
+        with disk_errors(path):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+# --- errors of the disk ----------------------------------------------------------------------------------------------------------------
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_WRITERS = tuple(os.strerror(code) for code in (*_NO_ROOM, errno.EFBIG, errno.EROFS, errno.EIO)) + ("PytorchStreamWriter failed",)
+"""What the messages of writers with error classes of their own contain (safetensors, torch's zip files)."""
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int | None = None, what: str = "cannot write") -> Iterator[None]:
+    """Turn the errors of all writers inside the block into one line.
+
+    Args:
+        path: what is written, for the message.
+        needed: bytes to write, where known.
+        what: the words before the reason.
+
+    Raises:
+        OutputError: disk full, no permission, and the like, with the bytes needed and free.
+    """
+    try:
+        yield
+    except ZooError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(text in str(error) for text in _WRITERS):
+            raise
+        raise OutputError(f"{path}: {what}: {disk_reason(error, path, needed)}") from error
+
+
+def disk_reason(error: Exception, path: Path, needed: int | None = None) -> str:
+    """The reason why a writer failed; of a full disk with the bytes needed (where known) and free."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    full = any(os.strerror(code) in reason for code in _NO_ROOM)
+    if not full:
+        return reason
+    free = f"{shutil.disk_usage(existing_parent(path)).free / 1e6:.1f} MB are free"
+    return f"disk full ({reason}; {f'it needs {needed / 1e6:.1f} MB, ' if needed is not None else ''}{free})"
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself or its nearest parent that is a folder."""
+    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Content of a safetensors file. Tensors that share memory, as in layers that a model uses twice, are each written in full."""
+    import safetensors.torch
+
+    contents: dict[str, Tensor] = {}
+    memory = set()
+    for name, tensor in tensors.items():
+        contents[name] = tensor.detach().cpu().contiguous()
+        place = contents[name].untyped_storage().data_ptr()
+        if place in memory:
+            contents[name] = contents[name].clone()
+        memory.add(place)
+    return safetensors.torch.save(contents, metadata=metadata)
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -9,6 +9,9 @@ from typing import Literal
 
 __all__ = ["ModelSource", "is_repository", "shareable_path"]
 
+_RUNS = "runs"
+"""Folder of all runs in the documents."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -130,6 +133,21 @@ class ModelSource:
         if self.timm or self.kind == "hub" and self.has_prefix:
             return False
         return self.text.startswith(("/", "~", "./", "../")) or _exists(_expand(self.text))
+
+    @property
+    def missing_folder(self) -> bool:
+        """Whether the text, without prefix, revision and folder of that name, reads as a path: it starts or ends like one, is too deep for a
+        repository, begins with the folder that the documents use for runs, or its parent is a folder here.
+
+        Example:
+            >>> ModelSource.parse("./gone").missing_folder, ModelSource.parse("owner/repo").missing_folder
+            (True, False)
+        """
+        if self.kind == "folder" or self.timm or self.has_prefix or self.revision or not re.search(r"[/\\]|^~", self.text):
+            return False
+        path = _expand(self.text)
+        as_path = self.text.startswith(("/", "~", "./", "../")) or self.text.endswith("/") or "\\" in self.text or self.text.count("/") > 1
+        return as_path or path.parts[0] == _RUNS or (bool(path.parent.name) and _exists(path.parent, folder=True))
 
     @property
     def label(self) -> str:

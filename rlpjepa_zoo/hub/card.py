@@ -1,6 +1,6 @@
 """The model card: README.md of a published folder and its figures, a function of config.json alone; never edited by hand.
 
-The text is in card.md.j2. This module checks the record that the card shows, and prepares its numbers and tables.
+The text is in card.md.j2. This module defines the record that the card shows, and prepares what the template takes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..core.measures import measure_label, measures_of
+from ..core.measures import measure_label
 from ..core.source import ModelSource
 from ..errors import ModelError, UsageError
 from . import card_figures
+from .card_figures import ACCURACIES, SPACES, classifier_results, encoder_results
 from .folder import snapshot_folder
 from .format import CARD, Published, is_card, pack
 
-__all__ = ["checked_info", "files", "render", "rewritten"]
-
-_SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
-_ACCURACIES = ("knn", "linear", "one_shot")
+__all__ = ["Info", "Start", "checked_info", "files", "pretraining_data", "render", "rewritten"]
 
 
 def files(model: Published) -> dict[str, bytes]:
@@ -34,7 +32,7 @@ def files(model: Published) -> dict[str, bytes]:
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
         figures["training.png"] = card_figures.training(info["history"], theory)
-    if any(((info.get("results") or {}).get("curve") or {}).get(kind) for kind in _ACCURACIES):
+    if any(((info.get("results") or {}).get("curve") or {}).get(kind) for kind in ACCURACIES):
         figures["accuracy.png"] = card_figures.accuracy(info["results"])
     return {CARD: render(model, tuple(figures)).encode(), **figures}
 
@@ -67,6 +65,27 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
 
 # --- the record that the card shows ---------------------------------------------------------------------------------------------------
 
+_DATA = {
+    "in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k", "inw21k": "ImageNet-W21k",
+    "inat21": "iNaturalist 2021", "jft": "JFT-300M", "lvd142m": "LVD-142M", "lvd1689m": "LVD-1689M", "laion2b": "LAION-2B",
+    "laion400m": "LAION-400M", "laiona": "LAION-Aesthetic", "webli": "WebLI", "datacompxl": "DataComp-XL", "datacomp1b": "DataComp-1B",
+    "dfndr2b": "DFNDR-2B", "dfn2b": "DFN-2B", "dfn5b": "DFN-5B", "metaclip": "MetaCLIP", "metaclip2": "MetaCLIP 2", "merged2b": "Merged-2B",
+    "openai": "the image-text pairs of OpenAI's CLIP", "yfcc15m": "YFCC-15M", "yfcc100m": "YFCC-100M", "ig1b": "Instagram images",
+}  # fmt: skip
+"""Data sets by their names in timm's tags of weights."""
+
+
+def pretraining_data(tag: str | None) -> str | None:
+    """Data sets that a tag of timm's weights names, in order; None if it names none.
+
+    Example:
+        >>> pretraining_data("augreg_in21k_ft_in1k"), pretraining_data("fb_dist")
+        ('ImageNet-21k, then ImageNet-1k', None)
+    """
+    named = [_DATA[word] for word in (tag or "").split("_") if word in _DATA]
+    return ", then ".join(dict.fromkeys(named)) or None
+
+
 Number = int | float
 
 
@@ -80,7 +99,7 @@ class _Target(_Open):
     sigma: Number
 
 
-class _Density(_Open):
+class Density(_Open):
     asked: Number | None = None
     theory: Number | None = None
     train: Number | None = None
@@ -133,11 +152,27 @@ class _Results(_Open):
     against: dict[str, _Against] | None = None
 
 
-class _Info(_Open):
+class Start(_Open):
+    """The weights that the backbone started from.
+
+    Attributes:
+        name: of the pretrained model, such as resnet50.a1_in1k; None for random weights.
+        data: what those weights were trained on, where timm's tag of the weights tells.
+        license: of those weights, where timm states it.
+        frozen: whether the backbone was not trained further.
+    """
+
+    name: str | None = None
+    data: str | None = None
+    license: str | None = None
+    frozen: bool = False
+
+
+class Info(_Open):
     """What the card reads of `EncoderConfig.info`; other keys are kept."""
 
     target: _Target | None = None
-    density: _Density | None = None
+    density: Density | None = None
     results: _Results | None = None
     history: list[_Row] | None = None
     training: dict[str, str | int | float | None] | None = None
@@ -145,6 +180,8 @@ class _Info(_Open):
     dataset: str | None = None
     recipe: str | None = None
     base_model: str | None = None
+    """Repository of the start weights on the Hub, for the metadata of the card."""
+    backbone: Start | None = None
     augmentations: str | None = None
     license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.+-]*$")
     notes: str | None = Field(None, max_length=100_000)
@@ -157,7 +194,7 @@ def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: a value has another type than the card expects; the message names its key.
     """
     try:
-        record = _Info.model_validate(dict(info)).model_dump(exclude_unset=True)
+        record = Info.model_validate(dict(info)).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -175,7 +212,7 @@ def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_score(key: str) -> bool:
     """Whether a key of results is measure_space or measure_std_space."""
-    stem = next((key.removesuffix(f"_{space}") for space in _SPACES if key.endswith(f"_{space}")), "")
+    stem = next((key.removesuffix(f"_{space}") for space in SPACES if key.endswith(f"_{space}")), "")
     return measure_label(stem.removesuffix("_std")) is not None
 
 
@@ -205,24 +242,33 @@ def _template() -> Any:
 
 def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
     """Variables of the template."""
-    info = {key: model.info.get(key) for key in (*_Info.model_fields, "start", "method")}
+    info = {key: model.info.get(key) for key in (*Info.model_fields, "start", "method")}
     density, results, training = info["density"] or {}, info["results"] or {}, info["training"] or {}
     asked, measured = density.get("asked"), density.get("eval")
     height, width = model.preprocess["size"]
     source = ModelSource.parse(model.name, look_for_folders=False)
-    best = {space: max(results.get(f"{kind}_{space}") or 0.0 for kind in _ACCURACIES) for space in _SPACES}
+    best = {space: max(results.get(f"{kind}_{space}") or 0.0 for kind in ACCURACIES) for space in SPACES}
     return {
         "model": model, "info": info, "classifier": model.classifier, "name": model.name, "height": height, "width": width,
         "figures": figures, "front": _front_matter(model), "notes": str(info["notes"] or "").strip(),
-        "data": model.info.get("data", "images"),
+        "data": model.info.get("data", "images"), "start": _start(info),
         "images": f" ({training['images']:,} images)" if isinstance(training.get("images"), int) else "",
         "source": source, "timm_name": (source if source.kind == "folder" else ModelSource.repository(source.bare)).timm_name,
-        "density": {key: density.get(key) for key in _Density.model_fields},
+        "density": {key: density.get(key) for key in Density.model_fields},
         "densities": ["-" if density.get(key) is None else f"{density[key]:.3f}" for key in ("asked", "theory", "train", "eval") if density],
         "missed": bool(asked and measured and not 0.67 < measured / asked < 1.5),
         "pixels_are_better": best["pixels"] > max(best["z"], best["features"]),
-        "results": _encoder_results(results, figures) if model.classifier is None else _classifier_results(results),
+        "results": encoder_results(results, figures) if model.classifier is None else classifier_results(results),
     }  # fmt: skip
+
+
+def _start(info: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Start`, and its name with link and data as text; cards of earlier versions only have `base_model`."""
+    start, repo = info["backbone"] or {}, info["base_model"]
+    name = start.get("name") or repo
+    link = f"[{name}](https://huggingface.co/{repo})" if repo else f"`{name}`"
+    text = link + (f" (trained on {start['data']})" if start.get("data") else "")
+    return {"name": name, "text": text, "license": start.get("license"), "frozen": start.get("frozen", False)}
 
 
 def _front_matter(model: Published) -> str:
@@ -252,7 +298,7 @@ def _evaluation(model: Published) -> dict[str, Any]:
     info, results = model.info, model.info.get("results") or {}
     names = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
     if model.classifier is None:
-        names = {f"{kind}_{space}": f"{measure_label(kind)}, {_SPACES[space]}" for space in ("z", "features") for kind in _ACCURACIES}
+        names = {f"{kind}_{space}": f"{measure_label(kind)}, {SPACES[space]}" for space in ("z", "features") for kind in ACCURACIES}
     metrics = [
         {"type": "accuracy", "name": name, "value": round(results[key], 4)}
         for key, name in names.items()
@@ -269,81 +315,3 @@ def _evaluation(model: Published) -> dict[str, Any]:
         dataset = {"type": info["dataset"] if info.get("dataset") and same else label, "name": label}
         dataset |= {"split": "test"} if "n_test" in results else {}
     return {"task": {"type": "image-classification", "name": task}, "dataset": dataset, "metrics": metrics}
-
-
-def _encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[str]:
-    """Paragraphs and tables of the section "Results" of an encoder."""
-    kinds = measures_of(results)
-    if not kinds:
-        return []
-    labels = {kind: measure_label(kind) or kind for kind in kinds}
-    heading = "top-1 accuracy" if set(kinds) <= set(_ACCURACIES) else "representation"
-    rows = _rows(results, kinds, "")
-    for name, other in (results.get("against") or {}).items():
-        rows += _rows(other, kinds, f"{_cell(name)}: ")
-    counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
-    note = "; ".join(text for text in (", ".join(counts), str(results.get("protocol", ""))) if text)
-    paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
-    if curve := results.get("curve"):
-        rows = []
-        for kind in kinds:
-            if curve.get(kind):
-                spreads = curve.get(f"{kind}_std") or [None] * len(curve["active"])
-                rows.append([labels[kind], *(_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))])
-        paragraphs.append("Accuracy of z when only the largest values of each image are kept:")
-        paragraphs.append(_table(["active dimensions", *map(str, curve["active"])], rows))
-    if "accuracy.png" in figures:
-        paragraphs.append("![Accuracy against active dimensions](accuracy.png)")
-    return paragraphs
-
-
-def _classifier_results(results: dict[str, Any]) -> list[str]:
-    """Paragraphs and tables of the section "Results" of a classifier."""
-    if "top1" not in results:
-        return []
-    cells = {"top-1": f"{100 * results['top1']:.2f} %"}
-    cells |= {"top-5": f"{100 * results['top5']:.2f} %"} if "top5" in results else {}
-    cells |= {"cross-entropy": f"{results['loss']:.4f} nats"}
-    table = "\n".join(
-        f"|{space}{' | '.join(row)}{space}|" for row, space in ((cells, " "), (["---"] * len(cells), ""), (cells.values(), " "))
-    )
-    counts = f"n = {results.get('n_test', 0):,} held-out images; trained on n = {results.get('n_train', 0):,} labelled images"
-    return [table, f"{counts}; {results.get('protocol', 'one seed')}."]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
-
-
-def _cell(text: str) -> str:
-    """Free text as code, so that it stays in its cell and is not read as markup."""
-    return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
-
-
-def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:
-    """A row of cells for each representation that was measured."""
-    spaces = [space for space in _SPACES if any(f"{kind}_{space}" in scores for kind in kinds)]
-    return [
-        [f"{prefix}{_SPACES[space]}", *(_percent(scores.get(f"{kind}_{space}"), scores.get(f"{kind}_std_{space}")) for kind in kinds)]
-        for space in spaces
-    ]
-
-
-def _differences(results: dict[str, Any]) -> list[str]:
-    """The paired differences between this encoder and others."""
-    rows = []
-    for name, other in (results.get("against") or {}).items():
-        for row in other.get("differences", []):
-            subtrahend = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"
-            interval = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
-            measure = measure_label(row["measure"]) or _cell(row["measure"])
-            rows.append([_cell(row["space"]), subtrahend, measure, f"{100 * row['difference']:+.1f} %", f"{interval} %", f"{row['n']:,}"])
-    if not rows:
-        return []
-    head = ["this encoder", "minus", "measure", "difference", "95 % interval", "n"]
-    return ["Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", _table(head, rows)]
-
-
-def _percent(value: float | None, spread: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")

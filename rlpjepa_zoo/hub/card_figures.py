@@ -1,11 +1,28 @@
-"""Figures of a model card, as PNG."""
+"""Figures of a model card, as PNG, and its tables of results, as Markdown."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
 
-__all__ = ["ACCENT", "INK", "SECOND", "SOFT", "accuracy", "draw_accuracy", "draw_training", "hide_spines", "new_figure", "training"]
+from ..core.measures import measure_label, measures_of
+
+__all__ = [
+    "ACCENT",
+    "ACCURACIES",
+    "INK",
+    "SECOND",
+    "SOFT",
+    "SPACES",
+    "accuracy",
+    "classifier_results",
+    "draw_accuracy",
+    "draw_training",
+    "encoder_results",
+    "hide_spines",
+    "new_figure",
+    "training",
+]
 
 INK, ACCENT, SECOND, SOFT = "#1b2a41", "#c8553d", "#2a7f9e", "#b8c4d0"
 
@@ -99,3 +116,88 @@ def draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
     axes.minorticks_off()
     axes.set(xlabel="largest values kept per image", ylabel="accuracy", title="Accuracy against active dimensions")
     axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------------------------
+
+SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
+"""Representations that are measured, by the suffix of their keys in results."""
+ACCURACIES = ("knn", "linear", "one_shot")
+
+
+def encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[str]:
+    """Paragraphs and tables of the section "Results" of an encoder."""
+    kinds = measures_of(results)
+    if not kinds:
+        return []
+    labels = {kind: measure_label(kind) or kind for kind in kinds}
+    heading = "top-1 accuracy" if set(kinds) <= set(ACCURACIES) else "representation"
+    rows = _rows(results, kinds, "")
+    for name, other in (results.get("against") or {}).items():
+        rows += _rows(other, kinds, f"{_cell(name)}: ")
+    counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
+    note = "; ".join(text for text in (", ".join(counts), str(results.get("protocol", ""))) if text)
+    paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
+    if curve := results.get("curve"):
+        rows = []
+        for kind in kinds:
+            if curve.get(kind):
+                spreads = curve.get(f"{kind}_std") or [None] * len(curve["active"])
+                rows.append([labels[kind], *(_percent(value, spread) for value, spread in zip(curve[kind], spreads, strict=True))])
+        paragraphs.append("Accuracy of z when only the largest values of each image are kept:")
+        paragraphs.append(_table(["active dimensions", *map(str, curve["active"])], rows))
+    if "accuracy.png" in figures:
+        paragraphs.append("![Accuracy against active dimensions](accuracy.png)")
+    return paragraphs
+
+
+def classifier_results(results: dict[str, Any]) -> list[str]:
+    """Paragraphs and tables of the section "Results" of a classifier."""
+    if "top1" not in results:
+        return []
+    cells = {"top-1": f"{100 * results['top1']:.2f} %"}
+    cells |= {"top-5": f"{100 * results['top5']:.2f} %"} if "top5" in results else {}
+    cells |= {"cross-entropy": f"{results['loss']:.4f} nats"}
+    table = "\n".join(
+        f"|{space}{' | '.join(row)}{space}|" for row, space in ((cells, " "), (["---"] * len(cells), ""), (cells.values(), " "))
+    )
+    counts = f"n = {results.get('n_test', 0):,} held-out images; trained on n = {results.get('n_train', 0):,} labelled images"
+    return [table, f"{counts}; {results.get('protocol', 'one seed')}."]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def _cell(text: str) -> str:
+    """Free text as code, so that it stays in its cell and is not read as markup."""
+    return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
+
+
+def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:
+    """A row of cells for each representation that was measured."""
+    spaces = [space for space in SPACES if any(f"{kind}_{space}" in scores for kind in kinds)]
+    return [
+        [f"{prefix}{SPACES[space]}", *(_percent(scores.get(f"{kind}_{space}"), scores.get(f"{kind}_std_{space}")) for kind in kinds)]
+        for space in spaces
+    ]
+
+
+def _differences(results: dict[str, Any]) -> list[str]:
+    """The paired differences between this encoder and others."""
+    rows = []
+    for name, other in (results.get("against") or {}).items():
+        for row in other.get("differences", []):
+            subtrahend = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"
+            interval = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
+            measure = measure_label(row["measure"]) or _cell(row["measure"])
+            rows.append([_cell(row["space"]), subtrahend, measure, f"{100 * row['difference']:+.1f} %", f"{interval} %", f"{row['n']:,}"])
+    if not rows:
+        return []
+    head = ["this encoder", "minus", "measure", "difference", "95 % interval", "n"]
+    return ["Differences on the same test images, with 95 % intervals of a paired bootstrap over images:", _table(head, rows)]
+
+
+def _percent(value: float | None, spread: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %" + (f" ± {100 * spread:.1f}" if spread is not None else "")

@@ -56,12 +56,20 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
         raise UsageError(f"'{text}' and revision '{revision}': the revision is given twice; give one")
     if text in zoo.list_encoders():
         return _resolve_zoo_name(text, revision, token, cache_dir)
+    if place.missing_folder and revision is None:
+        hub = f"; for the repository on the Hub write 'hf-hub:{text}'" if place.kind == "hub" else ""
+        raise UsageError(f"no folder '{text}' here (working folder {Path.cwd()}){hub}")
     if place.kind != "hub" or place.timm or not is_repository(place.value):
         names = zoo.list_encoders()
         raise UsageError(
             f"'{text}' is neither a folder, nor a name of the zoo ({', '.join(names) or 'empty'}), nor 'owner/repo'.{did_you_mean(text, names)}"
         )
-    return _encoder(place.value, revision or place.revision, token, cache_dir)
+    try:
+        return _encoder(place.value, revision or place.revision, token, cache_dir)
+    except HubError as error:
+        if place.has_prefix or place.revision or revision:
+            raise
+        raise type(error)(f"{error}; nor is there a folder '{text}' here") from error
 
 
 def _folder(place: ModelSource) -> Path | None:

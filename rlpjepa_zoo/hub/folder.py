@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.files import MAX_JSON, sha256, sync_folder, write_durably
-from ..errors import ModelError, OutputError, UsageError
+from ..core.files import MAX_JSON, disk_errors, partial_folder, sha256, sync_folder, write_durably
+from ..errors import ModelError, UsageError
 from .format import CONFIG, NAMES, RECIPE, Published, is_card, listed_files, parse
 
 __all__ = ["find_folder", "matches", "read_folder", "read_recipe", "snapshot_folder", "verify_folder", "write_folder"]
@@ -28,30 +27,24 @@ def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
     folder = Path(folder)
     if folder.name in ("", ".."):
         folder = folder.resolve()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
+    with disk_errors(folder, sum(map(len, contents.values())), "cannot write the model"):
         existing = [name for name in NAMES if (folder / name).exists()]
         if existing and CONFIG not in existing:
             raise UsageError(f"{folder}: holds {existing[0]}, which is not of an encoder; choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, content in contents.items():
-            write_durably(partial / name, content)
-        sync_folder(partial)
-        if not folder.exists():
-            os.rename(partial, folder)
-        else:
-            for name in contents:
-                os.replace(partial / name, folder / name)
-            for name in set(NAMES) - set(contents):
-                (folder / name).unlink(missing_ok=True)
-            sync_folder(folder)
+        with partial_folder(folder) as partial:
+            for name, content in contents.items():
+                write_durably(partial / name, content)
+            sync_folder(partial)
+            if not folder.exists():
+                os.rename(partial, folder)
+            else:
+                for name in contents:
+                    os.replace(partial / name, folder / name)
+                for name in set(NAMES) - set(contents):
+                    (folder / name).unlink(missing_ok=True)
+                sync_folder(folder)
         sync_folder(folder.parent)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write the encoder: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

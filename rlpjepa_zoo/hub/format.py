@@ -56,11 +56,21 @@ _MAX_WIDTH, _MAX_DEPTH, _MAX_CLASSES = 2**20, 64, 2**20
 
 @dataclass(frozen=True)
 class Projector:
-    """Sizes of a projector: D, H and its number of linear layers."""
+    """Sizes of a projector: D, H and its number of linear layers.
+
+    Raises:
+        ValueError: not integers, or out of the range that is saved and loaded.
+    """
 
     dim: int
     hidden_dim: int
     depth: int
+
+    def __post_init__(self) -> None:
+        for name, most in (("dim", _MAX_WIDTH), ("hidden_dim", _MAX_WIDTH), ("depth", _MAX_DEPTH)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name}: expected an integer in 1 .. {most}, got {str(value)[:40]!r}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,17 @@ class LinearLayer:
     Attributes:
         input: ``"features"`` or ``"z"``.
         classes: names, in the order of the logits.
+
+    Raises:
+        ValueError: not names, or a number of them that is not saved and loaded.
     """
 
     input: str
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.classes) <= _MAX_CLASSES or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"classes: expected at least two names and at most {_MAX_CLASSES}, got {len(self.classes)}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +199,7 @@ def pack(published: Published, files: Mapping[str, bytes]) -> dict[str, bytes]:
         raise UsageError("info: holds 64 zeros in a row, which stand for the sha256 of config.json; leave them out")
     config = text.replace(_BLANK, sha256(text.encode())).encode()
     try:
-        parse_json(config, CONFIG)
+        parse(config, CONFIG)  # what a load would refuse is not written
     except ModelError as error:
         raise UsageError(f"info: {error}") from error
     return {**files, CONFIG: config}
@@ -239,23 +256,19 @@ def parse(text: bytes, where: str) -> Published:
 
 def _projector(saved: dict[str, Any], where: str) -> Projector:
     try:
-        projector = Projector(saved["dim"], saved["hidden_dim"], saved["depth"])
-        for name, most in (("dim", _MAX_WIDTH), ("hidden_dim", _MAX_WIDTH), ("depth", _MAX_DEPTH)):
-            value = getattr(projector, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name}: expected an integer in 1 .. {most}, got {value!r}")
+        return Projector(saved["dim"], saved["hidden_dim"], saved["depth"])
     except (KeyError, ValueError) as error:
         raise ModelError(f"{where}: {_BLOCK}.projector is not what this version expects ({error})") from error
-    return projector
 
 
 def _classifier(saved: dict[str, Any], projector: Projector | None, where: str) -> LinearLayer:
     expected, classes = "features" if projector is None else "z", saved.get("classes")
     if saved.get("input") != expected:
         raise ModelError(f"{where}: {_BLOCK}.classifier.input: expected {expected}, got {saved.get('input')!r}")
-    if not isinstance(classes, list) or not 2 <= len(classes) <= _MAX_CLASSES or not all(isinstance(name, str) for name in classes):
-        raise ModelError(f"{where}: {_BLOCK}.classifier.classes: expected a list of at least two names")
-    return LinearLayer(expected, tuple(classes))
+    try:
+        return LinearLayer(expected, tuple(classes if isinstance(classes, list) else ()))
+    except ValueError as error:
+        raise ModelError(f"{where}: {_BLOCK}.classifier.{error}") from error
 
 
 def _dial(saved: Any, where: str) -> Dial | None:

@@ -167,9 +167,7 @@ def explain(error: Exception, where: str, pushing: bool = False) -> ZooError:
     if status in BUSY:
         return HubError(f"{where}: {cause(error)}, and retries failed{unchanged}")
     if isinstance(error, hub.RepositoryNotFoundError):
-        return HubError(
-            f"{where}: not found, or private (and there is no such folder here); check the name, or {login} with an account that may see it"
-        )
+        return HubError(f"{where}: not found, or private; check the name, or {login} with an account that may see it")
     if status == 401:
         return HubError(f"{where}: not logged in, or the access token is not valid; {login}")
     if status == 403:

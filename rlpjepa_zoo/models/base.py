@@ -5,25 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
+from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..core import package
-from ..core.files import parse_json
+from ..core.files import disk_errors, existing_parent, parse_json, partial_folder, tensor_bytes
 from ..data.preprocess import Preprocess
-from ..errors import NonFiniteError, OutputError, UsageError, ZooError, first_line
+from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
 from ..hub import card
 from ..hub.folder import write_folder
 from ..hub.format import CONFIG, GOLDEN, RECIPE, LinearLayer, Projector, Published, pack, tensor_place
 from ..hub.push import push
+from ..ops import modules
 from ..sparse.topk import Dial
 from . import golden
 from .small_resnet import SMALL_RESNETS
@@ -63,16 +64,52 @@ class PublishedModel(nn.Module):
         """Codes of an encoder, before a dial, or logits of a classifier, from `features(x)`."""
         raise NotImplementedError
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside the block; afterwards every module is in its own mode again."""
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode inside the block, for all threads; afterwards every module is in its own mode again."""
+        return modules.evaluating(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or evaluation mode; it takes effect after the blocks of `evaluating` of all threads."""
+        modules.set_mode(self, mode, self._steady())
+        return self
+
+    def _steady(self) -> Sequence[nn.Module]:
+        """Parts that stay in evaluation mode."""
+        return ()
+
+    def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
+        """Weights and buffers by name; torch.compile and data parallelism around a part do not change its names."""
+        state = super().state_dict(*args, prefix=prefix, **options)
+        modules.shorten_names(self, state, prefix)
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        modules.lengthen_names(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Why the backbone does not take images of this size, in one line; None if it does. One black image is tried."""
+        first = next(self.parameters())
         try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+            with self.evaluating():
+                self(torch.zeros(1, 3, height, width, device=first.device))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            return f"the backbone does not take images of {height} x {width} pixels ({first_line(error)})"
+        return None
+
+    def _check_size(self, source: Any) -> None:
+        """Refuse a batch of preprocessed images whose size the backbone does not take."""
+        if (
+            isinstance(source, Tensor)
+            and source.is_floating_point()
+            and source.dim() == 4
+            and source.shape[2:] != self.config.preprocess.size
+        ):
+            problem = self.size_problem(*source.shape[2:])
+            if problem is not None:
+                height, width = self.config.preprocess.size
+                raise DataError(f"{problem}; preprocess images with .transform, which gives {height} x {width}")
 
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two models with equal fingerprints give equal outputs."""
@@ -102,7 +139,7 @@ class PublishedModel(nn.Module):
             NonFiniteError: a weight is NaN or infinite.
             UsageError: weights that are not float32, or an info that the card cannot show.
         """
-        return write_folder(path, self.contents(recipe, info, name))
+        return write_folder(path, self.contents(recipe, info, name, existing_parent(Path(path).parent)))
 
     def push_to_hub(
         self,
@@ -138,17 +175,44 @@ class PublishedModel(nn.Module):
             contents, repo_id, private=private, revision=revision, tag=tag, create_pr=create_pr, message=commit_message, token=token
         ).url
 
-    def contents(self, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo") -> dict[str, bytes]:
-        """The files of the published folder by name; arguments as of `save_pretrained`."""
-        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+    def contents(
+        self, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo", scratch: Path | None = None
+    ) -> dict[str, bytes]:
+        """The files of the published folder by name.
+
+        Args:
+            recipe, info, name: those of `save_pretrained`.
+            scratch: folder in which timm writes a small file for a moment; the system's folder for temporary files when None.
+        """
+        state = self._checked_state()
+        published, linear = self._description(info, name, scratch or Path(tempfile.gettempdir()))
+        self._refuse_other_layers(published, state)
+        tensors: dict[str, dict[str, Tensor]] = {file: {} for file in published.tensor_files}
+        for key, value in state.items():
+            file, place = tensor_place(key, published, linear)
+            tensors[file][place] = value
+        tensors[GOLDEN] = golden.make(self)
+        files = {file: tensor_bytes(content, {"format": "pt"}) for file, content in tensors.items()} | card.files(published)
+        recipe = self.config.recipe if recipe is None else recipe
+        if recipe is not None:
+            files[RECIPE] = recipe.encode()
+        return pack(published, files)
+
+    def _checked_state(self) -> dict[str, Tensor]:
+        """The tensors to save; refuses what is not finite or not float32."""
+        state: dict[str, Tensor] = self.state_dict()
         for key, value in state.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise NonFiniteError(f"{key} holds NaN or infinity; the {self.noun} is not saved")
             if value.is_floating_point() and value.dtype != torch.float32:
                 raise UsageError(f"{key} is {value.dtype}; a published {self.noun} is float32, so call .float() first")
+        return state
+
+    def _description(self, info: Mapping[str, Any] | None, name: str, scratch: Path) -> tuple[Published, str]:
+        """The model as config.json describes it, and timm's name of the linear layer (see `Layers`)."""
         timm_model = self._timm_model()
         layers = self._layers(timm_model)
-        timm_config = _timm_config(timm_model, self.config.preprocess, layers.label_names)
+        timm_config = _timm_config(timm_model, self.config.preprocess, layers.label_names, scratch)
         record = card.checked_info(self.config.info if info is None else info)
         published = Published(
             timm=timm_config,
@@ -162,23 +226,30 @@ class PublishedModel(nn.Module):
             info=record,
             versions=record.get("versions") or package.versions(),
         )
-        tensors: dict[str, dict[str, Tensor]] = {file: {} for file in published.tensor_files}
-        for key, value in state.items():
-            file, place = tensor_place(key, published, layers.linear)
-            tensors[file][place] = value
-        tensors[GOLDEN] = golden.make(self)
-        files = {file: _serialized(content) for file, content in tensors.items()} | card.files(published)
-        recipe = self.config.recipe if recipe is None else recipe
-        if recipe is not None:
-            files[RECIPE] = recipe.encode()
-        return pack(published, files)
+        return published, layers.linear
+
+    def _refuse_other_layers(self, published: Published, state: Mapping[str, Tensor]) -> None:
+        """Refuse what a load would refuse: tensors that the described model does not have."""
+        with torch.device("meta"):
+            backbone = timm.create_model(published.architecture, num_classes=0, **published.model_args)
+            fresh = {key: value.shape for key, value in self._fresh(backbone).state_dict().items()}
+        own = {key: value.shape for key, value in state.items()}
+        for key in [*own, *fresh]:
+            if own.get(key) != fresh.get(key):
+                given, wanted = (tuple(shapes[key]) if key in shapes else "not there" for shapes in (own, fresh))
+                reason = f"it is {given}, a new {published.architecture} with the saved arguments has {wanted}"
+                raise UsageError(f"{key}: {reason}; layers that were changed after the {self.noun} was made cannot be loaded again")
 
     def _timm_model(self) -> Any:
-        """The timm model that config.json describes, on the CPU."""
+        """The timm model that config.json describes; its weights are not read."""
         raise NotImplementedError
 
     def _layers(self, timm_model: Any) -> Layers:
         """The layers above the backbone; `timm_model` is the model that config.json describes."""
+        raise NotImplementedError
+
+    def _fresh(self, backbone: nn.Module) -> PublishedModel:
+        """This model with a new backbone and new layers of the same sizes."""
         raise NotImplementedError
 
 
@@ -204,20 +275,14 @@ class Layers:
         return list(self.classifier.classes) if self.classifier is not None and self.linear else []
 
 
-def _timm_config(model: nn.Module, preprocess: Preprocess, label_names: list[str]) -> dict[str, Any]:
+def _timm_config(model: nn.Module, preprocess: Preprocess, label_names: list[str], scratch: Path) -> dict[str, Any]:
     """config.json as timm writes it."""
     extra: dict[str, Any] = {"pretrained_cfg": {"tag": "rlpjepa"}} | ({"label_names": label_names} if label_names else {})
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            timm.models.save_for_hf(model, scratch, safe_serialization=True, data_config=preprocess.data_config(), model_config=extra)
-            config: dict[str, Any] = parse_json((Path(scratch) / CONFIG).read_bytes(), CONFIG)
-    except OSError as error:
-        raise OutputError(f"{tempfile.gettempdir()}: cannot write: {error.strerror or error}") from error
+        with partial_folder(scratch / CONFIG) as folder, disk_errors(scratch):
+            save_config_for_hf(model, str(folder / CONFIG), data_config=preprocess.data_config(), model_config=extra)
+            config: dict[str, Any] = parse_json((folder / CONFIG).read_bytes(), CONFIG)
     except ValueError as error:  # an argument such as act_layer=nn.GELU
         raise UsageError(f"the backbone cannot be described in config.json: {first_line(error)}") from error
     config.get("model_args", {}).pop("num_classes", None)  # transformers' AutoModel passes it itself
     return config
-
-
-def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})

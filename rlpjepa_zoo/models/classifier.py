@@ -20,8 +20,9 @@ from torch import Tensor
 from ..data.preprocess import Preprocess
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import LinearLayer, Projector
+from ..ops.modules import as_weights
 from .base import Layers, PublishedModel, check_float_batch
-from .encoder import EncoderConfig, SparseEncoder
+from .encoder import EncoderConfig, SparseEncoder, make_projector
 from .inference import Batch, OnError, source_batches
 
 __all__ = ["Classifier", "ClassifierConfig", "Prediction", "head_name", "make_classifier", "plain_timm"]
@@ -107,30 +108,26 @@ class Classifier(PublishedModel):
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def train(self, mode: bool = True) -> Classifier:
-        super().train(mode)
-        if self.frozen or self.steady:
-            for module in (self.backbone, self.projector):
-                if module is not None:
-                    module.eval()  # batch statistics stay as they were
-        return self
+    def _steady(self) -> Sequence[nn.Module]:
+        body = (self.backbone, self.projector) if self.frozen or self.steady else ()  # batch statistics stay as they were
+        return [module for module in body if module is not None]
 
     def features(self, x: Tensor) -> Tensor:
         """Input of the linear layer: (B, F) for input "features", (B, D) for input "z"."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone(x)
+            features = self.backbone(as_weights(x, self.backbone))
             if self.projector is not None:
-                features = self.projector(features)
+                features = self.projector(as_weights(features, self.projector))
         return features
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C) of a preprocessed float batch x (B, 3, H, W)."""
         check_float_batch(x, UsageError, "preprocess images with classifier.transform")
-        return self.head(self.features(x))
+        return self.outputs(self.features(x))
 
     def outputs(self, features: Tensor) -> Tensor:
         """Logits (B, C) from the input of the linear layer."""
-        return self.head(features)
+        return self.head(as_weights(features, self.head))
 
     def predict(
         self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise",
@@ -150,6 +147,7 @@ class Classifier(PublishedModel):
             DataError: no such images, or an unreadable one.
             NonFiniteError: the classifier gave NaN or infinity.
         """
+        self._check_size(source)
         ids, parts = [], [torch.zeros(0, len(self.classes))]
         options: dict[str, Any] = {"num_workers": num_workers, "progress": progress, "on_error": on_error}
         with closing(self.probabilities(source, batch_size, **options)) as batches:
@@ -189,14 +187,19 @@ class Classifier(PublishedModel):
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
     def _timm_model(self) -> Any:
-        encoder = self.config.encoder
-        return plain_timm(encoder, len(self.classes)) if self.projector is None else plain_timm(encoder, 0)
+        with torch.device("meta"):
+            return plain_timm(self.config.encoder, len(self.classes) if self.projector is None else 0)
 
     def _layers(self, timm_model: Any) -> Layers:
         config, linear = self.config, LinearLayer(self.config.input, self.classes)
         if self.projector is None:
-            return Layers(classifier=linear, linear=head_name(timm_model, self.backbone.state_dict()))
+            return Layers(classifier=linear, linear=head_name(timm_model, _body(self)))
         return Layers(Projector(config.encoder.dim, config.encoder.hidden_dim, config.encoder.projector_depth), linear)
+
+    def _fresh(self, backbone: nn.Module) -> Classifier:
+        sizes, config = self.config.encoder, self.config
+        projector = None if self.projector is None else make_projector(sizes.features, sizes.hidden_dim, sizes.dim, sizes.projector_depth)
+        return Classifier(backbone, projector, nn.Linear(config.features, config.dim), config)
 
 
 def make_classifier(encoder: SparseEncoder, classes: Sequence[str], input: str = "features") -> Classifier:
@@ -219,11 +222,16 @@ def make_classifier(encoder: SparseEncoder, classes: Sequence[str], input: str =
     config = ClassifierConfig(dataclasses.replace(encoder.config, dial=None), input, tuple(map(str, classes)))
     if input == "features":
         with torch.device("meta"):
-            head_name(plain_timm(encoder.config, len(classes)), encoder.backbone.state_dict())
+            head_name(plain_timm(encoder.config, len(classes)), _body(encoder))
     head = nn.Linear(config.features, len(classes))
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     return Classifier(encoder.backbone, encoder.projector if input == "z" else None, head, config)
+
+
+def _body(model: PublishedModel) -> list[str]:
+    """Tensor names of the backbone, as timm has them."""
+    return [name.removeprefix("backbone.") for name in model.state_dict() if name.startswith("backbone.")]
 
 
 def plain_timm(encoder: EncoderConfig, classes: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
+from ..ops.modules import as_weights, unwrapped
 from ..sparse.columns import columns_of
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
@@ -103,28 +105,25 @@ class SparseEncoder(PublishedModel):
             backbone.requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> SparseEncoder:
-        super().train(mode)
-        if self.freeze_backbone:
-            self.backbone.eval()  # batch statistics stay as they were
-        return self
+    def _steady(self) -> Sequence[nn.Module]:
+        return [self.backbone] if self.freeze_backbone else []  # its batch statistics stay as they were
 
     def features(self, x: Tensor) -> Tensor:
         """Dense pooled backbone features.
 
         Args:
-            x: (B, 3, H, W) float, preprocessed.
+            x: (B, 3, H, W) float of any precision, preprocessed.
 
         Returns:
             (B, F), in the dtype the backbone computes in.
         """
         check_float_batch(x, UsageError, "preprocess images with enc.transform")
-        return self.backbone(x)
+        return self.backbone(as_weights(x, self.backbone))
 
     def both(self, x: Tensor) -> Output:
         """Features and embeddings in one pass."""
         features = self.features(x)
-        z = self.projector(features)
+        z = self.outputs(features)
         return Output(features, z if self.config.dial is None else self.config.dial(z))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ class SparseEncoder(PublishedModel):
 
     def outputs(self, features: Tensor) -> Tensor:
         """Codes (B, D) before the dial, from features (B, F)."""
-        return self.projector(features)
+        return self.projector(as_weights(features, self.projector))
 
     @property
     def device(self) -> torch.device:
@@ -236,7 +235,8 @@ class SparseEncoder(PublishedModel):
 
         Args:
             images: a folder, paths, PIL images, a Hugging Face dataset (also streamed), parquet or tar files (see
-                `rlpjepa_zoo.data.sources.open_images`), or a float tensor (B, 3, H, W) that is already preprocessed.
+                `rlpjepa_zoo.data.sources.open_images`), a float tensor (B, 3, H, W) of any precision that is already preprocessed, or a uint8
+                tensor (B, 3, H, W) of RGB pixels.
             batch_size: images in a batch, >= 1; None chooses by the image size, see `rlpjepa_zoo.models.inference.default_batch_size`.
                 Embeddings are equal up to rounding.
             num_workers: threads that decode images; 0 decodes in the calling thread.
@@ -281,6 +281,7 @@ class SparseEncoder(PublishedModel):
         batch_size = batch_size or default_batch_size((height, width), self.device)
         if image_column is not None or allow_paths:
             images = open_images(images, image_column=image_column, allow_paths=allow_paths)
+        self._check_size(images)
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         if classes := getattr(images, "classes", None):
             meta["classes"] = json.dumps(classes)
@@ -302,7 +303,7 @@ class SparseEncoder(PublishedModel):
         """Embeddings of one batch.
 
         Args:
-            x: (B, 3, H, W) float, preprocessed.
+            x: (B, 3, H, W) float of any precision, preprocessed.
             first: id of the first image, for the error message.
             options: values to keep, and precision.
 
@@ -313,7 +314,8 @@ class SparseEncoder(PublishedModel):
             NonFiniteError: NaN or infinity among them.
         """
         x = x.to(self.device, memory_format=torch.channels_last)  # faster: benchmarks/embedding.py
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+        single = all(p.dtype == torch.float32 for p in self.parameters())  # others compute in their own precision
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=options.precision == "bf16" and single):
             z = self(x)
         z = z.float()
         if not torch.isfinite(z).all():
@@ -329,11 +331,15 @@ class SparseEncoder(PublishedModel):
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
     def _timm_model(self) -> Any:
-        return copy.deepcopy(self.backbone).cpu().to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
+        return unwrapped(self.backbone)
 
     def _layers(self, timm_model: Any) -> Layers:
         config = self.config
         return Layers(Projector(config.dim, config.hidden_dim, config.projector_depth), dial=config.dial)
+
+    def _fresh(self, backbone: nn.Module) -> SparseEncoder:
+        config = self.config
+        return SparseEncoder(backbone, make_projector(config.features, config.hidden_dim, config.dim, config.projector_depth), config)
 
 
 def _unit_rows(z: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
-"""Export an encoder to one file for other programs: ``.onnx`` for ONNX Runtime, ``.pt2`` for PyTorch without this package.
+"""Export an encoder or a classifier to one file for other programs: ``.onnx`` for ONNX Runtime, ``.pt2`` for PyTorch without this package.
 
-    input   images    float32 (batch, 3, H, W), preprocessed as the metadata says; any batch size >= 1
-    output  z         float32 (batch, D), >= 0 with exact zeros
-    output  features  float32 (batch, F), the backbone's dense features, an intermediate of z
+    input   images         float32 (batch, 3, H, W), preprocessed as the metadata says; any batch size >= 1
+
+    outputs of an encoder
+            z              float32 (batch, D), >= 0 with exact zeros
+            features       float32 (batch, F), the backbone's dense features, an intermediate of z
+    outputs of a classifier of C classes
+            logits         float32 (batch, C), in the order of the metadata's `classes`
+            probabilities  float32 (batch, C), their softmax
 
 Metadata, all strings: `architecture`, `fingerprint`, `preprocess` (JSON: size, mean, std, interpolation, crop_pct; see
-`rlpjepa_zoo.data.preprocess.Preprocess`) and `versions` (JSON). Another program reads them from
+`rlpjepa_zoo.data.preprocess.Preprocess`), `versions` and `outputs` (JSON), and of a classifier `classes` (JSON). Another program reads them from
 `session.get_modelmeta().custom_metadata_map`, or by `metadata = {"preprocess": ""}; torch.export.load(path, extra_files=metadata)`.
 
 Neither file holds a pickle: the .pt2 is raw tensors and JSON, without the sample inputs that torch would pickle. This holds for files
@@ -17,7 +22,6 @@ To add a format, write a class with the methods of `ExportFormat` and register i
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib
 import io
@@ -34,25 +38,29 @@ from ..core import files, rng
 from ..core.package import versions
 from ..core.registry import Registry
 from ..errors import ModelError, NonFiniteError, UsageError, ZooError, first_line
+from ..ops.modules import plain_copy, unwrapped
 from . import golden
+from .classifier import Classifier
 from .encoder import SparseEncoder
 
 __all__ = ["EXPORT_FORMATS", "ExportFormat", "export"]
 
 OUTPUTS = ["z", "features"]
+"""Outputs of an encoder."""
+CLASSIFIER_OUTPUTS = ["logits", "probabilities"]
 TOLERANCE, SAME_ZERO = 1e-4, 1e-5
 MAX_ONNX = 2**31 - 2**24  # bytes of weights: protobuf stops at 2 GiB, and the graph needs room too
 
 
-def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write backbone, projector and ReLU, in evaluation mode, to one self-contained file; the module describes it. Returns its path.
+def export(model: SparseEncoder | Classifier, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write all layers of a model, in evaluation mode, to one self-contained file; the module describes it. Returns its path.
 
-    Before the file gets its name, it is opened and run on the CPU in float32. Its outputs are compared with those of the encoder on the golden
+    Before the file gets its name, it is opened and run on the CPU in float32. Its outputs are compared with those of the model on the golden
     images and noise, in batches of 1, 2 and 7. Each output may differ by 1e-4 * max(1, its largest value), and z must have the encoder's zeros, except for
-    values below 1e-5 of the largest. The encoder itself is not changed.
+    values below 1e-5 of the largest. The model itself is not changed.
 
     Args:
-        encoder: any device, any mode, float32 weights.
+        model: an encoder or a classifier; any device, any mode, float32 weights.
         path: file that ends in ``.onnx`` (needs ``pip install 'rlpjepa-zoo[export]'``) or ``.pt2``, in a folder that exists.
         overwrite: replace an existing file, by one rename.
 
@@ -73,23 +81,25 @@ def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False)
     path = Path(path)
     if path.suffix not in EXPORT_FORMATS:
         raise UsageError(f"{path}: expected a file ending in {' or '.join(EXPORT_FORMATS)}")
-    format, state = EXPORT_FORMATS[path.suffix], encoder.state_dict()
+    model = unwrapped(model)
+    format, state = EXPORT_FORMATS[path.suffix], model.state_dict()
     _check_weights(state)
     format.check(path, state)
     with files.atomic_file(path) as temporary, torch.no_grad(), torch.autocast("cpu", enabled=False):
         if path.exists() and not (overwrite and path.is_file()):
             raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
         temporary.touch()  # a read-only folder fails here, before the minutes of tracing
-        with _as_model_error(f"architecture '{encoder.config.architecture}' cannot be exported to {path.suffix}"):
-            model = _Both(copy.deepcopy(encoder)).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format)
-            images = golden.make(model.encoder)["inputs"]
+        with _as_model_error(f"architecture '{_architecture(model)}' cannot be exported to {path.suffix}"):
+            graph = _graph(plain_copy(model).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format))
+            images = golden.make(model)["inputs"]
             more = torch.randn(5, *images.shape[1:], generator=rng.generator(0, "export"))
             batches = [images[:1], images, torch.cat([images, more])]
-            expected = [model(x) for x in batches]
+            expected = [graph(x) for x in batches]
             output = io.StringIO()  # torch prints whole graphs when it fails; the error below gives the reason
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                data = format.convert(_trace(model, images), _metadata(model.encoder))
-        files.write_durably(temporary, data)
+                data = format.convert(_trace(graph, images), _metadata(model))
+        with files.disk_errors(path, len(data)):
+            files.write_durably(temporary, data)
         with _as_model_error(f"{path}: the exported file does not open or run"):
             given = list(map(format.open(temporary), batches))
         for got, want in zip(given, expected, strict=True):
@@ -97,7 +107,7 @@ def export(encoder: SparseEncoder, path: str | Path, *, overwrite: bool = False)
     return path
 
 
-class _Both(nn.Module):
+class _EncoderGraph(nn.Module):
     """Both outputs of an encoder. Names of the argument and of the keys become the names in the file."""
 
     def __init__(self, encoder: SparseEncoder) -> None:
@@ -107,6 +117,26 @@ class _Both(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features, z = self.encoder.both(images)
         return {"z": z, "features": features}
+
+
+class _ClassifierGraph(nn.Module):
+    """Both outputs of a classifier."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(images)
+        return {"logits": logits, "probabilities": logits.softmax(1)}
+
+
+def _graph(model: SparseEncoder | Classifier) -> nn.Module:
+    return (_ClassifierGraph(model) if isinstance(model, Classifier) else _EncoderGraph(model)).eval()
+
+
+def _architecture(model: SparseEncoder | Classifier) -> str:
+    return (model.config.encoder if isinstance(model, Classifier) else model.config).architecture
 
 
 @contextlib.contextmanager
@@ -126,13 +156,13 @@ def _as_model_error(what: str) -> Iterator[None]:
 def _check_weights(state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
-            raise UsageError(f"{name} is {tensor.dtype}; encoders are exported in float32, so call .float() first")
+            raise UsageError(f"{name} is {tensor.dtype}; models are exported in float32, so call .float() first")
         if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{name} holds NaN or infinity; an encoder like that is not exported")
+            raise NonFiniteError(f"{name} holds NaN or infinity; a model like that is not exported")
 
 
-def _trace(model: _Both, example: Tensor) -> Any:
-    """The program of an encoder. `example` holds two images, because torch treats a size of 1 as a constant."""
+def _trace(model: nn.Module, example: Tensor) -> Any:
+    """The program of a graph. `example` holds two images, because torch treats a size of 1 as a constant."""
     program = torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -140,11 +170,14 @@ def _trace(model: _Both, example: Tensor) -> Any:
     return program
 
 
-def _metadata(encoder: SparseEncoder) -> dict[str, str]:
+def _metadata(model: SparseEncoder | Classifier) -> dict[str, str]:
+    classifier = isinstance(model, Classifier)
     return {
-        "architecture": encoder.config.architecture,
-        "fingerprint": encoder.fingerprint(),
-        "preprocess": json.dumps(dataclasses.asdict(encoder.config.preprocess)),
+        "architecture": _architecture(model),
+        "fingerprint": model.fingerprint(),
+        "preprocess": json.dumps(dataclasses.asdict(model.config.preprocess)),
+        "outputs": json.dumps(CLASSIFIER_OUTPUTS if classifier else OUTPUTS),
+        **({"classes": json.dumps(model.classes)} if classifier else {}),
         "versions": json.dumps(versions()),
     }
 
@@ -159,7 +192,7 @@ class ExportFormat(Protocol):
         """Refuse what the format cannot do, before any work."""
 
     def convert(self, program: Any, metadata: dict[str, str]) -> bytes:
-        """Content of the file, from a `torch.export.ExportedProgram` with one input, images, and the outputs `OUTPUTS`."""
+        """Content of the file, from a `torch.export.ExportedProgram` with one input, images, and the outputs that the metadata names."""
         raise NotImplementedError
 
     def open(self, file: Path) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -187,7 +220,8 @@ class Onnx:
         import onnx
 
         axes = {"images": {0: "batch"}}
-        made = torch.onnx.export(program, input_names=["images"], output_names=OUTPUTS, dynamic_shapes=axes, dynamo=True, verbose=False)
+        outputs = json.loads(metadata["outputs"])
+        made = torch.onnx.export(program, input_names=["images"], output_names=outputs, dynamic_shapes=axes, dynamo=True, verbose=False)
         proto = cast(torch.onnx.ONNXProgram, made).model_proto
         onnx.helper.set_model_props(proto, metadata)
         return bytes(proto.SerializeToString())
@@ -198,7 +232,8 @@ class Onnx:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        return lambda x: dict(zip(OUTPUTS, map(torch.from_numpy, session.run(OUTPUTS, {"images": x.numpy()})), strict=True))
+        names = [output.name for output in session.get_outputs()]
+        return lambda x: dict(zip(names, map(torch.from_numpy, session.run(names, {"images": x.numpy()})), strict=True))
 
 
 class Pt2:
@@ -230,14 +265,16 @@ EXPORT_FORMATS.register(".pt2")(Pt2())
 
 
 def _compare(given: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    """Refuse a file with other outputs than the encoder."""
-    for name in OUTPUTS:
-        got, want = given[name], wanted[name]
+    """Refuse a file with other outputs than the model."""
+    for name, want in wanted.items():
+        got = given[name]
         if got.shape != want.shape:
-            raise ModelError(f"{path}: {name} of the exported file has shape {tuple(got.shape)}, the encoder's {tuple(want.shape)}")
+            raise ModelError(f"{path}: {name} of the exported file has shape {tuple(got.shape)}, the model's {tuple(want.shape)}")
         error, allowed = float((got - want).abs().max()), TOLERANCE * max(1.0, float(want.abs().max()))
         if not error <= allowed:
-            raise ModelError(f"{path}: {name} of the exported file differs from the encoder's by {error:.2g} (allowed {allowed:.2g})")
+            raise ModelError(f"{path}: {name} of the exported file differs from the model's by {error:.2g} (allowed {allowed:.2g})")
+    if "z" not in wanted:
+        return
     got, want = given["z"], wanted["z"]
     differing = ((got != 0) != (want != 0)) & (torch.maximum(got, want) > SAME_ZERO * want.max())
     if differing.any() or (got < 0).any():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import operator
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +21,9 @@ from ..core.files import MAX_JSON, parse_json, tensor_shapes
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
+from ..hub.card import Start, pretraining_data
 from ..hub.download import fetch
-from ..hub.format import BACKBONE, CONFIG
+from ..hub.format import BACKBONE, CONFIG, Projector
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 
 __all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "fresh_copy", "refused_arguments", "validate_arguments"]
@@ -45,38 +48,92 @@ def create_encoder(
     Args:
         name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
             this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``. A prefix ``timm:`` is ignored.
-        dim: D, width of the embedding, >= 1.
-        hidden_dim: H, width of the projector's hidden layers, >= 1.
+        dim: D, width of the embedding, 1 .. 2^20.
+        hidden_dim: H, width of the projector's hidden layers, 1 .. 2^20.
         pretrained: load timm's weights for the name.
-        projector_depth: linear layers of the projector, >= 1.
+        projector_depth: linear layers of the projector, 1 .. 64.
         freeze_backbone: no gradient, and evaluation mode, for the backbone.
         preprocess: evaluation preprocessing; timm's for the backbone when None.
         timm_kwargs: arguments of `timm.create_model`, such as ``img_size=32, patch_size=4``.
 
+    Whatever is made here can be saved and loaded again: sizes and arguments that a load would refuse are refused.
+
     Raises:
-        ModelError: unknown name (with the nearest), or arguments that the backbone does not take.
-        UsageError: dim, hidden_dim or projector_depth below 1.
+        ModelError: unknown name (with the nearest), or arguments that the backbone does not take or that config.json cannot hold.
+        UsageError: dim, hidden_dim or projector_depth out of range.
 
     Example:
         >>> create_encoder("resnet10_small_narrow", dim=64, hidden_dim=64).config.features
         256
     """
-    for argument, value in (("dim", dim), ("hidden_dim", hidden_dim), ("projector_depth", projector_depth)):
-        if value < 1:
-            raise UsageError(f"{argument}: expected >= 1, got {value}")
+    sizes = _projector_sizes(dim, hidden_dim, projector_depth)
     source = ModelSource.parse(name, timm=True)
     name = source.timm_name
-    backbone = _backbone(source, pretrained, timm_kwargs)
-    features = int(backbone.head_hidden_size)
+    arguments = _as_saved(timm_kwargs, f"backbone '{name}'")
+    backbone = _backbone(source, pretrained, arguments)
     try:
-        preprocess = preprocess or Preprocess.of(backbone, timm_kwargs.get("img_size"))
+        features = int(backbone.head_hidden_size if hasattr(backbone, "head_hidden_size") else backbone.num_features)
+        preprocess = preprocess or Preprocess.of(backbone, arguments.get("img_size"))
+        architecture = backbone.pretrained_cfg.get("architecture") or name
+    except AttributeError as error:  # of a module that is registered with timm but lacks what timm's models have
+        raise ModelError(f"backbone '{name}': a timm model is to have num_features and pretrained_cfg: {first_line(error)}") from error
     except (KeyError, TypeError, ValueError) as error:  # of an untrusted config.json
         raise ModelError(f"backbone '{name}': its preprocessing cannot be used: {first_line(error)}") from error
     config = EncoderConfig(
-        architecture=backbone.pretrained_cfg.get("architecture", name),
-        features=features, dim=dim, hidden_dim=hidden_dim, projector_depth=projector_depth, preprocess=preprocess, model_args=dict(timm_kwargs),
+        architecture=architecture, features=features, dim=sizes.dim, hidden_dim=sizes.hidden_dim, projector_depth=sizes.depth,
+        preprocess=preprocess, model_args=arguments, info=_start_record(source, backbone.pretrained_cfg if pretrained else None, freeze_backbone),
     )  # fmt: skip
-    return SparseEncoder(backbone, make_projector(features, hidden_dim, dim, projector_depth), config, freeze_backbone)
+    projector = make_projector(features, sizes.hidden_dim, sizes.dim, sizes.depth)
+    return SparseEncoder(backbone, projector, config, freeze_backbone)
+
+
+def _projector_sizes(dim: Any, hidden_dim: Any, depth: Any) -> Projector:
+    """Sizes within the limits of the published format, as plain integers."""
+    try:
+        return Projector(*(operator.index(value) for value in (dim, hidden_dim, depth)))
+    except TypeError as error:
+        raise UsageError(f"dim, hidden_dim, projector_depth: expected integers, got {dim!r}, {hidden_dim!r}, {depth!r}") from error
+    except ValueError as error:
+        raise UsageError(str(error).replace("depth:", "projector_depth:", 1)) from error
+
+
+def _as_saved(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """Arguments of a backbone as config.json gives them back.
+
+    Raises:
+        ModelError: names, types or numbers that a load would refuse.
+    """
+    for key, value in arguments.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            fix = "expected text, finite numbers, booleans, lists or objects, such as act_layer='gelu'"
+            raise ModelError(f"{where}: {key}: config.json cannot hold {str(value)[:60]} ({type(value).__name__}); {fix}") from error
+    plain: dict[str, Any] = json.loads(json.dumps(arguments))
+    validate_arguments(plain, where)
+    return plain
+
+
+def _start_record(source: ModelSource, weights: dict[str, Any] | None, frozen: bool) -> dict[str, Any]:
+    """What a card says about the weights that a backbone starts from: the keys base_model and backbone of `rlpjepa_zoo.hub.card.Info`.
+
+    Args:
+        source: of the backbone.
+        weights: timm's configuration of the pretrained weights; None for random ones.
+        frozen: whether the backbone is not trained.
+    """
+    if weights is None:
+        return {"backbone": {"frozen": True}} if frozen else {}
+    tag = weights.get("tag") if isinstance(weights.get("tag"), str) else None
+    full = ".".join(filter(None, (weights.get("architecture"), tag)))
+    known = timm.models.get_pretrained_cfg(full) if timm.models.is_model_pretrained(full) else None
+    license = weights.get("license") or (known and known.license)
+    repo = source.value if source.kind == "hub" else known and known.hf_hub_id
+    start = Start(
+        name=full if known else source.label.removeprefix("hf-hub:"), data=pretraining_data(tag),
+        license=license if isinstance(license, str) else None, frozen=frozen,
+    )  # fmt: skip
+    return {"backbone": start.model_dump(exclude_none=True)} | ({"base_model": repo} if repo else {})
 
 
 def fresh_copy(encoder: SparseEncoder) -> SparseEncoder:
@@ -97,7 +154,9 @@ def _backbone(source: ModelSource, pretrained: bool, timm_kwargs: dict[str, Any]
         raise ModelError("features_only gives feature maps; the projector needs pooled features, so leave it out")
     name = source.timm_name
     if source.kind == "name" and not timm.is_model(name.split(".")[0]):
-        raise ModelError(f"backbone '{name}' is not a timm model.{did_you_mean(name.split('.')[0], timm.list_models())}")
+        hint = did_you_mean(name.split(".")[0], timm.list_models())
+        module = "If a module of yours registers it with timm, import that module first (--import MODULE on the command line)."
+        raise ModelError(f"backbone '{name}' is not a timm model.{hint} {module}")
     try:
         timm_name, overlay = _locate_weights(source, pretrained, timm_kwargs)
         return timm.create_model(timm_name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **timm_kwargs)
@@ -186,7 +245,7 @@ def refused_arguments(arguments: Iterable[str]) -> list[str]:
         >>> refused_arguments(["img_size", "checkpoint_path", "dim"])
         ['checkpoint_path', 'dim']
     """
-    reserved = {"num_classes", "features_only", "out_indices", "feature_cls"}.union(
+    reserved = {"num_classes", "features_only", "out_indices", "feature_cls", "device", "dtype"}.union(
         *(inspect.signature(f).parameters for f in (create_encoder, timm.create_model, timm.models.build_model_with_cfg))
     )
     return sorted(reserved & set(arguments))
@@ -212,13 +271,14 @@ def bounded_construction(tensors: int, where: str) -> Iterator[None]:
     """Stop the construction of a network inside the block at the first parameter beyond the limit.
 
     Args:
-        tensors: in the weight files; the network may have one parameter tensor more, and 50 modules for each.
+        tensors: in the weight files. The network may register four times as many parameters, as some models replace layers while they are
+            built, and 50 modules for each.
         where: path of the config.json, for the error message.
 
     Raises:
         ModelError: more parameters or modules.
     """
-    me, left = threading.get_ident(), {"parameters": tensors + 1, "modules": 50 * tensors + 1000}
+    me, left = threading.get_ident(), {"parameters": 4 * tensors + 1, "modules": 50 * tensors + 1000}
 
     def count(what: str) -> Callable[..., None]:
         def registered(*_: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..core import rng
 from ..errors import ModelError, first_line
+from ..ops.modules import plain_copy
 
 __all__ = ["check", "check_header", "make"]
 
@@ -31,7 +31,7 @@ def make(encoder: Any) -> dict[str, Tensor]:
     Returns:
         images (2, H, W, 3) uint8, inputs (2, 3, H, W), features (2, F), codes (2, D).
     """
-    encoder = copy.deepcopy(encoder).float().cpu()  # on a GPU, TF32 convolutions differ by more than loading allows
+    encoder = plain_copy(encoder).float().cpu()  # on a GPU, TF32 convolutions differ by more than loading allows
     height, width = (s + s // SHARE for s in encoder.config.preprocess.size)
     rows, columns = np.mgrid[0:height, 0 : width + MARGIN] / max(height, width)
     smooth = np.stack([rows, columns, (np.sin(9 * rows) * np.cos(7 * columns) + 1) / 2], -1) * 200

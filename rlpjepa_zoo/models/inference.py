@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.images import ImageRows, Row, reason_with_id
+from ..data.images import ImageRows, Images, Row, reason_with_id
 from ..data.preprocess import Preprocess, batched, ready
 from ..data.sources import open_images
 from ..errors import DataError, UsageError
@@ -164,7 +165,8 @@ def source_batches(
     """Batches of any image source.
 
     Args:
-        source: a float tensor (B, 3, H, W) that is already preprocessed, or a source of `rlpjepa_zoo.data.sources.open_images`.
+        source: a float tensor (B, 3, H, W) that is already preprocessed, a uint8 tensor (B, 3, H, W) of RGB pixels in 0..255, which are
+            preprocessed as images are, or a source of `rlpjepa_zoo.data.sources.open_images`.
         batch_size: images in a batch.
         progress: label of a progress bar on stderr; None shows none.
         preprocess, device, num_workers, on_error, fix: those of `image_batches`.
@@ -172,8 +174,11 @@ def source_batches(
     Raises:
         DataError: no such images, an unreadable one, or a tensor of another shape or type.
     """
+    if isinstance(source, Tensor) and source.dtype == torch.uint8 and source.dim() == 4 and source.shape[1] == 3:
+        pixels = source.permute(0, 2, 3, 1)
+        source = Images(lambda i: Image.fromarray(pixels[i].cpu().numpy()), range(len(pixels)))
     if isinstance(source, Tensor):
-        check_float_batch(source, DataError, "pass PIL images for uint8 pixels")
+        check_float_batch(source, DataError, "preprocess images with .transform, or pass RGB pixels as uint8")
         with tqdm(total=len(source), desc=progress, unit="image", disable=progress is None) as bar:
             for start in range(0, len(source), batch_size):
                 x = source[start : start + batch_size]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,15 +64,19 @@ def load_encoder(
             f"{path}: holds a classifier, not an encoder; use load_classifier in Python or `rlpjepa predict`, or give an encoder{origin}"
         )
     verify_folder(path, published)
-    options = _encoder_options(published, f"{path}/{CONFIG}")
-    recipe = read_recipe(path, published)
-
-    def build() -> SparseEncoder:
-        encoder = create_encoder(published.architecture, **options)
-        encoder.config = dataclasses.replace(encoder.config, info=published.info, recipe=recipe, dial=published.dial)
-        return encoder
-
+    build = partial(build_encoder, published, f"{path}/{CONFIG}", read_recipe(path, published))
     return _load(path, published, build).to(device)
+
+
+def build_encoder(published: Published, where: str, recipe: str | None) -> SparseEncoder:
+    """The encoder that a config.json describes, with random weights; `where` is the path of that file, for messages.
+
+    Raises:
+        ModelError: an argument, size or name that is not accepted from files.
+    """
+    encoder = create_encoder(published.architecture, **_encoder_options(published, where))
+    encoder.config = dataclasses.replace(encoder.config, info=published.info, recipe=recipe, dial=published.dial)
+    return encoder
 
 
 def load_classifier(
@@ -110,7 +115,7 @@ def load_published(
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> SparseEncoder | Classifier:
-    """The encoder or the classifier of a source, whichever it holds, verified; arguments and errors as of `load_encoder`."""
+    """An encoder or a classifier, whichever the source holds, verified; arguments and errors as of `load_encoder`."""
     folder = resolve(source, revision, token, cache_dir)
     load = load_encoder if read_folder(folder).classifier is None else load_classifier
     return load(folder, device=device)
@@ -145,22 +150,14 @@ def verify_entry(name: str, root: str | Path | None = None, online: bool = False
 # --- checks before memory is used ----------------------------------------------------------------------------------------------------
 
 
+Header = dict[str, tuple[str, tuple[int, ...]]]
+"""Type and shape of each tensor in a file."""
+
+
 def _load(path: Path, published: Published, build: Callable[[], Model]) -> Model:
     """Build a model and load its weights from a verified folder; a skeleton without memory is compared with the file headers first."""
     headers = {name: tensor_shapes(path / name) for name in published.tensor_files}
-    tensors = sum(map(len, headers.values())) + 2  # a classifier on features drops the encoder's projector of one layer
-    with bounded_construction(tensors, f"{path}/{CONFIG}"), torch.device("meta"):
-        skeleton = build()
-    linear = ""
-    if isinstance(skeleton, Classifier) and published.projector is None:
-        with torch.device("meta"):
-            linear = head_name(plain_timm(skeleton.config.encoder, len(skeleton.classes)), skeleton.backbone.state_dict())
-    state = skeleton.state_dict()
-    places = {key: tensor_place(key, published, linear) for key in state}
-    for name in published.tensor_files:
-        if name != GOLDEN:
-            _compare({place: state[key] for key, (file, place) in places.items() if file == name}, headers[name], path / name)
-    golden.check_header(headers[GOLDEN], skeleton.config, path / GOLDEN)
+    places = skeleton(published, headers, path, build)
     with BUILDING, rng.seeded(0, "load"), float32_default():  # the caller's random numbers and default type are not touched
         model = build()
     contents = {name: _read(path / name) for name in published.tensor_files}
@@ -172,6 +169,37 @@ def _load(path: Path, published: Published, build: Callable[[], Model]) -> Model
     model.eval()
     golden.check(model, contents[GOLDEN], path / GOLDEN)
     return model
+
+
+def skeleton(published: Published, headers: dict[str, Header], path: Path, build: Callable[[], Model]) -> dict[str, tuple[str, str]]:
+    """Build a model without memory and compare it with the headers of the files.
+
+    Args:
+        published: what config.json describes.
+        headers: of each file in `published.tensor_files`.
+        path: folder, for messages.
+        build: builds the model.
+
+    Returns:
+        File and name in that file of each tensor of the model.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected, or of another type or shape; the message names it.
+    """
+    tensors = sum(map(len, headers.values())) + 2  # a classifier on features drops the encoder's projector of one layer
+    with bounded_construction(tensors, f"{path}/{CONFIG}"), torch.device("meta"):
+        model = build()
+    linear = ""
+    if isinstance(model, Classifier) and published.projector is None:
+        with torch.device("meta"):
+            linear = head_name(plain_timm(model.config.encoder, len(model.classes)), model.backbone.state_dict())
+    state = model.state_dict()
+    places = {key: tensor_place(key, published, linear) for key in state}
+    for name in published.tensor_files:
+        if name != GOLDEN:
+            _compare({place: state[key] for key, (file, place) in places.items() if file == name}, headers[name], path / name)
+    golden.check_header(headers[GOLDEN], model.config, path / GOLDEN)
+    return places
 
 
 def _encoder_options(published: Published, where: str) -> dict[str, Any]:
@@ -197,7 +225,7 @@ def _encoder_options(published: Published, where: str) -> dict[str, Any]:
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def _compare(expected: dict[str, Tensor], header: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+def _compare(expected: dict[str, Tensor], header: Header, path: Path) -> None:
     """Refuse a file whose header has other names, dtypes or shapes than the expected tensors."""
     for problem, names in (("missing", expected.keys() - header.keys()), ("unexpected", header.keys() - expected.keys())):
         if names:

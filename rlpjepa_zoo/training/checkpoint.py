@@ -8,7 +8,6 @@ instant at least one complete checkpoint exists. No random state is stored: draw
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,12 +17,21 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..core import distributed
-from ..core.files import load_tensors, parse_json, sha256, sync_folder, write_durably
+from ..core.files import (
+    disk_reason,
+    existing_parent,
+    load_tensors,
+    parse_json,
+    remove_partials,
+    sha256,
+    sync_folder,
+    tensor_bytes,
+    write_durably,
+)
 from ..errors import ModelError, OutputError
 
 __all__ = ["Checkpoint", "check_space", "latest", "optimizer_state", "remove_leftovers", "restore_optimizer", "save"]
@@ -61,8 +69,8 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         contents = {
-            "model.safetensors": safetensors.torch.save(checkpoint.model),
-            "optimizer.safetensors": safetensors.torch.save(checkpoint.optimizer),
+            "model.safetensors": tensor_bytes(checkpoint.model),
+            "optimizer.safetensors": tensor_bytes(checkpoint.optimizer),
             "state.json": json.dumps(checkpoint.state, indent=1, allow_nan=False).encode(),
         }
         manifest = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
@@ -86,16 +94,14 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 2, also: Collection[int]
             shutil.rmtree(doomed, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = sum(map(len, contents.values()))
-            reason = f"disk full ({reason}; it needs {needed / 1e6:.1f} MB, {shutil.disk_usage(_existing_parent(run)).free / 1e6:.1f} MB are free)"
+        reason = disk_reason(error, run, sum(map(len, contents.values())))
         raise OutputError(f"{final}: checkpoint not written: {reason}; earlier ones are untouched") from error
     return final
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove unfinished and half-deleted checkpoints of a killed run. The caller holds the lock of the run directory."""
+    """Remove what a killed run left unfinished or half deleted. The caller holds the lock of the run directory."""
+    remove_partials(run)
     home = run / "checkpoints"
     for path in [*home.glob(".tmp-*"), *home.glob(".del-*")] if home.is_dir() else []:
         shutil.rmtree(path, ignore_errors=True)
@@ -108,15 +114,10 @@ def check_space(run: Path, size: int) -> None:
         OutputError: names the bytes needed and the bytes free.
     """
     needed = max(1, 2 - len(_steps(run / "checkpoints"))) * size + _OTHER_FILES
-    free = shutil.disk_usage(_existing_parent(run)).free
+    free = shutil.disk_usage(existing_parent(run)).free
     if free < needed:
         room = f"{needed / 1e6:.0f} MB are needed for two checkpoints, {free / 1e6:.0f} MB are free"
         raise OutputError(f"{run}: too little room on the disk: {room}; make room, or choose another --out")
-
-
-def _existing_parent(path: Path) -> Path:
-    """The path itself or its nearest parent that is a folder."""
-    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
 
 
 def _verifies(step: int, path: Path) -> bool:

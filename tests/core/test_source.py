@@ -85,6 +85,24 @@ def test_existing_folder_is_one_of_this_package(tmp_path: Path) -> None:
         assert ModelSource.parse(text).existing_folder is None
 
 
+@pytest.mark.parametrize(
+    "text", ["./gone", "../gone", "/gone/x", "~/gone", "~nobody/x", "a/b/c", "gone/", "x\\y", "runs/mine", "here/gone"]
+)
+def test_text_that_reads_as_a_path_is_a_missing_folder(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert ModelSource.parse(text).missing_folder
+
+
+@pytest.mark.parametrize(
+    "text", ["owner/repo", "owner/repo@v1", "here/gone@v1", "hf-hub:here/gone", "timm:here/gone", "local-dir:x/y", "here", "vit", ""]
+)
+def test_text_that_is_no_path_is_not_a_missing_folder(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert not ModelSource.parse(text).missing_folder
+
+
 def test_path_object_is_always_a_folder() -> None:
     assert ModelSource.parse(Path("owner/repo")).kind == "folder"
     assert ModelSource.parse(Path("owner/repo")).path == Path("owner/repo")

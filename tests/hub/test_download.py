@@ -15,8 +15,9 @@ from refusals import refused
 from tiny_hub import FILES, READER, REPO, WRITER, codes, make
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.errors import DataError, HubError, ModelError
+from rlpjepa_zoo.errors import DataError, HubError, ModelError, UsageError
 from rlpjepa_zoo.hub import download
+from rlpjepa_zoo.models.classifier import make_classifier
 
 
 def test_private_repository_needs_a_token(hub_server, encoder, monkeypatch):
@@ -246,3 +247,28 @@ def test_hub_data_set_is_read_and_its_errors_are_hub_errors(hub_server, tmp_path
         open_source(Data(source="hf", name="owner/never"))
     code, _, err = run("train", "cifar10-cpu", "data.name=owner/nothing", "--out", tmp_path / "run", "--quiet")
     assert code == 5 and "owner/nothing" in err
+
+
+# --- folders that are not there ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["./gone", "runs/mine", "here/gone", "a/b/c"])
+def test_missing_folder_is_named_without_the_network(no_network, tmp_path, monkeypatch, source):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with refused(UsageError, match=rf"^no folder '{source}' here"):
+        rz.load_encoder(source)
+
+
+def test_error_of_the_hub_says_that_there_is_no_folder_either(hub_server, tmp_path):
+    with refused(HubError, match=r"owner/nothing.*nor is there a folder 'owner/nothing' here"):
+        rz.load_encoder("owner/nothing")
+    with refused(HubError) as caught:
+        rz.load_encoder("hf-hub:owner/nothing")
+    assert "folder" not in str(caught.value)
+
+
+def test_classifier_is_no_encoder_and_the_message_says_what_to_do(tmp_path, encoder):
+    make_classifier(encoder, ["a", "b"]).save_pretrained(tmp_path / "c")
+    with refused(ModelError, match="holds a classifier.*load_classifier, or give the encoder that it started from"):
+        rz.load_encoder(tmp_path / "c")

@@ -1,8 +1,13 @@
 """The card of a published encoder: its content, rewriting it, and info that it cannot show."""
 
 import os
+import re
 
+import numpy as np
 import pytest
+import timm
+from huggingface_hub import ModelCard
+from images import photo
 from published import read_config
 from refusals import refused
 from tiny_hub import INFO, REPO
@@ -28,8 +33,6 @@ def test_card_on_the_hub_names_its_repository_and_figures(published, encoder):
     assert "(training.png)" in text and "(accuracy.png)" in text
     assert "| active dimensions | 1 | 2 | 4 |" in text and "| kNN | 20.0 % | 40.0 % | 60.0 % |" in text
     assert "n_test" not in text and "10 test images; made-up figures" in text
-    from huggingface_hub import ModelCard
-
     data = ModelCard(text).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-feature-extraction", "apache-2.0")
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7)]
@@ -106,3 +109,57 @@ def test_card_command(local, run, tmp_path):
     assert run("card", local, "--write", "--out", tmp_path)[0] == 2
     (tmp_path / "file").write_text("x")
     assert run("card", local, "--out", tmp_path / "file")[0] == 6
+
+
+# --- start weights -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretrained_folder(tmp_path):
+    """A timm folder of pretrained weights, as timm writes it."""
+    timm.models.save_for_hf(timm.create_model("test_resnet.r160_in1k", num_classes=0), tmp_path / "weights", safe_serialization=True)
+    return tmp_path / "weights"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_card_names_the_start_weights(tmp_path, pretrained_folder, frozen):
+    enc = rz.create_encoder(f"local-dir:{pretrained_folder}", dim=8, hidden_dim=8, pretrained=True, freeze_backbone=frozen)
+    info = {**enc.config.info, "target": INFO["target"], "data": "photos"}
+    text = (enc.save_pretrained(tmp_path / "enc", info=info) / "README.md").read_text()
+    data = ModelCard(text).data
+    assert data.base_model == "timm/test_resnet.r160_in1k"
+    start = "[test_resnet.r160_in1k](https://huggingface.co/timm/test_resnet.r160_in1k) (trained on ImageNet-1k)"
+    if frozen:
+        assert "Its projector was trained without labels on photos by Rectified LpJEPA" in text
+        assert f"; the backbone has the pretrained weights of {start} and was frozen." in text
+        assert f"- start weights: {start}, frozen\n" in text
+    else:
+        assert "It was trained without labels on photos by" in text and f", from the pretrained weights of {start}." in text
+    assert "The start weights of the backbone are under apache-2.0." in text
+    assert "of the data that the start weights were trained on" in text
+    assert str(tmp_path) not in text
+
+
+def test_card_of_a_new_projector_names_the_start_weights(tmp_path, pretrained_folder):
+    enc = rz.create_encoder(f"local-dir:{pretrained_folder}", dim=8, hidden_dim=8, pretrained=True)
+    text = (enc.save_pretrained(tmp_path / "enc") / "README.md").read_text()
+    assert "**not trained**" in text and "The backbone has the pretrained weights of [test_resnet.r160_in1k]" in text
+
+
+def test_card_of_random_weights_names_none(tmp_path):
+    for frozen, words in ((False, "It was trained without labels"), (True, "; the backbone has random weights and was frozen")):
+        enc = rz.create_encoder("test_resnet", dim=8, hidden_dim=8, freeze_backbone=frozen)
+        text = (enc.save_pretrained(tmp_path / str(frozen), info={**INFO, **enc.config.info}) / "README.md").read_text()
+        assert words in text and "start weights" not in text and "base_model" not in text
+
+
+def test_example_on_the_card_finds_the_query_itself(tmp_path, encoder, monkeypatch, rng):
+    """Cosine similarity: of every row with itself it is the largest, whatever the lengths of the others."""
+    text = (encoder.save_pretrained(tmp_path / "enc", info=INFO, name=f"local-dir:{tmp_path / 'enc'}") / "README.md").read_text()
+    example = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "similarity" in block)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        photo(rng).save(tmp_path / name)
+    namespace = {}
+    exec(example, namespace)
+    assert np.allclose(namespace["similarity"].diagonal(), 1) and (namespace["similarity"].argmax(1) == [0, 1]).all()

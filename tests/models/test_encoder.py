@@ -223,8 +223,9 @@ def test_input_of_a_wrong_shape_or_type_is_refused(x):
     enc = make().eval()
     with refused(UsageError, match=r"\(B, 3, H, W\)"):
         enc(x)
-    with refused(UsageError, DataError, match=r"\(B, 3, H, W\)"):
-        enc.embed(x)
+    if x.dtype != torch.uint8:  # bytes are pixels for embed
+        with refused(UsageError, DataError, match=r"\(B, 3, H, W\)"):
+            enc.embed(x)
 
 
 # --- small-image ResNets -------------------------------------------------------------------------------------------------------------

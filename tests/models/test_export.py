@@ -7,19 +7,24 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from images import photo
 from models import settled as make
 from refusals import refused
 
+from rlpjepa_zoo.cli import app as cli
 from rlpjepa_zoo.core import package
 from rlpjepa_zoo.errors import ModelError, NonFiniteError, OutputError, UsageError
 from rlpjepa_zoo.models import export as module
+from rlpjepa_zoo.models.classifier import make_classifier
 from rlpjepa_zoo.models.encoder import Preprocess
 from rlpjepa_zoo.models.export import export
 
@@ -442,3 +447,55 @@ def test_weights_that_are_not_finite_or_not_float32_are_refused(tmp_path):
     with refused(NonFiniteError, match="running_var"):
         export(enc, tmp_path / "enc.pt2")
     assert os.listdir(tmp_path) == []
+
+
+# --- other programs ------------------------------------------------------------------------------------------------------------------
+
+
+def small():
+    return make("test_resnet", preprocess=Preprocess((32, 32), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bilinear", 0.875))
+
+
+def wide():
+    return make("test_resnet", preprocess=Preprocess((32, 48), crop_pct=0.9))
+
+
+@pytest.mark.parametrize(("encoder_of", "height", "width"), [(small, 60, 151), (wide, 97, 61)])
+def test_example_of_the_documents_gives_the_embedding_of_the_encoder(tmp_path, monkeypatch, rng, encoder_of, height, width):
+    """The example prepares a photograph that is not square without this package."""
+    page = (Path(__file__).parents[2] / "docs/hub.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "onnxruntime" in block]
+    load = 'rz.load_encoder("test_resnet.digits")'
+    assert load in example
+    (tmp_path / "photos").mkdir()
+    photo(rng, height, width).save(tmp_path / "photos/cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"ENCODER": encoder_of().eval()}
+    exec(compile(example.replace(load, "ENCODER"), "docs/hub.md", "exec"), namespace)
+    ours, theirs = namespace["ENCODER"].embed("photos/cat.jpg").to_dense()[0], namespace["z"][0]
+    assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.999
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("layer", ["features", "z"])
+def test_classifier_gives_logits_and_probabilities(tmp_path, layer, suffix):
+    classifier = make_classifier(make(), ["cat", "dög", "hat"], layer)
+    classifier.save_pretrained(tmp_path / "saved")
+    assert cli.run(["export", str(tmp_path / "saved"), "--out", str(tmp_path / f"c{suffix}")]) == 0
+    x = images(classifier, 5)
+    with classifier.evaluating(), torch.no_grad():
+        wanted = classifier(x)
+    if suffix == ".onnx":
+        session = onnxruntime.InferenceSession(str(tmp_path / "c.onnx"), providers=["CPUExecutionProvider"])
+        logits, probabilities = map(torch.from_numpy, session.run(["logits", "probabilities"], {"images": x.numpy()}))
+        assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["cat", "dög", "hat"]
+    else:
+        logits, probabilities = (torch.export.load(tmp_path / "c.pt2").module()(x)[name] for name in ("logits", "probabilities"))
+    assert torch.allclose(logits, wanted, atol=1e-4) and torch.allclose(probabilities, wanted.softmax(1), atol=1e-4)
+
+
+def test_compiled_encoder_is_exported(tmp_path):
+    enc = make().eval()
+    file = export(torch.compile(enc, backend="eager"), tmp_path / "e.pt2")
+    x = images(enc, 2)
+    assert torch.allclose(run(file, x)["z"], enc(x), atol=1e-4)

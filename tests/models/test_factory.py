@@ -1,7 +1,10 @@
 """Untrusted configurations of backbones are refused before memory is used."""
 
+import functools
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +15,8 @@ from refusals import refused
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.errors import ModelError
 from rlpjepa_zoo.hub.folder import write_folder
+from rlpjepa_zoo.hub.format import pack, parse, tensor_place
+from rlpjepa_zoo.models.pretrained import _DTYPES, build_encoder, skeleton
 
 BOMBS = {
     "dpn68": {"k_sec": [65536, 4, 20, 3]},
@@ -50,16 +55,46 @@ def test_timm_prefix_of_a_backbone_is_ignored():
     assert config == rz.create_encoder("test_resnet", dim=8, hidden_dim=8).config
 
 
+# A sample of names runs by default; the slow test takes every architecture of timm. Models are built without memory, and of what is saved the
+# names, types and shapes of all tensors and the configuration are compared with what a load expects. Weights are not written: that they
+# survive is a matter of the file format, which the small models of test_saving.py go through.
+
+
+def described(name: str, options: dict[str, Any], scratch: Path) -> None:
+    """Raise what a save, or a load of what was saved, would raise."""
+    with torch.device("meta"):
+        enc = rz.create_encoder(name, dim=8, hidden_dim=8, **options)
+        enc.fingerprint = lambda: ""  # of weights, which a model without memory does not have
+        published, _ = enc._description({}, "owner/repo", scratch)
+    files = {file: {} for file in published.tensor_files}
+    for key, value in enc.state_dict().items():
+        file, place = tensor_place(key, published)
+        files[file][place] = _DTYPES[value.dtype], tuple(value.shape)
+    height, width = enc.config.preprocess.size
+    files["golden.safetensors"] = {
+        "images": ("U8", (2, height + height // 4, width + width // 4 + 8, 3)), "inputs": ("F32", (2, 3, height, width)),
+        "features": ("F32", (2, enc.config.features)), "codes": ("F32", (2, 8)),
+    }  # fmt: skip
+    read = parse(pack(published, {})["config.json"], name)
+    skeleton(read, files, scratch, functools.partial(build_encoder, read, name, None))
+
+
+@pytest.mark.parametrize(
+    "name", ["caformer_s18", "convformer_s18", "efficientnet_b3_pruned", "coat_mini", "vit_base_patch16_siglip_224", "levit_128s"]
+)
+def test_architecture_loads_what_it_saves(tmp_path, name):
+    described(name, {}, tmp_path)
+
+
 @pytest.mark.slow
-def test_every_timm_architecture_builds_without_memory():
-    failed = []
+def test_every_timm_architecture_loads_what_it_saves(tmp_path):
+    failed = {}
     for name in timm.list_models():
         try:
-            with torch.device("meta"):
-                timm.create_model(name, num_classes=0)
+            described(name, {}, tmp_path)
         except Exception as error:
-            failed.append((name, error))
-    assert failed == []
+            failed[name] = error
+    assert failed == {}
 
 
 @pytest.mark.parametrize(

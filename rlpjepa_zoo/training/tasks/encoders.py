@@ -17,7 +17,7 @@ from ...models.encoder import SparseEncoder
 from ...models.factory import create_encoder, fresh_copy, refused_arguments
 from ...models.pretrained import load_encoder
 
-__all__ = ["build_encoder", "check_arguments", "preprocessing_warnings", "start_encoder"]
+__all__ = ["build_encoder", "check_arguments", "preprocessing_warnings", "start_encoder", "start_weights"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -66,6 +66,11 @@ def start_encoder(start: Start, seed: int) -> SparseEncoder:
             return create_encoder(start.source, 1, 1, not start.random, projector_depth=1, **start.args)
         encoder = load_encoder(start.source, start.revision)
         return fresh_copy(encoder) if start.random else encoder
+
+
+def start_weights(encoder: SparseEncoder) -> dict[str, Any]:
+    """The part of an encoder's record that tells which pretrained weights its backbone started from."""
+    return {key: encoder.config.info[key] for key in ("base_model", "backbone") if key in encoder.config.info}
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 
 from ...config.finetune import Lora, TuningOptim, TuningRecipe
 from ...core import distributed, package, rng
+from ...core.source import ModelSource
 from ...data.images import Images
 from ...data.loader import steps_of_an_epoch
 from ...data.preprocess import Preprocess
@@ -28,7 +29,7 @@ from ...models.classifier import Classifier, make_classifier
 from ..optim import ParamGroup, split_by_dimension
 from ..trainer import run_task
 from .accuracy import TOP, accuracy
-from .encoders import start_encoder
+from .encoders import start_encoder, start_weights
 from .lora import add_adapters, merge_adapters
 from .task import Autocast, Best, Description, Logged, Step, Task
 
@@ -172,15 +173,24 @@ class FinetuneTask(Task):
         if results:
             precision = "float32" if precision == "no" else precision
             results |= {"n_train": self.n_train, "protocol": f"measured in training, in {precision}, one seed"}
-        cfg: Any = self.core.backbone.pretrained_cfg
         record = {
             "recipe": recipe.name, "data": recipe.data.label(), "dataset": recipe.data.name if recipe.data.source == "hf" else None,
-            "license": recipe.hub.license, "base_model": cfg.get("hf_hub_id") if recipe.start.of_timm else None,
+            "license": recipe.hub.license, "base_model": None, **self._start_weights(),
             "start": f"fresh weights, the architecture of {recipe.start.name}" if recipe.start.random else recipe.start.name,
             "method": self._method(), "augmentations": recipe.views.describe(), "results": results,
             "versions": package.versions(), "training": dict(training or {}),
         }  # fmt: skip
         return Description(f"{self.encoder.config.architecture} from {start}, {self._method()}", record, self.alarms(metrics, final))
+
+    def _start_weights(self) -> dict[str, Any]:
+        """What the card says about the pretrained weights behind the encoder, and the repository of the encoder."""
+        if self.recipe.start.random:
+            return {}
+        record = start_weights(self.encoder)
+        if "backbone" in record:
+            record["backbone"] = {**record["backbone"], "frozen": self.recipe.classifier.train == "linear"}
+        place = ModelSource.parse(str(self.recipe.start.source))
+        return record | ({"base_model": place.value} if place.kind == "hub" else {})
 
     def _method(self) -> str:
         """Short description of the training method, for log and card."""

@@ -25,7 +25,7 @@ from ...objectives.base import Objective
 from ..optim import ParamGroup, split_by_dimension
 from ..run_dir import history
 from ..trainer import run_task
-from .encoders import build_encoder
+from .encoders import build_encoder, start_weights
 from .online_probes import EncoderWithProbes, ProbedOutput
 from .task import Autocast, Best, Description, Logged, Step, Task, largest_over_ranks
 
@@ -149,7 +149,7 @@ class PretrainTask(Task):
 
     def _record(self, metrics: Mapping[str, float], density: float | None) -> dict[str, Any]:
         """What the card says about recipe, data, target, density and kNN accuracy."""
-        recipe, cfg = self.recipe, self.core.backbone.pretrained_cfg
+        recipe = self.recipe
         held_out = self.source.eval is not None
         law: dict[str, Any] = {}
         if recipe.target is not None:
@@ -159,7 +159,7 @@ class PretrainTask(Task):
             law["method"] = f"objective {recipe.objective.name}: {self.objective.describe()}"
         return {
             "recipe": recipe.name, "data": recipe.data.label(), "dataset": recipe.data.name if recipe.data.source == "hf" else None,
-            "license": recipe.hub.license, "base_model": cfg.get("hf_hub_id") if recipe.encoder.pretrained else None,
+            "license": recipe.hub.license, "base_model": None, **start_weights(self.core),
             "augmentations": recipe.views.describe(), **law,
             "density": {
                 "asked": recipe.target and recipe.target.density, "theory": density, "train": metrics.get("l0_train"), "eval": metrics.get("l0_eval"),

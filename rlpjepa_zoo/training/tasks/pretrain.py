@@ -25,7 +25,7 @@ from ..run_dir import history
 from ..trainer import run_task
 from .encoders import build_encoder
 from .online_probes import EncoderWithProbes, ProbedOutput
-from .task import Autocast, Best, Description, Logged, Step, Task, largest_over_ranks
+from .task import Autocast, Best, Description, Logged, Step, Task
 
 __all__ = ["PretrainTask", "build_objective", "train"]
 
@@ -114,9 +114,9 @@ class PretrainTask(Task):
         row = dict(zip(parts, numbers, strict=False))
         probe_loss, *accuracy = numbers[len(parts) :]
         row |= self.objective.monitor(row)
-        row |= batch_metrics(output.z.detach().flatten(0, 1))
+        row |= batch_metrics(distributed.gather_with_grad(output.z.detach(), dim=1).flatten(0, 1))  # of all ranks, as the loss is
         row |= dict(zip(("probe_features", "probe_z"), accuracy, strict=False)) | ({"probe_loss": probe_loss} if accuracy else {})
-        self.all_zero = self.all_zero + 1 if largest_over_ranks(output.z.device, row["l0"])[0] == 0 else 0
+        self.all_zero = self.all_zero + 1 if row["l0"] == 0 else 0
         if self.all_zero < _MAX_ALL_ZERO:
             return Logged(row)
         return Logged(row, (

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import RecipeError, first_line
 from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, RunFolder, format_value, print_values
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: b
 
 
 def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return derived numbers of a recipe. Builds the encoder on the meta device and passes one batch of the right size through it."""
+    """Return derived numbers of a recipe. Builds the encoder on the meta device."""
     import torch
 
     from ..training.tasks.encoders import build_encoder, preprocessing_warnings
@@ -104,11 +103,6 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
     with torch.device("meta"):
         encoder = build_encoder(without_weights)
-        side = recipe.data.image_size
-        try:
-            encoder.eval()(torch.empty(2, 3, side, side))
-        except Exception as error:
-            raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
     for sentence in preprocessing_warnings(recipe, encoder):
         logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
     facts: dict[str, Any] = {}
@@ -129,10 +123,12 @@ def _tuning_facts(recipe: TuningRecipe) -> tuple[TuningRecipe, dict[str, Any]]:
     """Load the encoder that a recipe starts from; return the recipe with the preprocessing of that encoder, and derived numbers."""
     import dataclasses
 
-    from ..training.tasks.encoders import start_encoder
+    from ..training.tasks.encoders import check_sizes, start_encoder
 
     encoder = start_encoder(recipe.start, recipe.seed)
-    return recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess)), {
+    recipe = recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess))
+    check_sizes(encoder, {"data.image_size": recipe.data.image_size}, "start.args" if recipe.start.of_timm else None)
+    return recipe, {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",

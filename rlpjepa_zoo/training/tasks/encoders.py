@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from ...config.finetune import Start
 from ...config.pretrain import Recipe
 from ...core import rng
 from ...data.preprocess import Preprocess
-from ...errors import RecipeError, first_line
-from ...models.encoder import SparseEncoder
+from ...errors import RecipeError, ZooError, first_line
+from ...models.classifier import Classifier
+from ...models.encoder import EncoderConfig, SparseEncoder
 from ...models.factory import create_encoder, fresh_copy, refused_arguments
 from ...models.pretrained import load_encoder
 
-__all__ = ["build_encoder", "check_arguments", "preprocessing_warnings", "start_encoder"]
+__all__ = ["build_encoder", "check_arguments", "check_sizes", "preprocessing_warnings", "start_encoder"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -26,7 +27,7 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     """The encoder of a pretraining recipe, initialised from the seed of the recipe.
 
     Raises:
-        RecipeError: arguments that do not belong to the backbone, or local views of a size that it does not take.
+        RecipeError: arguments that do not belong to the backbone, or images or local views of a size that it does not take.
         UsageError, ModelError, HubError: as of `create_encoder`.
     """
     options, data = recipe.encoder, recipe.data
@@ -40,8 +41,8 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
         )  # fmt: skip
     for sentence in preprocessing_warnings(recipe, encoder):
         log.warning("%s", sentence)
-    if recipe.views.local is not None:
-        _check_size(encoder, recipe.views.local.size, options.backbone)
+    local = recipe.views.local
+    check_sizes(encoder, {"data.image_size": data.image_size, "views.local.size": local and local.size}, "encoder.args")
     return encoder
 
 
@@ -101,12 +102,54 @@ def _as_in_a_recipe(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def check_sizes(model: SparseEncoder | Classifier, sizes: Mapping[str, int | None], arguments: str | None) -> None:
+    """Refuse images of a size that the backbone does not take, before the run and not in its first step.
+
+    Args:
+        model: on any device; on the meta device nothing is computed.
+        sizes: recipe key, such as data.image_size -> height and width in pixels, if there are such images.
+        arguments: recipe key of the arguments of the backbone, such as encoder.args; None if it cannot be built in another way.
+
+    Raises:
+        RecipeError: names the key, the size and, if there is one, an argument or a size with which it works.
+    """
+    config = model.config.encoder if isinstance(model, Classifier) else model.config
+    given = {key: size for key, size in sizes.items() if size is not None}
+    for key, size in given.items():
+        if (reason := _refusal(model, size)) is not None:
+            fix = _fix(config, given, key, arguments)
+            raise RecipeError(f"{key}: {config.architecture} does not take images of {size} pixels ({reason}); {fix}")
+
+
 @torch.no_grad()
-def _check_size(encoder: SparseEncoder, size: int, name: str) -> None:
-    """Refuse local views of a size that the backbone does not take before the run, not in its first step."""
+def _refusal(model: SparseEncoder | Classifier, size: int) -> str | None:
+    """Why the backbone does not take images of a size; None if it does."""
     try:
-        with encoder.evaluating():
-            encoder(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        fix = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
-        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {fix}") from error
+        with model.evaluating():
+            model.features(torch.zeros(1, 3, size, size, device=model.device))
+    except Exception as error:  # backbones refuse in their own ways
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise
+        return first_line(error)
+    return None
+
+
+def _fix(config: EncoderConfig, sizes: Mapping[str, int], key: str, arguments: str | None) -> str:
+    """The first argument of the backbone, or the next size, with which it takes all sizes."""
+
+    def works(more: Mapping[str, Any], tried: Iterable[int]) -> bool:
+        try:
+            with torch.device("meta"):
+                model = create_encoder(config.architecture, 1, 1, projector_depth=1, **{**config.model_args, **more})
+                return all(_refusal(model, size) is None for size in tried)
+        except ZooError:
+            return False
+
+    changes: list[dict[str, Any]] = [{"img_size": sizes[key]}, {"dynamic_img_size": True}] if arguments else []
+    for change in changes:
+        if works(change, sizes.values()):
+            return "; ".join(f"give {arguments}.{name}={str(value).lower()}" for name, value in change.items())
+    for size in (-(-sizes[key] // 32) * 32, *config.preprocess.size, 224):
+        if size != sizes[key] and works({}, [size]):
+            return f"give {key}={size}"
+    return "give a size that it takes"

@@ -23,12 +23,12 @@ from ...data.images import Images
 from ...data.loader import steps_of_an_epoch
 from ...data.preprocess import Preprocess
 from ...data.sources import Source
-from ...errors import DataError, RecipeError, first_line
+from ...errors import DataError, RecipeError
 from ...models.classifier import Classifier, make_classifier
 from ..optim import ParamGroup, split_by_dimension
 from ..trainer import run_task
 from .accuracy import TOP, accuracy
-from .encoders import start_encoder
+from .encoders import check_sizes, start_encoder
 from .lora import add_adapters, merge_adapters
 from .task import Autocast, Best, Description, Logged, Step, Task
 
@@ -121,12 +121,7 @@ class FinetuneTask(Task):
             classifier.requires_grad_(False).head.requires_grad_(True)
         else:
             classifier.requires_grad_(True)
-        try:
-            with classifier.evaluating(), torch.no_grad():
-                classifier(torch.zeros(1, 3, *preprocess.size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            name = encoder.config.architecture
-            raise RecipeError(f"data.image_size: {name} does not take {data.image_size} pixels ({first_line(error)})") from error
+        check_sizes(classifier, {"data.image_size": data.image_size}, "start.args" if recipe.start.of_timm else None)
         return classifier.train()
 
     def module(self) -> nn.Module:

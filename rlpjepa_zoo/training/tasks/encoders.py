@@ -42,7 +42,7 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     for sentence in preprocessing_warnings(recipe, encoder):
         log.warning("%s", sentence)
     local = recipe.views.local
-    check_sizes(encoder, {"data.image_size": data.image_size, "views.local.size": local and local.size}, "encoder.args")
+    check_sizes(encoder, {"data.image_size": data.image_size, "views.local.size": local.size if local else None}, "encoder.args")
     return encoder
 
 

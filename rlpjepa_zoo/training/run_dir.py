@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from ..config.pretrain import Recipe
 from ..core import distributed, files
+from ..data.progress import progress_bar
 from ..errors import DataError, OutputError, UsageError
 
 __all__ = ["BadImages", "RunFiles", "RunLog", "history", "is_number", "read_metrics", "read_run", "run_id"]
@@ -86,8 +85,8 @@ class RunLog:
             raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
 
     def progress_bar(self, title: str, done: int, total: int, hidden: bool) -> Any:
-        """A context with a progress bar on stderr that counts images."""
-        self.bar = tqdm(total=total, initial=done, unit="image", unit_scale=True, desc=title, disable=hidden, mininterval=0.5)
+        """A context with a progress bar on stderr that counts steps: an image is in many steps, and in each it gives several views."""
+        self.bar = progress_bar(title, total, hidden=hidden, unit="step", done=done)
         return self.bar
 
     def row(self, values: Mapping[str, Any]) -> None:
@@ -106,7 +105,8 @@ class RunLog:
                 self.warn_once(f"tracker: {type(error).__name__}: {error}")
         if values["kind"] == "eval" and self.bar is not None and not self.bar.disable:
             numbers = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "epoch")
-            self.bar.write(f"step {values['step']}: {numbers}", file=sys.stderr)
+            if numbers:  # a run without evaluation images measures nothing
+                self.bar.write(f"step {values['step']}: {numbers}", file=sys.stderr)
 
     def bad_image(self, row: int, reason: str, quiet: bool) -> None:
         """Append a line to bad_images.jsonl and, unless `quiet`, log it."""

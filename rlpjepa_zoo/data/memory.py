@@ -32,7 +32,7 @@ class Decoded(Images):
     """
 
     def __init__(self, pixels: Tensor, sizes: np.ndarray[Any, Any], reasons: dict[int, str], original: Images) -> None:
-        super().__init__(self._picture, original.ids, original.labels, original.classes)
+        super().__init__(self._picture, original.ids, original.labels, original.classes, original.identity)
         self.pixels, self.sizes, self.reasons = pixels, sizes, reasons
         self.ends = np.cumsum(3 * sizes.prod(1))
         different = np.unique(sizes[sizes[:, 0] > 0], axis=0)

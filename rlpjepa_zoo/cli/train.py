@@ -38,7 +38,7 @@ def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fal
     if isinstance(resolved, TuningRecipe):
         resolved, facts = _tuning_facts(resolved)
     else:
-        facts = _pretraining_facts(resolved)
+        resolved, facts = _pretraining_facts(resolved)
     if as_json:
         print_values({**facts, "recipe": resolved.model_dump(mode="json")}, True)
         return
@@ -93,13 +93,14 @@ def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: b
         distributed.shut_down()
 
 
-def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return derived numbers of a recipe. Builds the encoder on the meta device."""
+def _pretraining_facts(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe with the preprocessing of its backbone, and derived numbers. Builds the encoder on the meta device."""
     import torch
 
-    from ..training.tasks.encoders import build_encoder, preprocessing_warnings
+    from ..training.tasks.encoders import build_encoder, preprocessing_warnings, with_backbone_preprocess
     from ..training.tasks.pretrain import build_objective
 
+    recipe = with_backbone_preprocess(recipe)
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
     with torch.device("meta"):
         encoder = build_encoder(without_weights)
@@ -110,7 +111,7 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
         mu, sigma = recipe.target.law()
         facts["target"] = f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}"
         facts["expected density"] = recipe.target.density_in_theory()
-    return facts | {
+    return recipe, facts | {
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Section
 from ..core.source import ModelSource
-from ..errors import RecipeError
 from .base import OneOf, parse_scalars
 from .load import overrides_of, read_text, read_yaml
 from .plan import Plan, kind_of
@@ -208,23 +206,6 @@ class TuningRecipe(Plan):
         if self.classifier.train == "linear" and self.optim.backbone_lr != 1:
             raise ValueError("optim.backbone_lr: has no meaning with classifier.train=linear; remove it")
         return self
-
-    def with_preprocess(self, preprocess: Mapping[str, Any]) -> TuningRecipe:
-        """Return the recipe with the preprocessing of the encoder in the place of null.
-
-        Args:
-            preprocess: fields of `rlpjepa_zoo.data.preprocess.Preprocess`: size, mean, std, interpolation, crop_pct.
-
-        Raises:
-            RecipeError: the encoder does not take square images, or the recipe contradicts the values.
-        """
-        height, width = preprocess["size"]
-        if self.data.image_size is None and height != width:
-            raise RecipeError(f"data.image_size: the encoder takes {height} x {width} pixels; give one size, as views are square")
-        encoder = {**preprocess, "image_size": height}
-        values = self.model_dump(mode="json")
-        values["data"] |= {k: encoder[k] for k in ("image_size", "mean", "std", "interpolation", "crop_pct") if values["data"][k] is None}
-        return TuningRecipe.parse(json.dumps(values), where=self.name)
 
     def lengthened(self, images: int) -> TuningRecipe:
         """Return the recipe with as many epochs as `train.min_steps` asks for, for a number of training images."""

@@ -15,7 +15,7 @@ from .base import OneOf, parse_scalars
 if TYPE_CHECKING:
     from ..distributions import RectifiedGeneralizedGaussian
 
-__all__ = ["SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
+__all__ = ["ADOPTED", "SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
 
 
 SOURCE_KEYS: dict[str, set[str]] = {
@@ -27,6 +27,10 @@ SOURCE_KEYS: dict[str, set[str]] = {
     "webdataset": {"path", "split", "eval_split"},
 }
 """Values of `data.source`, and the keys of the section that each one uses; `rlpjepa_zoo.data.sources` opens them."""
+
+
+ADOPTED = ("image_size", "mean", "std", "interpolation", "crop_pct")
+"""Keys of the section `data` that null takes from the model a run starts from."""
 
 
 class Data(Section):

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
+from ..progress import progress_bar
 from .images import Images
-from .progress import progress_bar
 
 __all__ = ["Decoded", "decode_to_memory"]
 

@@ -27,10 +27,10 @@ from ..core import distributed, files
 from ..core.signals import Interrupts
 from ..data.images import ImageRows, Row, spans
 from ..data.preprocess import batched
-from ..data.progress import progress_bar
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import SparseEncoder
 from ..models.inference import OutputOptions, image_batches
+from ..progress import progress_bar
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.io import Values
 from .card import card

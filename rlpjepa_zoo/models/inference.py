@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..data.images import ImageRows, Row, reason_with_id
 from ..data.preprocess import Preprocess, batched, ready
-from ..data.progress import progress_bar
 from ..data.sources import open_images
 from ..errors import DataError, UsageError
+from ..progress import progress_bar
 from .base import check_float_batch
 
 __all__ = ["Batch", "OnError", "OutputOptions", "image_batches", "pixel_batches", "source_batches"]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from ..config.pretrain import Recipe
 from ..core import distributed, files
-from ..data.progress import progress_bar
 from ..errors import DataError, OutputError, UsageError
+from ..progress import progress_bar
 
 __all__ = ["BadImages", "RunFiles", "RunLog", "history", "is_number", "read_metrics", "read_run", "run_id"]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ...config.finetune import Start
 from ...config.pretrain import Recipe
+from ...config.sections import ADOPTED
 from ...core import rng
 from ...data.preprocess import Preprocess
 from ...errors import RecipeError, ZooError, first_line
@@ -18,7 +20,7 @@ from ...models.encoder import EncoderConfig, SparseEncoder
 from ...models.factory import create_encoder, fresh_copy, refused_arguments
 from ...models.pretrained import load_encoder
 
-__all__ = ["build_encoder", "check_arguments", "check_sizes", "preprocessing_warnings", "start_encoder"]
+__all__ = ["build_encoder", "check_arguments", "check_sizes", "preprocessing_warnings", "start_encoder", "with_backbone_preprocess"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -30,7 +32,8 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
         RecipeError: arguments that do not belong to the backbone, or images or local views of a size that it does not take.
         UsageError, ModelError, HubError: as of `create_encoder`.
     """
-    options, data = recipe.encoder, recipe.data
+    recipe = with_backbone_preprocess(recipe)
+    options, data = recipe.encoder, cast(Any, recipe.data)  # its values are given now
     size = (data.image_size, data.image_size)
     check_arguments("encoder.args", options.args)
     with rng.seeded(recipe.seed, "init"):
@@ -44,6 +47,22 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     local = recipe.views.local
     check_sizes(encoder, {"data.image_size": data.image_size, "views.local.size": local.size if local else None}, "encoder.args")
     return encoder
+
+
+def with_backbone_preprocess(recipe: Recipe) -> Recipe:
+    """The recipe with the preprocessing of its pretrained backbone in the place of null.
+
+    Raises:
+        RecipeError: the backbone does not take square images, or is preprocessed in a way that a recipe cannot say.
+        UsageError, ModelError, HubError: as of `create_encoder`.
+    """
+    options = recipe.encoder
+    if all(getattr(recipe.data, key) is not None for key in ADOPTED):
+        return recipe
+    check_arguments("encoder.args", options.args)
+    with torch.device("meta"):
+        skeleton = create_encoder(options.backbone, 1, 1, projector_depth=1, **options.args)
+    return recipe.with_preprocess(dataclasses.asdict(skeleton.config.preprocess))
 
 
 def start_encoder(start: Start, seed: int) -> SparseEncoder:

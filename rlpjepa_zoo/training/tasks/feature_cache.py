@@ -29,9 +29,9 @@ from ...data.batch import Batch
 from ...data.images import Images
 from ...data.loader import Batches, views_of
 from ...data.memory import decode_to_memory
-from ...data.progress import progress_bar
 from ...data.sources import Source, fingerprint
 from ...errors import DataError, OutputError, RecipeError, UsageError, first_line
+from ...progress import progress_bar
 from ..resume import environment
 from .task import Autocast
 

@@ -23,7 +23,7 @@ from ...objectives.base import Objective
 from ..optim import ParamGroup, split_by_dimension
 from ..run_dir import history
 from ..trainer import run_task
-from .encoders import build_encoder
+from .encoders import build_encoder, with_backbone_preprocess
 from .online_probes import EncoderWithProbes, ProbedOutput
 from .task import Autocast, Best, Description, Logged, Step, Task
 
@@ -86,7 +86,7 @@ class PretrainTask(Task):
         best = self.recipe.train.best
         if best in ("knn_z", "knn_features") and not has_labels(source):
             raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
-        self.source = source
+        self.source, self.recipe = source, with_backbone_preprocess(self.recipe)
         self.core = build_encoder(self.recipe)
 
     def module(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from ..core import distributed
 from ..data.sources import Source
 from .setup import hardware
 
-__all__ = ["announce", "record"]
+__all__ = ["announce", "record", "slow_save"]
 
 log = logging.getLogger("rlpjepa_zoo")
+
+_PATIENCE = 30
+"""Seconds that torchrun waits, unless told otherwise, between the signal that ends a process and the one that kills it."""
 
 
 def announce(recipe: Plan, sentence: str, core: nn.Module, source: Source, step: int, device: torch.device) -> None:
@@ -57,3 +61,13 @@ def record(recipe: Plan, source: Source, step: int, seconds: float, device: torc
         "precision": recipe.train.precision, "seed": recipe.seed,
     }  # fmt: skip
     return training | ({"ema": recipe.train.ema} if recipe.train.ema is not None else {})
+
+
+def slow_save(seconds: float) -> str | None:
+    """A warning for processes of torchrun whose save took more than half of the time that torchrun waits; None for others."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or seconds <= _PATIENCE / 2:
+        return None
+    return (
+        f"a checkpoint takes {seconds:.0f} s to save, and torchrun kills its processes {_PATIENCE} s after a signal: "
+        "give it --shutdown-timeout SECONDS; the last complete checkpoint stays"
+    )

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,6 +113,16 @@ class RunLog:
         if self.main and not quiet:
             log.warning("image left out: %s", reason)
         self._append("bad_images.jsonl", {"row": row, "reason": reason})
+
+    def non_finite(self, step: int, seed: int, epoch: int, rows: Sequence[int], terms: str) -> None:
+        """Append a line to nonfinite.jsonl: what makes the batch of a step again.
+
+        Args:
+            step: its number, from 1.
+            seed, epoch, rows: its draws are a function of these; a row below 0, -1 - n, could not be read and another took its place.
+            terms: values of the terms of the loss.
+        """
+        self._append("nonfinite.jsonl", {"step": step, "seed": seed, "epoch": epoch, "rows": list(rows), "terms": terms})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json.

@@ -29,7 +29,7 @@ from ..data.sources import fingerprint
 from ..data.views import Augment
 from ..errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal
 from . import checkpoint
-from .announce import announce, record
+from .announce import announce, record, slow_save
 from .checkpoint import Checkpoint
 from .nonfinite import NonFiniteGuard
 from .optim import OPTIMIZERS, build_optimizer, set_learning_rates
@@ -84,11 +84,11 @@ class Trainer:
             self.recipe: Plan = task.recipe
             if saved is not None:
                 check_recipe(type(self.recipe).parse(saved.state["recipe"]).flat(), self.recipe.flat(), allow_change, out)
-            self.data = fingerprint(task.source)
+            self.data = fingerprint(task.source, self.recipe.data.verify)
             self.per_epoch = steps_of_an_epoch(task.source, self.recipe)
             self.total, _ = self.recipe.steps(task.source.length)
         step = saved.step if saved is not None else 0
-        check_same_on_all_ranks(step, task.source.length, self.data, task.core.fingerprint(), self.recipe.flat())
+        check_same_on_all_ranks(step, task.source, self.data, task.core.fingerprint(), self.recipe.flat())
         if self.recipe.train.epochs > 1:
             task.source = decode_small_sets(task.source, self.recipe.data.cache_gb, progress)
         self.core, self.source = task.core, task.source
@@ -176,10 +176,12 @@ class Trainer:
     def _next(self, batches: Batches) -> Batch:
         """The next batch. Before it, all ranks together save a checkpoint, stop, or fail because one of them cannot go on."""
         result: Batch | DataError
+        distributed.report(f"to read the images of step {self.step + 1}")
         try:
             result = batches.next()
         except DataError as error:
             result = error
+        distributed.report(f"to compute step {self.step + 1}")
         failure = self.bad.error or (result if isinstance(result, DataError) else None)
         minutes = (time.monotonic() - self.saved_at[1]) / 60
         save_now = self.signals.save or minutes >= self.recipe.train.checkpoint_minutes
@@ -210,6 +212,8 @@ class Trainer:
         skip, size = distributed.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
         if skip:
             terms = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.terms.items())
+            rows = [row for share in distributed.gather_objects(batch.rows.tolist()) for row in share]
+            self.run_log.non_finite(self.step + 1, self.recipe.seed, batch.epoch, rows, terms)
             self.guard.skip(self.step + 1, terms, lambda: self._forward(batch))
         else:
             self.guard.in_a_row = 0
@@ -226,6 +230,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate, save a checkpoint, publish."""
+        distributed.report(f"to evaluate after step {self.step}")
         artifact = self._artifact()
         for buffer in artifact.buffers():
             distributed.from_main(buffer)  # batch norm on CPU processes keeps statistics of each share; those of rank 0 are published
@@ -279,6 +284,8 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        started = time.monotonic()
+        distributed.report(f"to save the checkpoint of step {self.step}")
         self.bad.share(self.step)
         if self.main or self.trained.sharded:
             model, optimizer, scalars = self.trained.state()
@@ -294,6 +301,8 @@ class Trainer:
                 also = [self.best[0]] if self.best else []
                 checkpoint.save(self.out, Checkpoint(self.step, model, optimizer, state), self.recipe.train.keep, also)
         self.saved_at, self.signals.save = (self.step, time.monotonic()), False
+        if self.main and (sentence := slow_save(self.saved_at[1] - started)):
+            self.run_log.warn_once(sentence)
 
     def _restore(self, saved: Checkpoint) -> None:
         state = saved.state

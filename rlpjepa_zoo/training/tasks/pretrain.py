@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ from .task import Autocast, Best, Description, Logged, Step, Task
 
 __all__ = ["PretrainTask", "build_objective", "train"]
 
+log = logging.getLogger("rlpjepa_zoo")
+
+_SETTLED = 50
+"""Steps after which a dimension that no image activates rarely recovers."""
+_MANY_DEAD = 0.05
+"""Share of dead dimensions that is worth a warning."""
 _MAX_ALL_ZERO = 3
 """Logged steps in a row with all embeddings zero that end a run: ReLU passes no gradient at zero."""
 
@@ -79,6 +86,8 @@ class PretrainTask(Task):
         self.cached_views = recipe.encoder.cached_views
         self.every_epochs = recipe.probe.every_epochs
         self.all_zero = 0
+        self.warned = False
+        """Whether the share of dead dimensions was looked at."""
         """Logged steps in a row with all embeddings zero."""
 
     def setup(self, source: Source) -> None:
@@ -104,9 +113,9 @@ class PretrainTask(Task):
         output: ProbedOutput = forward(views, labels)
         terms = self.objective(output.z, step)
         parts = {"loss": terms.total, **terms.parts}
-        return Step(terms.total + output.probe_loss, parts, lambda: self._logged(parts, output))
+        return Step(terms.total + output.probe_loss, parts, lambda: self._logged(parts, output, step + 1))
 
-    def _logged(self, parts: Mapping[str, Tensor], output: ProbedOutput) -> Logged:
+    def _logged(self, parts: Mapping[str, Tensor], output: ProbedOutput, step: int) -> Logged:
         """Terms of the loss, statistics of the embeddings and accuracy of the probes; fails when the embeddings stay zero."""
         values = torch.stack([*(value.detach() for value in parts.values()), output.probe_loss.detach()]).float()
         means = distributed.mean_over_ranks(torch.cat([values, output.probe_accuracy.detach().float()]))
@@ -116,6 +125,7 @@ class PretrainTask(Task):
         row |= self.objective.monitor(row)
         row |= batch_metrics(distributed.gather_with_grad(output.z.detach(), dim=1).flatten(0, 1))  # of all ranks, as the loss is
         row |= dict(zip(("probe_features", "probe_z"), accuracy, strict=False)) | ({"probe_loss": probe_loss} if accuracy else {})
+        self._warn_of_dead(row["dead"], step)
         self.all_zero = self.all_zero + 1 if row["l0"] == 0 else 0
         if self.all_zero < _MAX_ALL_ZERO:
             return Logged(row)
@@ -124,6 +134,20 @@ class PretrainTask(Task):
             f"lower optim.lr = {self.recipe.optim.lr:g}{' or raise the density of the target' if self.recipe.target else ''}; "
             "the last checkpoint is from before"
         ))  # fmt: skip
+
+    def _warn_of_dead(self, dead: float, step: int) -> None:
+        """Warn once, at the first logged step from 50 on, of dimensions that no image of the batch activates, beyond what the target expects."""
+        if step < _SETTLED or self.warned:
+            return
+        self.warned = True
+        density = 0.0 if self.recipe.target is None else self.recipe.target.density_in_theory()
+        expected = (1 - density) ** self.recipe.train.batch_size if density else 0.0
+        if dead - expected > _MANY_DEAD:
+            log.warning(
+                "step %d: %.0f%% of the dimensions are zero for every image of the batch; ReLU passes no gradient there, so most of them stay so; "
+                "%s",
+                step, 100 * dead, f"lower optim.lr = {self.recipe.optim.lr:g}, to a quarter for example, and start again",
+            )  # fmt: skip
 
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
         return during_training(artifact, self.source, self.recipe, autocast)

@@ -27,16 +27,19 @@ from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, train
 
 
 def test_dead_dimensions_are_said_at_step_50(caplog: pytest.LogCaptureFixture) -> None:
-    def said(dead: float, *steps: int, density: float = 0.12) -> list[str]:
+    def said(dead: float, *steps: int, density: float = 0.12, warmup: int = 2) -> list[str]:
         caplog.clear()
-        task = PretrainTask(tiny(f"target.density={density}"))
+        task = PretrainTask(tiny(f"target.density={density}", "train.epochs=40", f"optim.warmup_epochs={warmup}"))
+        task.source = SimpleNamespace(length=96)  # type: ignore[assignment]
         for step in steps:
             task._warn_of_dead(dead, step)
         return caplog.messages
 
     assert said(0.13, 49) == [] == said(0.04, 50, 51)
     (warning,) = said(0.13, 40, 60, 80)
-    assert warning.startswith("step 60: 13% of the dimensions are zero for every image") and "lower optim.lr = 0.02" in warning
+    assert warning.startswith("step 60: 13% of the dimensions are zero for every image")
+    assert warning.endswith("start again with a longer warm-up: optim.warmup_epochs=17, which is 51 steps, instead of 2")
+    assert said(0.13, 60, warmup=20)[0].endswith("start again with a lower rate, such as optim.lr=0.005, and more epochs")
     assert said(0.7, 50, density=0.01) == []  # with 32 images, a sample of the target leaves (1 - 0.01)^32 = 72 % silent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,19 @@ class PretrainTask(Task):
         if dead - expected > _MANY_DEAD:
             log.warning(
                 "step %d: %.0f%% of the dimensions are zero for every image of the batch; ReLU passes no gradient there, so most of them stay so; "
-                "%s",
-                step, 100 * dead, f"lower optim.lr = {self.recipe.optim.lr:g}, to a quarter for example, and start again",
+                "start again with %s",
+                step, 100 * dead, self._fix_of_dead(),
             )  # fmt: skip
+
+    def _fix_of_dead(self) -> str:
+        """A longer warm-up, which keeps the dimensions alive and still reaches the density; after a long one, a lower rate."""
+        optim, per_epoch = self.recipe.optim, self.recipe.steps(self.source.length)[1]
+        longer = math.ceil(_SETTLED / per_epoch)
+        if optim.warmup_epochs < longer < self.recipe.train.epochs:
+            return (
+                f"a longer warm-up: optim.warmup_epochs={longer}, which is {longer * per_epoch} steps, instead of {optim.warmup_epochs:g}"
+            )
+        return f"a lower rate, such as optim.lr={optim.lr / 4:.2g}, and more epochs"
 
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
         return during_training(artifact, self.source, self.recipe, autocast)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rlpjepa-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RLPJEPA_CACHE"] = tempfile.mkdtemp(prefix="rlpjepa-cache-")
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

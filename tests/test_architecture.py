@@ -22,7 +22,7 @@ ORDER = [
     {"sparse"},
     {"ops"},
     {"core"},
-    {"distributions", "errors", "moved"},
+    {"distributions", "errors", "moved", "progress"},
 ]
 """Rooms from top to bottom. A room imports from the rooms below it and from itself; rooms in one row do not import each other."""
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import RecipeError, first_line
 from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, RunFolder, format_value, print_values
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fal
     if isinstance(resolved, TuningRecipe):
         resolved, facts = _tuning_facts(resolved)
     else:
-        facts = _pretraining_facts(resolved)
+        resolved, facts = _pretraining_facts(resolved)
     if as_json:
         print_values({**facts, "recipe": resolved.model_dump(mode="json")}, True)
         return
@@ -96,21 +95,17 @@ def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: b
         distributed.shut_down()
 
 
-def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return derived numbers of a recipe. Builds the encoder on the meta device and passes one batch of the right size through it."""
+def _pretraining_facts(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe with the preprocessing of its backbone, and derived numbers. Builds the encoder on the meta device."""
     import torch
 
-    from ..training.tasks.encoders import build_encoder, preprocessing_warnings
+    from ..training.tasks.encoders import build_encoder, preprocessing_warnings, with_backbone_preprocess
     from ..training.tasks.pretrain import build_objective
 
+    recipe = with_backbone_preprocess(recipe)
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
     with torch.device("meta"):
         encoder = build_encoder(without_weights)
-        side = recipe.data.image_size
-        try:
-            encoder.eval()(torch.empty(2, 3, side, side))
-        except Exception as error:
-            raise RecipeError(f"encoder: {recipe.encoder.backbone} does not take {side}-pixel images: {first_line(error)}") from error
     for sentence in preprocessing_warnings(recipe, encoder):
         logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
     facts: dict[str, Any] = {}
@@ -118,7 +113,7 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
         mu, sigma = recipe.target.law()
         facts["target"] = f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}"
         facts["expected density"] = recipe.target.density_in_theory()
-    return facts | {
+    return recipe, facts | {
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,
@@ -131,10 +126,12 @@ def _tuning_facts(recipe: TuningRecipe) -> tuple[TuningRecipe, dict[str, Any]]:
     """Load the encoder that a recipe starts from; return the recipe with the preprocessing of that encoder, and derived numbers."""
     import dataclasses
 
-    from ..training.tasks.encoders import start_encoder
+    from ..training.tasks.encoders import check_sizes, start_encoder
 
     encoder = start_encoder(recipe.start, recipe.seed)
-    return recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess)), {
+    recipe = recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess))
+    check_sizes(encoder, {"data.image_size": recipe.data.image_size}, "start.args" if recipe.start.of_timm else None)
+    return recipe, {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",

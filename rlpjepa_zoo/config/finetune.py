@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -11,9 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Section
 from ..core.source import ModelSource
-from ..errors import RecipeError
 from .base import OneOf, parse_scalars
-from .load import read_text, read_yaml
+from .load import overrides_of, read_text, read_yaml
 from .plan import Plan, kind_of
 from .pretrain import Recipe
 from .sections import Data, Views
@@ -160,6 +158,9 @@ class TuningTrain(Train):
     """Images per step over all processes."""
     every_epochs: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    min_steps: Count | None = None
+    """Fewest steps of the run. With few images an epoch has few steps; then train.epochs, train.every_epochs, optim.warmup_epochs and
+    classifier.linear_epochs grow by one factor, until the run has so many. Null changes nothing."""
     best: Literal["top1", "top5", "loss"] | None = None  # type: ignore[assignment]
     """Also keep the checkpoint and the classifier (in classifier-best/) of the evaluation with the best value of this metric. It is chosen on
     the evaluation images, so its metrics on them are too optimistic."""
@@ -206,22 +207,28 @@ class TuningRecipe(Plan):
             raise ValueError("optim.backbone_lr: has no meaning with classifier.train=linear; remove it")
         return self
 
-    def with_preprocess(self, preprocess: Mapping[str, Any]) -> TuningRecipe:
-        """Return the recipe with the preprocessing of the encoder in the place of null.
+    def lengthened(self, images: int) -> TuningRecipe:
+        """Return the recipe with as many epochs as `train.min_steps` asks for, for a number of training images."""
+        steps, per_epoch = self.steps(images)
+        if self.train.min_steps is None or steps >= self.train.min_steps or not per_epoch:
+            return self
+        epochs = self.train.min_steps / per_epoch
+        factor = epochs / self.train.epochs
+        train = self.train.model_copy(update={"epochs": epochs, "every_epochs": round(self.train.every_epochs * factor)})
+        optim = self.optim.model_copy(update={"warmup_epochs": self.optim.warmup_epochs * factor})
+        classifier = self.classifier.model_copy(update={"linear_epochs": self.classifier.linear_epochs * factor})
+        return self.model_copy(update={"train": train, "optim": optim, "classifier": classifier})
 
-        Args:
-            preprocess: fields of `rlpjepa_zoo.data.preprocess.Preprocess`: size, mean, std, interpolation, crop_pct.
-
-        Raises:
-            RecipeError: the encoder does not take square images, or the recipe contradicts the values.
-        """
-        height, width = preprocess["size"]
-        if self.data.image_size is None and height != width:
-            raise RecipeError(f"data.image_size: the encoder takes {height} x {width} pixels; give one size, as views are square")
-        encoder = {**preprocess, "image_size": height}
-        values = self.model_dump(mode="json")
-        values["data"] |= {k: encoder[k] for k in ("image_size", "mean", "std", "interpolation", "crop_pct") if values["data"][k] is None}
-        return TuningRecipe.parse(json.dumps(values), where=self.name)
+    @classmethod
+    def _drop_replaced(cls, values: dict[str, Any], overrides: Sequence[str]) -> None:
+        trained = overrides_of("classifier", overrides).get("train")
+        replaced = {
+            "linear": {"classifier": {"linear_epochs"}, "optim": {"layer_decay", "backbone_lr"}},
+            "lora": {"classifier": {"linear_epochs"}},
+        }
+        for section, keys in replaced.get(trained or "", {}).items():
+            for key in keys - overrides_of(section, overrides).keys() if isinstance(values.get(section), dict) else ():
+                values[section].pop(key, None)
 
     def _shareable_model(self) -> dict[str, Section]:
         return {"start": self.start.model_copy(update={"source": self.start.name or None})}

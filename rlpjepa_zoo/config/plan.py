@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ from ..core.source import shareable_path
 from ..errors import RecipeError, UsageError
 from .errors import explain
 from .load import override, read_text, read_yaml
-from .sections import Data, Views
+from .sections import ADOPTED, Data, Views
 from .training_sections import Hub, Optim, Train
 
 __all__ = ["KINDS", "Plan", "data_section", "kind_of"]
@@ -52,6 +53,23 @@ class Plan(Section):
         """Return (steps of the run, steps of an epoch) for a number of training images; the incomplete last batch is dropped."""
         per_epoch = images // self.train.batch_size
         return max(1, round(self.train.epochs * per_epoch)), per_epoch
+
+    def with_preprocess(self, preprocess: Mapping[str, Any]) -> Self:
+        """Return the recipe with the preprocessing of the model in the place of null.
+
+        Args:
+            preprocess: fields of `rlpjepa_zoo.data.preprocess.Preprocess`: size, mean, std, interpolation, crop_pct.
+
+        Raises:
+            RecipeError: the model does not take square images, or the recipe contradicts the values.
+        """
+        height, width = preprocess["size"]
+        if dict(self.data)["image_size"] is None and height != width:
+            raise RecipeError(f"data.image_size: the model takes {height} x {width} pixels; give one size, as views are square")
+        given = {**preprocess, "image_size": height}
+        values = self.model_dump(mode="json")
+        values["data"] |= {k: given[k] for k in ADOPTED if values["data"][k] is None}
+        return self.parse(json.dumps(values), where=self.name)
 
     def dump(self) -> str:
         """Return canonical YAML with every field written out."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..core.schema import Section
+from ..core.schema import Count, Finite, Positive, Section
 from ..core.source import ModelSource
 from ..errors import UsageError
 from ..objectives import OBJECTIVES
@@ -20,7 +20,7 @@ from ..objectives.base import Options
 from .errors import explain
 from .load import overrides_of
 from .plan import Plan
-from .sections import Data, Encoder, Target, Views
+from .sections import ADOPTED, Data, Encoder, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
 __all__ = ["DEFAULT_OBJECTIVE", "Recipe"]
@@ -54,6 +54,22 @@ Objective = Annotated[SerializeAsAny[Any], BeforeValidator(_objective_options)]
 """Section of the training objective: `name`, and the keys of that objective's `Options`."""
 
 
+class PretrainData(Data):
+    """Images, labels and preprocessing. With a pretrained backbone, preprocessing keys that are null take its values."""
+
+    image_size: Count | None = 32  # type: ignore[assignment]
+    """Height and width of the input of the backbone, in pixels; null takes those of the pretrained backbone."""
+    mean: tuple[Finite, Finite, Finite] | None = Data.model_fields["mean"].default  # type: ignore[assignment]
+    """Mean of each channel for normalisation, on the 0..1 scale; null takes that of the pretrained backbone."""
+    std: tuple[Positive, Positive, Positive] | None = Data.model_fields["std"].default  # type: ignore[assignment]
+    """Standard deviation of each channel for normalisation, on the 0..1 scale; null takes that of the pretrained backbone."""
+    interpolation: Literal["bilinear", "bicubic"] | None = "bicubic"  # type: ignore[assignment]
+    """Interpolation of every resize; null takes that of the pretrained backbone."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = 1.0  # type: ignore[assignment]
+    """Evaluation: share of the resized short side that the centre crop covers, such as 0.875 for 224 of 256 pixels; null takes that of the
+    pretrained backbone."""
+
+
 class Recipe(Plan):
     """A complete pretraining run.
 
@@ -69,7 +85,7 @@ class Recipe(Plan):
     """Name of the run, used in logs and on cards."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of all random draws of the run."""
-    data: Data
+    data: PretrainData
     views: Views = Views()
     encoder: Encoder
     target: Target | None = None
@@ -95,9 +111,11 @@ class Recipe(Plan):
             raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
         if self.optim.min_lr > self.lr:
             raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
+        if not self.encoder.pretrained and (missing := [key for key in ADOPTED if getattr(self.data, key) is None]):
+            raise ValueError(f"data.{missing[0]}: null takes the value of a pretrained backbone; give one, or set encoder.pretrained=true")
         sizes = {"data.image_size": self.data.image_size} | ({"views.local.size": self.views.local.size} if self.views.local else {})
         for name, size in sizes.items():
-            if self.views.blur and size < 7:
+            if self.views.blur and size is not None and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self._check_frozen_backbone()
         self._check_objective()

@@ -15,7 +15,7 @@ from .base import OneOf, parse_scalars
 if TYPE_CHECKING:
     from ..distributions import RectifiedGeneralizedGaussian
 
-__all__ = ["SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
+__all__ = ["ADOPTED", "SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
 
 
 SOURCE_KEYS: dict[str, set[str]] = {
@@ -27,6 +27,10 @@ SOURCE_KEYS: dict[str, set[str]] = {
     "webdataset": {"path", "split", "eval_split", "image_column"},
 }
 """Values of `data.source`, and the keys of the section that each one uses; `rlpjepa_zoo.data.sources` opens them."""
+
+
+ADOPTED = ("image_size", "mean", "std", "interpolation", "crop_pct")
+"""Keys of the section `data` that null takes from the model a run starts from."""
 
 
 class Data(Section):
@@ -63,6 +67,9 @@ class Data(Section):
     cache_gb: NonNegative = 2.0
     """Memory limit in GB for decoded images, per process. Training images that fit are decoded once and kept in memory; the same holds for
     evaluation images. 0 keeps none."""
+    verify: Literal["sample", "all"] = "sample"
+    """Training images whose pixels the fingerprint of the data reads at the start, so that a resume notices other ones: 32 of them, or all, which
+    decodes every image once more. The names of all images are always compared."""
     limit: Count | None = None
     """Number of training images to use, drawn at random by the seed of the run; null uses all."""
     image_size: Count = 32
@@ -90,6 +97,8 @@ class Data(Section):
             raise ValueError("data.length: images in an epoch; needed with data.streaming=true and only then")
         if self.streaming and self.limit is not None:
             raise ValueError("data.limit: has no meaning with data.streaming=true; use data.length")
+        if self.streaming and self.verify != "sample":
+            raise ValueError("data.verify: has no meaning with data.streaming=true; remove it")
         if self.streaming and self.cache_gb != type(self).model_fields["cache_gb"].default:
             raise ValueError("data.cache_gb: has no meaning with data.streaming=true; remove it")
         return self

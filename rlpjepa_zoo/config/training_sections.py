@@ -107,6 +107,8 @@ class Train(Section):
     1 - (1 + t)^(-2/3) at update t. Null publishes the weights themselves."""
     max_skipped: Annotated[int, Field(ge=0)] = 5
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run."""
+    processes: Count | None = None
+    """Number of processes that the run must have, so that a launch that starts fewer is refused; null accepts any."""
     timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 30.0
     """Minutes that processes wait for each other before the run ends with an error."""
     loader_timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 10.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -168,6 +170,45 @@ def gather_before(module: torch.nn.Module, method: str) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(module, method)
+
+
+def report(doing: str) -> None:
+    """Tell the other ranks what this one begins, for `silent_ranks`. Costs one message to the store of the group.
+
+    Args:
+        doing: such as "to save a checkpoint".
+    """
+    if _active():
+        with suppress(RuntimeError):  # the rank that keeps the store is gone
+            dist.distributed_c10d._get_default_store().set(f"rlpjepa/doing/{dist.get_rank()}", doing)
+
+
+def silent_ranks(wait: float = 3.0) -> dict[int, str]:
+    """The ranks that do not give up with this one, because they hang or have ended, and what each began last. Called after a timeout.
+
+    Args:
+        wait: seconds that the other ranks have to give up too.
+
+    Returns:
+        Empty if the store of the group does not answer.
+    """
+    found: dict[int, str] = {}
+
+    def ask() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(RuntimeError):
+            store.set(f"rlpjepa/gives up/{dist.get_rank()}", "")
+            time.sleep(wait)
+            for other in range(dist.get_world_size()):
+                if not store.check([f"rlpjepa/gives up/{other}"]):
+                    key = f"rlpjepa/doing/{other}"
+                    found[other] = store.get(key).decode() if store.check([key]) else "to start"
+
+    if _active():
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(wait + 10)  # a store that a stopped process keeps never answers
+    return dict(found)
 
 
 def barrier() -> None:

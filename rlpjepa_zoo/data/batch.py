@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..config.plan import Plan
 from ..core import rng
@@ -79,6 +79,8 @@ class IndexedBatches(Dataset[Batch]):
 
     def __init__(self, source: Images, recipe: Plan, finish: bool) -> None:
         self.source, self.seed, self.assemble = source, recipe.seed, Assemble(recipe, finish)
+        self.reading = torch.full((max(1, recipe.train.num_workers),), -1).share_memory_()
+        """Row of the image that each worker reads now, -1 for none; the main process sees it."""
 
     def __getitem__(self, key: tuple[int, list[int]]) -> Batch:
         epoch, rows = key
@@ -90,7 +92,13 @@ class IndexedBatches(Dataset[Batch]):
         numbers = [row if row == instead else -1 - row for row, instead in zip(rows, used, strict=True)]
         pictures = [picture for picture, _ in results]
         labels = [-1] * len(rows) if self.source.labels is None else self.source.labels[used].tolist()
+        self._note(-1)
         return self.assemble(pictures if stack is None else stack[pictures].permute(0, 3, 1, 2), labels, numbers, epoch, bad)
+
+    def _note(self, row: int) -> None:
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = row
 
     def _position(self, row: int) -> int:
         """Index of an image in the stack."""
@@ -103,6 +111,7 @@ class IndexedBatches(Dataset[Batch]):
         """What `read` returns for this row, or for the first substitute that can be read; and the row that was read."""
         for attempt in range(_SUBSTITUTES):
             chosen = row if attempt == 0 else rng.key(self.seed, "substitute", epoch, row, attempt) % len(self.source)
+            self._note(chosen)
             try:
                 return read(chosen), chosen
             except DataError as error:

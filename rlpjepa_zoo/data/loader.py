@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ __all__ = ["Batches", "ignore_signals", "make_loader", "rows_loader", "steps_of_
 
 _MAX_PREFETCH = 4
 """Batches that each worker may have ready or in work."""
+_NAMED = 4
+"""Images that a message names."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -63,6 +65,7 @@ class Batches:
     def __init__(self, loader: DataLoader[Batch]) -> None:
         self._loader = loader
         self._pieces = getattr(loader.dataset, "pieces", 1)
+        self._dataset: Any = loader.dataset
 
     def __enter__(self) -> Batches:
         self.iterator = iter(self._loader)
@@ -92,7 +95,15 @@ class Batches:
         codes, text = self._exit_codes(), first_line(error)
         text = text if "DataLoader worker" in text else f"a DataLoader worker died ({text})"
         where = "shared memory, /dev/shm: enlarge it, or lower" if -signal.SIGBUS in codes else "memory? Lower"
-        return DataError(f"{text}; out of {where} train.num_workers, or set it to 0 to see the error itself")
+        died = [number for number, worker in enumerate(getattr(self.iterator, "_workers", [])) if worker.exitcode]
+        return DataError(f"{text}{self._images_read(died)}; out of {where} train.num_workers, or set it to 0 to see the error itself")
+
+    def _images_read(self, workers: Iterable[int]) -> str:
+        """The images that these workers were reading, to name in a message."""
+        reading = getattr(self._dataset, "reading", None)
+        rows = [] if reading is None else [int(reading[number]) for number in workers]
+        names = [str(self._dataset.source.ids[row]) for row in rows if row >= 0]
+        return f" while it read {' or '.join(names[:_NAMED])}{' or another' if len(names) > _NAMED else ''}" if names else ""
 
     def next(self) -> Batch:
         """The next batch.
@@ -109,7 +120,8 @@ class Batches:
             reason = str(error).strip().splitlines()[0]
             if "DataLoader timed out" in reason:
                 fix = "does a file hang? Set train.num_workers=0 to see where, or raise train.loader_timeout_minutes"
-                raise DataError(f"no batch from the workers: {reason}; {fix}") from error
+                read = self._images_read(range(self._loader.num_workers))
+                raise DataError(f"no batch from the workers: {reason}{read.replace('it read', 'they read')}; {fix}") from error
             if "DataLoader worker" not in reason:
                 raise
             raise self._worker_died(error) from error

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import DataError
+from ..progress import progress_bar
 from .images import Images
 
 __all__ = ["Decoded", "decode_to_memory"]
@@ -32,7 +32,7 @@ class Decoded(Images):
     """
 
     def __init__(self, pixels: Tensor, sizes: np.ndarray[Any, Any], reasons: dict[int, str], original: Images) -> None:
-        super().__init__(self._picture, original.ids, original.labels, original.classes)
+        super().__init__(self._picture, original.ids, original.labels, original.classes, original.identity)
         self.pixels, self.sizes, self.reasons = pixels, sizes, reasons
         self.ends = np.cumsum(3 * sizes.prod(1))
         different = np.unique(sizes[sizes[:, 0] > 0], axis=0)
@@ -77,14 +77,16 @@ def decode_to_memory(source: Images, max_bytes: float, progress: bool = False) -
     if not sample or sum(sample) / len(sample) * n > max_bytes:
         return source
     block, sizes, reasons = bytearray(), np.zeros((n, 2), np.int64), dict[int, str]()
-    for i in tqdm(range(n), desc="decode", unit="image", leave=False, disable=not progress):
-        try:
-            picture = source.read(i)
-        except DataError as error:
-            reasons[i] = str(error)
-            continue
-        sizes[i] = picture.height, picture.width
-        block += picture.tobytes()
-        if len(block) > 1.25 * max_bytes:  # the images of the sample were small ones
-            return source
+    with progress_bar("decode", n, hidden=not progress, leave=False) as bar:
+        for i in range(n):
+            bar.update()
+            try:
+                picture = source.read(i)
+            except DataError as error:
+                reasons[i] = str(error)
+                continue
+            sizes[i] = picture.height, picture.width
+            block += picture.tobytes()
+            if len(block) > 1.25 * max_bytes:  # the images of the sample were small ones
+                return source
     return Decoded(torch.frombuffer(block, dtype=torch.uint8), sizes, reasons, source)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from ..core import distributed, files
 from ..core.signals import Interrupts
@@ -29,6 +28,7 @@ from ..data.preprocess import batched
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import SparseEncoder
 from ..models.inference import OutputOptions, default_batch_size, image_batches
+from ..progress import progress_bar
 from ..sparse import folder
 from ..sparse.columns import check_names
 from ..sparse.embeddings import SparseEmbeddings
@@ -283,7 +283,7 @@ def _progress_bar(feed: ImageRows, part_rows: int, mine: Callable[[int], bool], 
     if total is not None:
         total = sum(min(part_rows, total - k * part_rows) for k in range(-(-total // part_rows)) if mine(k))
     name = "embed" if world == 1 else f"embed (process {rank} of {world})"
-    return tqdm(total=total, desc=name, unit="image", unit_scale=True, disable=not progress or rank > 0, mininterval=0.5)
+    return progress_bar(name, total, hidden=not progress or rank > 0)
 
 
 def _finish(out: Path, manifest: Manifest, feed: ImageRows) -> Totals:

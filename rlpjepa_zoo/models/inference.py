@@ -13,12 +13,12 @@ from typing import Any, Generic, Literal, TypeVar, cast
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.images import ImageRows, Images, Row, reason_with_id
 from ..data.preprocess import Preprocess, batched, ready
 from ..data.sources import open_images
 from ..errors import DataError, UsageError
+from ..progress import progress_bar
 from .base import check_float_batch
 
 __all__ = ["Batch", "OnError", "OutputOptions", "default_batch_size", "image_batches", "pixel_batches", "source_batches"]
@@ -179,7 +179,7 @@ def source_batches(
         source = Images(lambda i: Image.fromarray(pixels[i].cpu().numpy()), range(len(pixels)))
     if isinstance(source, Tensor):
         check_float_batch(source, DataError, "preprocess images with .transform, or pass RGB pixels as uint8")
-        with tqdm(total=len(source), desc=progress, unit="image", disable=progress is None) as bar:
+        with progress_bar(progress or "", len(source), hidden=progress is None) as bar:
             for start in range(0, len(source), batch_size):
                 x = source[start : start + batch_size]
                 ids = list(range(start, start + len(x)))
@@ -187,6 +187,6 @@ def source_batches(
                 bar.update(len(ids))
         return
     images = source if isinstance(source, ImageRows) else open_images(source, on_error=on_error)
-    with tqdm(total=images.length, desc=progress, unit="image", disable=progress is None) as bar:
+    with progress_bar(progress or "", images.length, hidden=progress is None) as bar:
         rows = batched(images.rows(0), batch_size)
         yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, fix=fix, progress=bar.update)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from ..core import distributed, package
+from ..core.files import sha256
+from ..data.images import Images
+from ..data.sources import Source, verified_pixels
 from ..errors import DataError, RecipeError, UsageError, did_you_mean
 from .checkpoint import Checkpoint, latest
 
@@ -29,6 +32,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.num_workers",
     "train.keep",
+    "train.processes",
     "train.timeout_minutes",
     "train.loader_timeout_minutes",
     "train.checkpoint_minutes",
@@ -104,12 +108,12 @@ def check_images(state: Mapping[str, Any], images: int, fingerprint: str, allow_
         )
 
 
-def check_same_on_all_ranks(step: int, images: int, fingerprint: str, weights: str, recipe: Mapping[str, Any]) -> None:
+def check_same_on_all_ranks(step: int, source: Source, fingerprint: str, weights: str, recipe: Mapping[str, Any]) -> None:
     """Refuse ranks that have other checkpoints, images, initial weights or recipes than rank 0. All ranks call it.
 
     Args:
         step: of the checkpoint; 0 for a new run.
-        images, fingerprint: number and fingerprint of the images.
+        source, fingerprint: the images and their fingerprint.
         weights: fingerprint of the initial weights.
         recipe: values by dotted key.
 
@@ -117,13 +121,28 @@ def check_same_on_all_ranks(step: int, images: int, fingerprint: str, weights: s
         UsageError: names what differs, with the value of each rank.
     """
     names = ("checkpoint (step)", "images (count)", "images (fingerprint)", "weights (fingerprint)")
-    for name, *values in zip(names, *distributed.gather_objects((step, images, fingerprint, weights)), strict=True):
+    for name, *values in zip(names, *distributed.gather_objects((step, source.length, fingerprint, weights)), strict=True):
         if len(set(values)) > 1:
-            raise UsageError(f"processes see different {name}: {values}; put --out and the data on a shared disk")
+            detail = _first_difference(source) if "fingerprint" in name and "images" in name else str(values)
+            raise UsageError(f"processes see different {name}: {detail}; put --out and the data on a shared disk")
     recipes = distributed.gather_objects({k: v for k, v in recipe.items() if k not in PER_MACHINE})
     for key, *values in ((key, *(recipe[key] for recipe in recipes)) for key in recipes[0]):
         if any(value != values[0] for value in values):
             raise UsageError(f"processes have different recipes: {key} is {values}; give all the same file and overrides")
+
+
+def _first_difference(source: Source) -> str:
+    """The first image that differs by process: by its name, else by its pixels among those that `verified_pixels` reads."""
+    images = source.train
+    if not isinstance(images, Images):
+        return "columns or number of shards"
+    for i, names in enumerate(zip(*distributed.gather_objects([str(name) for name in images.ids]), strict=True)):
+        if len(set(names)) > 1:
+            return f"image {i} is {' on one process and '.join(sorted(set(names)))} on another"
+    own = [(i, sha256(pixels)) for i, pixels in verified_pixels(images)]
+    differing = (here[0] for here, *others in zip(*distributed.gather_objects(own), strict=True) if any(other != here for other in others))
+    row = next(differing, None)
+    return "pixels" if row is None else f"the pixels of image {row}, {images.ids[row]}, differ"
 
 
 def environment() -> dict[str, Any]:

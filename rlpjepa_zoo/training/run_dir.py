@@ -7,16 +7,15 @@ import logging
 import math
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
-
-from tqdm.auto import tqdm
 
 from ..config.finetune import TuningRecipe, load_any
 from ..config.pretrain import Recipe
 from ..core import distributed, files
 from ..errors import DataError, OutputError, UsageError
+from ..progress import progress_bar
 
 __all__ = ["BadImages", "RunFiles", "RunLog", "history", "is_number", "read_metrics", "read_run", "run_id"]
 
@@ -87,8 +86,8 @@ class RunLog:
             raise OutputError(f"{self.out}: cannot be written: {error.strerror or error}") from error
 
     def progress_bar(self, title: str, done: int, total: int, hidden: bool) -> Any:
-        """A context with a progress bar on stderr that counts images."""
-        self.bar = tqdm(total=total, initial=done, unit="image", unit_scale=True, desc=title, disable=hidden, mininterval=0.5)
+        """A context with a progress bar on stderr that counts steps: an image is in many steps, and in each it gives several views."""
+        self.bar = progress_bar(title, total, hidden=hidden, unit="step", done=done)
         return self.bar
 
     def row(self, values: Mapping[str, Any]) -> None:
@@ -107,13 +106,24 @@ class RunLog:
                 self.warn_once(f"tracker: {type(error).__name__}: {error}")
         if values["kind"] == "eval" and self.bar is not None and not self.bar.disable:
             numbers = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float) and k != "epoch")
-            self.bar.write(f"step {values['step']}: {numbers}", file=sys.stderr)
+            if numbers:  # a run without evaluation images measures nothing
+                self.bar.write(f"step {values['step']}: {numbers}", file=sys.stderr)
 
     def bad_image(self, row: int, reason: str, quiet: bool) -> None:
         """Append a line to bad_images.jsonl and, unless `quiet`, log it."""
         if self.main and not quiet:
             log.warning("image left out: %s", reason)
         self._append("bad_images.jsonl", {"row": row, "reason": reason})
+
+    def non_finite(self, step: int, seed: int, epoch: int, rows: Sequence[int], terms: str) -> None:
+        """Append a line to nonfinite.jsonl: what makes the batch of a step again.
+
+        Args:
+            step: its number, from 1.
+            seed, epoch, rows: its draws are a function of these; a row below 0, -1 - n, could not be read and another took its place.
+            terms: values of the terms of the loss.
+        """
+        self._append("nonfinite.jsonl", {"step": step, "seed": seed, "epoch": epoch, "rows": list(rows), "terms": terms})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json.

@@ -81,6 +81,9 @@ def _check(accelerator: Accelerator, options: Train) -> None:
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU") and not (kind == "FSDP" and accelerator.is_fsdp2):
         raise RecipeError(f"accelerate: expected data parallelism or FSDP version 2, got {kind}; use recipes/accelerate/")
     batch, world = options.batch_size, distributed.world_size()
+    if options.processes not in (None, world):
+        fix = f"start {options.processes} (torchrun --nproc_per_node, or the config file of accelerate launch), or set it to null"
+        raise RecipeError(f"train.processes: the recipe asks for {options.processes} processes, {world} run; {fix}")
     if batch % world:
         near = " or ".join(str(n) for n in (batch // world * world, -(-batch // world) * world) if n)
         raise RecipeError(f"train.batch_size: {batch} is not divisible by {world} processes; use {near}")
@@ -135,7 +138,10 @@ def _explained(error: BaseException, options: Train, memory_keys: Sequence[str])
         return OutputError(f"out of memory ({text}); lower {keys} or train.num_workers; the last checkpoint is whole")
     if distributed.world_size() > 1 and any(hint in text for hint in _CONNECTION_ERRORS):
         waited = f"train.timeout_minutes = {options.timeout_minutes:g}"
-        reason = f"process {distributed.rank()}: another process is gone or does not answer within {waited} ({text})"
+        silent = distributed.silent_ranks()
+        named = ", ".join(f"process {rank} began {doing} and is gone or hangs" for rank, doing in silent.items())
+        reason = named or "another process is gone or does not answer"
+        reason = f"process {distributed.rank()}: {reason}; waited for {waited} ({text})"
         return HubError(f"{reason}; see the error of that process, then continue with --resume")
     return None
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from ..config.plan import Plan
@@ -30,13 +29,14 @@ from ..data.sources import fingerprint
 from ..data.views import Augment
 from ..errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal
 from . import checkpoint
+from .announce import announce, record, slow_save
 from .checkpoint import Checkpoint
 from .nonfinite import NonFiniteGuard
 from .optim import OPTIMIZERS, build_optimizer, set_learning_rates
 from .publisher import Publisher
 from .resume import check_images, check_recipe, check_same_on_all_ranks, environment, find_checkpoint, warn_of_other_environment
 from .run_dir import BadImages, RunLog
-from .setup import TrainedModel, explain_errors, finish_trackers, hardware, open_images, start_accelerator, start_trackers
+from .setup import TrainedModel, explain_errors, finish_trackers, open_images, start_accelerator, start_trackers
 from .tasks.feature_cache import cache_views, decode_small_sets
 from .tasks.task import Step, Task, largest_over_ranks
 
@@ -84,11 +84,11 @@ class Trainer:
             self.recipe: Plan = task.recipe
             if saved is not None:
                 check_recipe(type(self.recipe).parse(saved.state["recipe"]).flat(), self.recipe.flat(), allow_change, out)
-            self.data = fingerprint(task.source)
+            self.data = fingerprint(task.source, self.recipe.data.verify)
             self.per_epoch = steps_of_an_epoch(task.source, self.recipe)
             self.total, _ = self.recipe.steps(task.source.length)
         step = saved.step if saved is not None else 0
-        check_same_on_all_ranks(step, task.source.length, self.data, task.core.fingerprint(), self.recipe.flat())
+        check_same_on_all_ranks(step, task.source, self.data, task.core.fingerprint(), self.recipe.flat())
         if self.recipe.train.epochs > 1:
             task.source = decode_small_sets(task.source, self.recipe.data.cache_gb, progress)
         self.core, self.source = task.core, task.source
@@ -131,10 +131,11 @@ class Trainer:
         if self.best is not None and self.best[0] == self.step:
             self._publish(again=True)  # the run may have been killed between this checkpoint and its publication
         self.trained.wrapped.train()
-        self._announce()
+        announce(self.recipe, task.describe({}).sentence, self.core, self.source, self.step, self.device)
+        if self.step == 0:
+            self._measure_start()
         self.saved_at = self.logged_at = (self.step, time.monotonic())
-        size = recipe.train.batch_size
-        progress_bar = self.run_log.progress_bar(recipe.name, self.step * size, self.total * size, not self.progress)
+        progress_bar = self.run_log.progress_bar(recipe.name, self.step, self.total, not self.progress)
         with self.signals, Batches(loader) as batches, progress_bar:
             while self.step < self.total:
                 started = time.monotonic()
@@ -147,7 +148,7 @@ class Trainer:
                 norm = self._update(output, batch)
                 self.step += 1
                 self.seconds += time.monotonic() - started
-                progress_bar.update(size)
+                progress_bar.update()
                 self.bad.add(batch.bad, self.step)
 
                 last = self.step == self.total
@@ -166,18 +167,21 @@ class Trainer:
                 return make_loader(self.source, self.recipe, steps, rank, world, finish=self.device.type == "cpu")
         if self.trained.sharded:
             raise RecipeError("encoder.cached_views: not for sharded weights; use data parallelism, or set it to null")
-        autocast, memory_format = self.accelerator.autocast, self.trained.memory_format
+        autocast, memory_format, started = self.accelerator.autocast, self.trained.memory_format, time.monotonic()
         features, bad = cache_views(self.core, self.source, self.task.recipe, autocast, memory_format, self.progress)
+        self.seconds += time.monotonic() - started
         self.bad.add(bad, self.step)
         return rows_loader(features, self.source.length, self.recipe, steps, rank, world)
 
     def _next(self, batches: Batches) -> Batch:
         """The next batch. Before it, all ranks together save a checkpoint, stop, or fail because one of them cannot go on."""
         result: Batch | DataError
+        distributed.report(f"to read the images of step {self.step + 1}")
         try:
             result = batches.next()
         except DataError as error:
             result = error
+        distributed.report(f"to compute step {self.step + 1}")
         failure = self.bad.error or (result if isinstance(result, DataError) else None)
         minutes = (time.monotonic() - self.saved_at[1]) / 60
         save_now = self.signals.save or minutes >= self.recipe.train.checkpoint_minutes
@@ -208,6 +212,8 @@ class Trainer:
         skip, size = distributed.max_over_ranks(torch.stack([broken.float(), norm.detach().float().nan_to_num()])).tolist()
         if skip:
             terms = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.terms.items())
+            rows = [row for share in distributed.gather_objects(batch.rows.tolist()) for row in share]
+            self.run_log.non_finite(self.step + 1, self.recipe.seed, batch.epoch, rows, terms)
             self.guard.skip(self.step + 1, terms, lambda: self._forward(batch))
         else:
             self.guard.in_a_row = 0
@@ -216,8 +222,15 @@ class Trainer:
 
     # --- evaluating and publishing --------------------------------------------------------------------------------------------------------
 
+    def _measure_start(self) -> None:
+        if metrics := self.task.baseline(self._artifact(), self.accelerator.autocast):
+            self.last_metrics |= metrics
+            self._log({"kind": "start", **metrics})
+            log.info("before the first step: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
     def _evaluate(self) -> None:
         """Evaluate, save a checkpoint, publish."""
+        distributed.report(f"to evaluate after step {self.step}")
         artifact = self._artifact()
         for buffer in artifact.buffers():
             distributed.from_main(buffer)  # batch norm on CPU processes keeps statistics of each share; those of rank 0 are published
@@ -241,13 +254,7 @@ class Trainer:
 
     def info(self) -> dict[str, Any]:
         """The record of the artifact for its card."""
-        training = {
-            "images": self.source.length, "epochs": round(self.step / self.per_epoch, 3), "steps": self.step,
-            "batch": self.recipe.train.batch_size, "minutes": round(self.seconds / 60, 2),
-            "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
-            "precision": self.recipe.train.precision, "seed": self.recipe.seed,
-        }  # fmt: skip
-        training |= {"ema": self.recipe.train.ema} if self.trained.ema is not None else {}
+        training = record(self.recipe, self.source, self.step, self.seconds, self.device)
         return self.task.describe(self.last_metrics, training, self.out / "metrics.jsonl").record
 
     def _publish(self, again: bool = False, best: bool = False) -> None:
@@ -277,6 +284,8 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        started = time.monotonic()
+        distributed.report(f"to save the checkpoint of step {self.step}")
         self.bad.share(self.step)
         if self.main or self.trained.sharded:
             model, optimizer, scalars = self.trained.state()
@@ -292,6 +301,8 @@ class Trainer:
                 also = [self.best[0]] if self.best else []
                 checkpoint.save(self.out, Checkpoint(self.step, model, optimizer, state), self.recipe.train.keep, also)
         self.saved_at, self.signals.save = (self.step, time.monotonic()), False
+        if self.main and (sentence := slow_save(self.saved_at[1] - started)):
+            self.run_log.warn_once(sentence)
 
     def _restore(self, saved: Checkpoint) -> None:
         state = saved.state
@@ -304,22 +315,6 @@ class Trainer:
         warn_of_other_environment(state)
 
     # --- logging ---------------------------------------------------------------------------------------------------------------------------
-
-    def _announce(self) -> None:
-        """Log what is trained, on what, for how long."""
-        recipe, world = self.recipe, distributed.world_size()
-        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.core.modules())
-        if world > 1 and self.device.type == "cpu" and normed:
-            log.warning("batch norm on CPU processes sees each process's share of the batch only; on GPUs it is synchronised")
-        parameters = sum(p.numel() for p in self.core.parameters()) / 1e6
-        log.info(
-            "%s: %s; %.2f M parameters, %d images, %d classes; %d steps (%d an epoch) of %d images, %d on each of %d x %s, %s; "
-            "peak lr %.3g = %g * %d / %d%s",
-            recipe.name, self.task.describe({}).sentence, parameters, self.source.length, self.source.classes, self.total, self.per_epoch,
-            recipe.train.batch_size, recipe.train.batch_size // world, world, self.device, recipe.train.precision,
-            recipe.lr, recipe.optim.lr, recipe.train.batch_size, recipe.optim.reference_batch,
-            f"; resumed at step {self.step}" if self.step else "",
-        )  # fmt: skip
 
     def _log_step(self, output: Step, lr: float, norm: float) -> None:
         """Write the row of a step; raises if the task says that the run cannot go on."""

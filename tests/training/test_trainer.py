@@ -195,12 +195,13 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     train(tiny(*more), tmp_path / "one", progress=False)
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert a["step"] == b["step"]
-        for name in ("loss", "invariance", "matching", "lr", "grad_norm", "knn_features", "l0_eval"):
-            assert (name in a) == (name in b)
-            if name in a:
-                assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+    one, two = ([*rows(run), json.loads((run / "summary.json").read_text())] for run in (tmp_path / "one", tmp_path / "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            if isinstance(value, int | float):  # rounding may make one of the 2,048 values of a batch zero
+                assert value == pytest.approx(b[name], rel=5e-4, abs=1e-4), (a.get("step"), name)
+    assert {"dead", "mean", "variance", "covariance", "l0", "l1"} < one[0].keys() and "l0_train" in one[-1]
     assert torch.allclose(codes(tmp_path / "one/encoder"), codes(tmp_path / "two/encoder"), atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,20 +82,31 @@ def _count_classes(train: ImageRows, evaluation: Images | None) -> int:
     return max(names, int(max(labels, default=0))) if train.labels is not None else 0
 
 
-def fingerprint(source: Source) -> str:
-    """A hash that differs for other training images: of their number, their ids and the pixels of 32 of them; for a stream, of its columns
-    and number of shards. Checkpoints hold it."""
+def fingerprint(source: Source, verify: str = "sample") -> str:
+    """A hash that differs for other training images: of their number, their ids and the pixels of 32 of them, or of all; for a stream, of its
+    columns and number of shards. Checkpoints hold it.
+
+    Args:
+        verify: `data.verify`.
+    """
     digest = hashlib.sha256(str(source.length).encode())
     if not isinstance(source.train, Images):
         digest.update(f"{source.train.stream.dataset.num_shards} {source.train.stream.dataset.features}".encode())
         return digest.hexdigest()
     digest.update(b"".join(str(name).encode() + b"\0" for name in source.train.ids))
-    for i in np.linspace(0, len(source.train) - 1, min(len(source.train), 32)).astype(int):
-        try:
-            digest.update(source.train.read(int(i)).tobytes())
-        except DataError as error:
-            digest.update(str(error).encode())
+    for _, pixels in verified_pixels(source.train, verify):
+        digest.update(pixels)
     return digest.hexdigest()
+
+
+def verified_pixels(images: Images, verify: str = "sample") -> Iterator[tuple[int, bytes]]:
+    """Row and pixels, or why they cannot be read, of the images that `data.verify` reads: 32 of them, or all."""
+    count = min(len(images), 32) if verify == "sample" else len(images)
+    for i in np.linspace(0, len(images) - 1, count).astype(int).tolist():
+        try:
+            yield i, images.read(i).tobytes()
+        except DataError as error:
+            yield i, str(error).encode()
 
 
 # --- anything that can be embedded ----------------------------------------------------------------------------------------------------

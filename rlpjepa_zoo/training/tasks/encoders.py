@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 
 from ...config.finetune import Start
 from ...config.pretrain import Recipe
+from ...config.sections import ADOPTED
 from ...core import rng
 from ...data.preprocess import Preprocess
-from ...errors import RecipeError, first_line
-from ...models.encoder import SparseEncoder
+from ...errors import RecipeError, ZooError, first_line
+from ...models.classifier import Classifier
+from ...models.encoder import EncoderConfig, SparseEncoder
 from ...models.factory import create_encoder, fresh_copy, refused_arguments
 from ...models.pretrained import load_encoder
 
-__all__ = ["build_encoder", "check_arguments", "preprocessing_warnings", "start_encoder", "start_weights"]
+__all__ = [
+    "build_encoder",
+    "check_arguments",
+    "check_sizes",
+    "preprocessing_warnings",
+    "start_encoder",
+    "start_weights",
+    "with_backbone_preprocess",
+]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -26,10 +37,11 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
     """The encoder of a pretraining recipe, initialised from the seed of the recipe.
 
     Raises:
-        RecipeError: arguments that do not belong to the backbone, or local views of a size that it does not take.
+        RecipeError: arguments that do not belong to the backbone, or images or local views of a size that it does not take.
         UsageError, ModelError, HubError: as of `create_encoder`.
     """
-    options, data = recipe.encoder, recipe.data
+    recipe = with_backbone_preprocess(recipe)
+    options, data = recipe.encoder, cast(Any, recipe.data)  # its values are given now
     size = (data.image_size, data.image_size)
     check_arguments("encoder.args", options.args)
     with rng.seeded(recipe.seed, "init"):
@@ -40,9 +52,30 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
         )  # fmt: skip
     for sentence in preprocessing_warnings(recipe, encoder):
         log.warning("%s", sentence)
-    if recipe.views.local is not None:
-        _check_size(encoder, recipe.views.local.size, options.backbone)
+    local = recipe.views.local
+    check_sizes(encoder, {"data.image_size": data.image_size, "views.local.size": local.size if local else None}, "encoder.args")
     return encoder
+
+
+def with_backbone_preprocess(recipe: Recipe) -> Recipe:
+    """The recipe with the preprocessing of its pretrained backbone in the place of null.
+
+    Raises:
+        RecipeError: the backbone does not take square images, or is preprocessed in a way that a recipe cannot say.
+        UsageError, ModelError, HubError: as of `create_encoder`.
+    """
+    options = recipe.encoder
+    if all(getattr(recipe.data, key) is not None for key in ADOPTED):
+        return recipe
+    check_arguments("encoder.args", options.args)
+    with torch.device("meta"):
+        skeleton = create_encoder(options.backbone, 1, 1, projector_depth=1, **options.args)
+    return recipe.with_preprocess(dataclasses.asdict(skeleton.config.preprocess))
+
+
+def start_weights(encoder: SparseEncoder) -> dict[str, Any]:
+    """The part of an encoder's record that tells which pretrained weights its backbone started from."""
+    return {key: encoder.config.info[key] for key in ("base_model", "backbone") if key in encoder.config.info}
 
 
 def start_encoder(start: Start, seed: int) -> SparseEncoder:
@@ -66,11 +99,6 @@ def start_encoder(start: Start, seed: int) -> SparseEncoder:
             return create_encoder(start.source, 1, 1, not start.random, projector_depth=1, **start.args)
         encoder = load_encoder(start.source, start.revision)
         return fresh_copy(encoder) if start.random else encoder
-
-
-def start_weights(encoder: SparseEncoder) -> dict[str, Any]:
-    """The part of an encoder's record that tells which pretrained weights its backbone started from."""
-    return {key: encoder.config.info[key] for key in ("base_model", "backbone") if key in encoder.config.info}
 
 
 def check_arguments(key: str, arguments: Mapping[str, Any]) -> None:
@@ -106,12 +134,54 @@ def _as_in_a_recipe(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def check_sizes(model: SparseEncoder | Classifier, sizes: Mapping[str, int | None], arguments: str | None) -> None:
+    """Refuse images of a size that the backbone does not take, before the run and not in its first step.
+
+    Args:
+        model: on any device; on the meta device nothing is computed.
+        sizes: recipe key, such as data.image_size -> height and width in pixels, if there are such images.
+        arguments: recipe key of the arguments of the backbone, such as encoder.args; None if it cannot be built in another way.
+
+    Raises:
+        RecipeError: names the key, the size and, if there is one, an argument or a size with which it works.
+    """
+    config = model.config.encoder if isinstance(model, Classifier) else model.config
+    given = {key: size for key, size in sizes.items() if size is not None}
+    for key, size in given.items():
+        if (reason := _refusal(model, size)) is not None:
+            fix = _fix(config, given, key, arguments)
+            raise RecipeError(f"{key}: {config.architecture} does not take images of {size} pixels ({reason}); {fix}")
+
+
 @torch.no_grad()
-def _check_size(encoder: SparseEncoder, size: int, name: str) -> None:
-    """Refuse local views of a size that the backbone does not take before the run, not in its first step."""
+def _refusal(model: SparseEncoder | Classifier, size: int) -> str | None:
+    """Why the backbone does not take images of a size; None if it does."""
     try:
-        with encoder.evaluating():
-            encoder(torch.zeros(1, 3, size, size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        fix = "encoder.args.dynamic_img_size=true lets a ViT take a second size that its patches divide"
-        raise RecipeError(f"views.local.size: {name} does not take images of {size} pixels ({first_line(error)}); {fix}") from error
+        with model.evaluating():
+            model.features(torch.zeros(1, 3, size, size, device=model.device))
+    except Exception as error:  # backbones refuse in their own ways
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise
+        return first_line(error)
+    return None
+
+
+def _fix(config: EncoderConfig, sizes: Mapping[str, int], key: str, arguments: str | None) -> str:
+    """The first argument of the backbone, or the next size, with which it takes all sizes."""
+
+    def works(more: Mapping[str, Any], tried: Iterable[int]) -> bool:
+        try:
+            with torch.device("meta"):
+                model = create_encoder(config.architecture, 1, 1, projector_depth=1, **{**config.model_args, **more})
+                return all(_refusal(model, size) is None for size in tried)
+        except ZooError:
+            return False
+
+    changes: list[dict[str, Any]] = [{"img_size": sizes[key]}, {"dynamic_img_size": True}] if arguments else []
+    for change in changes:
+        if works(change, sizes.values()):
+            return "; ".join(f"give {arguments}.{name}={str(value).lower()}" for name, value in change.items())
+    for size in (-(-sizes[key] // 32) * 32, *config.preprocess.size, 224):
+        if size != sizes[key] and works({}, [size]):
+            return f"give {key}={size}"
+    return "give a size that it takes"

@@ -24,18 +24,22 @@ from ...data.images import Images
 from ...data.loader import steps_of_an_epoch
 from ...data.preprocess import Preprocess
 from ...data.sources import Source
-from ...errors import DataError, RecipeError, first_line
+from ...errors import DataError, RecipeError
 from ...models.classifier import Classifier, make_classifier
 from ..optim import ParamGroup, split_by_dimension
 from ..trainer import run_task
 from .accuracy import TOP, accuracy
-from .encoders import start_encoder, start_weights
+from .baseline import nearest_mean
+from .encoders import check_sizes, start_encoder, start_weights
 from .lora import add_adapters, merge_adapters
 from .task import Autocast, Best, Description, Logged, Step, Task
 
 __all__ = ["FinetuneTask", "finetune", "mix_images", "param_groups", "select_labelled", "smoothed_cross_entropy"]
 
 log = logging.getLogger("rlpjepa_zoo")
+
+BASELINE = "top1_nearest_mean"
+"""Metric of a run: accuracy of the nearest class mean of the features it starts from."""
 
 
 def finetune(recipe: TuningRecipe, out: str | Path, resume: bool = False, allow_change: Sequence[str] = (), progress: bool = True) -> Path:
@@ -75,6 +79,7 @@ class FinetuneTask(Task):
         self.encoder = start_encoder(self.recipe.start, self.recipe.seed)
         self.recipe = self.recipe.with_preprocess(dataclasses.asdict(self.encoder.config.preprocess))
         self.select_images(source)
+        self._lengthen()
         self.frozen_steps = round(self.recipe.classifier.linear_epochs * steps_of_an_epoch(self.source, self.recipe))
         self.core = self._classifier()
 
@@ -108,6 +113,16 @@ class FinetuneTask(Task):
         self.most_frequent = most / max(1, len(held_out or ()))
         self.source = Source(train, held_out, len(train), len(self.classes))
 
+    def _lengthen(self) -> None:
+        """Give a run on few images the steps that `train.min_steps` asks for."""
+        given, self.recipe = self.recipe, self.recipe.lengthened(self.n_train)
+        self.every_epochs = self.recipe.train.every_epochs
+        if self.recipe is not given:
+            log.info(
+                "%g epochs of %d images are %d steps; train.min_steps = %d makes them %g epochs",
+                given.train.epochs, self.n_train, given.steps(self.n_train)[0], given.train.min_steps, self.recipe.train.epochs,
+            )  # fmt: skip
+
     def _classifier(self) -> Classifier:
         recipe, encoder, data = self.recipe, copy.deepcopy(self.encoder), self.recipe.data
         preprocess = Preprocess((data.image_size,) * 2, data.mean, data.std, data.interpolation, data.crop_pct)
@@ -122,12 +137,7 @@ class FinetuneTask(Task):
             classifier.requires_grad_(False).head.requires_grad_(True)
         else:
             classifier.requires_grad_(True)
-        try:
-            with classifier.evaluating(), torch.no_grad():
-                classifier(torch.zeros(1, 3, *preprocess.size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            name = encoder.config.architecture
-            raise RecipeError(f"data.image_size: {name} does not take {data.image_size} pixels ({first_line(error)})") from error
+        check_sizes(classifier, {"data.image_size": data.image_size}, "start.args" if recipe.start.of_timm else None)
         return classifier.train()
 
     def module(self) -> nn.Module:
@@ -153,6 +163,17 @@ class FinetuneTask(Task):
             return Logged(dict(zip(("loss", "top1_train"), means.tolist(), strict=True)))
 
         return Step(loss, {"loss": loss}, logged)
+
+    def baseline(self, artifact: Classifier, autocast: Autocast) -> dict[str, float]:
+        """Accuracy of the nearest class mean on the evaluation images, without training; not of random weights."""
+        if self.source.eval is None or self.recipe.start.random:
+            return {}
+        train = self.recipe.train
+        with autocast():
+            accuracy = nearest_mean(
+                artifact, self.source.images, self.source.eval, self.recipe.seed, max(64, train.batch_size), train.num_workers
+            )
+        return {BASELINE: accuracy}
 
     def evaluate(self, artifact: Classifier, autocast: Autocast) -> dict[str, float]:
         if self.source.eval is None:
@@ -203,13 +224,23 @@ class FinetuneTask(Task):
         return ", ".join(words + [f"{name} {value:g}" for name, value in named.items() if value])
 
     def alarms(self, metrics: Mapping[str, float], final: bool = True) -> list[str]:
-        """A sentence if the final top-1 accuracy is not three standard errors above the share of the most frequent class."""
-        top1, chance = metrics.get("top1", 1.0), self.most_frequent
+        """Sentences if the final top-1 accuracy is not three standard errors above the share of the most frequent class, or not above what the
+        start reaches without training."""
+        top1, chance, untrained = metrics.get("top1", 1.0), self.most_frequent, metrics.get(BASELINE, 0.0)
         error = math.sqrt(chance * (1 - chance) / metrics.get("n_test", 1))
-        if not final or top1 == 1 or top1 > chance + 3 * error:
-            return []
-        share = f"the most frequent class has a share of {chance:.3f}"
-        return [f"hardly better than chance: top-1 {top1:.3f}, and {share} of the evaluation images; try another learning rate"]
+        sentences = []
+        if final and top1 < 1 and top1 <= chance + 3 * error:
+            share = f"the most frequent class has a share of {chance:.3f}"
+            sentences.append(
+                f"hardly better than chance: top-1 {top1:.3f}, and {share} of the evaluation images; try another learning rate"
+            )
+        if final and top1 < untrained:
+            steps = self.recipe.steps(self.n_train)[0]
+            sentences.append(
+                f"training lost to no training: top-1 {top1:.3f}, and the nearest class mean of the features it started from reaches "
+                f"{untrained:.3f} on the same images; make more than {steps} steps (train.min_steps), or train less (classifier.train=linear)"
+            )
+        return sentences
 
 
 class _Wrapped(nn.Module):

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...core import distributed
 from ...models.encoder import Output, SparseEncoder
 
 __all__ = ["EncoderWithProbes", "ProbedOutput"]
@@ -50,7 +51,8 @@ class EncoderWithProbes(nn.Module):
         out, views = outs[0], len(groups[0]) // len(labels)
         loss, accuracy = out.z.new_zeros((), dtype=torch.float32), []
         known = (labels >= 0).repeat(views)
-        count = known.sum().clamp(min=1)
+        # the mean over ranks divides by the known labels of all ranks, whatever the share of each
+        count = distributed.mean_over_ranks(known.sum().float()).clamp(min=1 / distributed.world_size())
         target = labels.clamp(min=0).repeat(views)
         for name, source in (("features", out.features), ("z", out.z)) if self.probes else ():
             scores = self.probes[name](source.detach().float()).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ from ...objectives.base import Objective
 from ..optim import ParamGroup, split_by_dimension
 from ..run_dir import history
 from ..trainer import run_task
-from .encoders import build_encoder, start_weights
+from .encoders import build_encoder, start_weights, with_backbone_preprocess
 from .online_probes import EncoderWithProbes, ProbedOutput
-from .task import Autocast, Best, Description, Logged, Step, Task, largest_over_ranks
+from .task import Autocast, Best, Description, Logged, Step, Task
 
 __all__ = ["PretrainTask", "build_objective", "train"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
+_SETTLED = 50
+"""Steps after which a dimension that no image activates rarely recovers."""
+_MANY_DEAD = 0.05
+"""Share of dead dimensions that is worth a warning."""
 _MAX_ALL_ZERO = 3
 """Logged steps in a row with all embeddings zero that end a run: ReLU passes no gradient at zero."""
 
@@ -83,6 +88,8 @@ class PretrainTask(Task):
         self.cached_views = recipe.encoder.cached_views
         self.every_epochs = recipe.probe.every_epochs
         self.all_zero = 0
+        self.warned = False
+        """Whether the share of dead dimensions was looked at."""
         """Logged steps in a row with all embeddings zero."""
         self.kept = Kept() if recipe.encoder.freeze_backbone else None
         """Features of the images that measure a frozen backbone's projector."""
@@ -92,7 +99,7 @@ class PretrainTask(Task):
         best = self.recipe.train.best
         if best in ("knn_z", "knn_features") and not has_labels(source):
             raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
-        self.source = source
+        self.source, self.recipe = source, with_backbone_preprocess(self.recipe)
         if source.eval is None and isinstance(source.train, Images):
             log.info("no evaluation images: density and kNN are measured on training images, each scored by the votes of the others")
         self.core = build_encoder(self.recipe)
@@ -112,9 +119,9 @@ class PretrainTask(Task):
         output: ProbedOutput = forward(views, labels)
         terms = self.objective(output.z, step)
         parts = {"loss": terms.total, **terms.parts}
-        return Step(terms.total + output.probe_loss, parts, lambda: self._logged(parts, output))
+        return Step(terms.total + output.probe_loss, parts, lambda: self._logged(parts, output, step + 1))
 
-    def _logged(self, parts: Mapping[str, Tensor], output: ProbedOutput) -> Logged:
+    def _logged(self, parts: Mapping[str, Tensor], output: ProbedOutput, step: int) -> Logged:
         """Terms of the loss, statistics of the embeddings and accuracy of the probes; fails when the embeddings stay zero."""
         values = torch.stack([*(value.detach() for value in parts.values()), output.probe_loss.detach()]).float()
         means = distributed.mean_over_ranks(torch.cat([values, output.probe_accuracy.detach().float()]))
@@ -122,9 +129,10 @@ class PretrainTask(Task):
         row = dict(zip(parts, numbers, strict=False))
         probe_loss, *accuracy = numbers[len(parts) :]
         row |= self.objective.monitor(row)
-        row |= batch_metrics(output.z.detach().flatten(0, 1))
+        row |= batch_metrics(distributed.gather_with_grad(output.z.detach(), dim=1).flatten(0, 1))  # of all ranks, as the loss is
         row |= dict(zip(("probe_features", "probe_z"), accuracy, strict=False)) | ({"probe_loss": probe_loss} if accuracy else {})
-        self.all_zero = self.all_zero + 1 if largest_over_ranks(output.z.device, row["l0"])[0] == 0 else 0
+        self._warn_of_dead(row["dead"], step)
+        self.all_zero = self.all_zero + 1 if row["l0"] == 0 else 0
         if self.all_zero < _MAX_ALL_ZERO:
             return Logged(row)
         return Logged(row, (
@@ -132,6 +140,30 @@ class PretrainTask(Task):
             f"lower optim.lr = {self.recipe.optim.lr:g}{' or raise the density of the target' if self.recipe.target else ''}; "
             "the last checkpoint is from before"
         ))  # fmt: skip
+
+    def _warn_of_dead(self, dead: float, step: int) -> None:
+        """Warn once, at the first logged step from 50 on, of dimensions that no image of the batch activates, beyond what the target expects."""
+        if step < _SETTLED or self.warned:
+            return
+        self.warned = True
+        density = 0.0 if self.recipe.target is None else self.recipe.target.density_in_theory()
+        expected = (1 - density) ** self.recipe.train.batch_size if density else 0.0
+        if dead - expected > _MANY_DEAD:
+            log.warning(
+                "step %d: %.0f%% of the dimensions are zero for every image of the batch; ReLU passes no gradient there, so most of them stay so; "
+                "start again with %s",
+                step, 100 * dead, self._fix_of_dead(),
+            )  # fmt: skip
+
+    def _fix_of_dead(self) -> str:
+        """A longer warm-up, which keeps the dimensions alive and still reaches the density; after a long one, a lower rate."""
+        optim, per_epoch = self.recipe.optim, self.recipe.steps(self.source.length)[1]
+        longer = math.ceil(_SETTLED / per_epoch)
+        if optim.warmup_epochs < longer < self.recipe.train.epochs:
+            return (
+                f"a longer warm-up: optim.warmup_epochs={longer}, which is {longer * per_epoch} steps, instead of {optim.warmup_epochs:g}"
+            )
+        return f"a lower rate, such as optim.lr={optim.lr / 4:.2g}, and more epochs"
 
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
         return during_training(artifact, self.source, self.recipe, autocast, self.kept)

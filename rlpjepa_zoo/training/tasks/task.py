@@ -130,6 +130,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def baseline(self, artifact: Any, autocast: Autocast) -> dict[str, float]:
+        """Metrics of the artifact before the first step; by default none. A resumed run remembers them."""
+        return {}
+
     def evaluate(self, artifact: Any, autocast: Autocast) -> dict[str, float]:
         """Metrics in evaluation mode; each rank does its share of the work.
 

@@ -1,5 +1,6 @@
 """Encoders that runs start from: refused arguments, fresh weights by the seed, preprocessing of a pretrained backbone."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from runs import tiny
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.cli.app import run as cli
 from rlpjepa_zoo.config.finetune import TuningRecipe
+from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.config.sections import ADOPTED
 from rlpjepa_zoo.errors import RecipeError
+from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.tasks.encoders import build_encoder, preprocessing_warnings, start_encoder
+from rlpjepa_zoo.training.tasks.pretrain import train
 
 
 def tuning(*more: str) -> TuningRecipe:
@@ -60,3 +65,17 @@ def test_preprocessing_unlike_that_of_the_backbone_is_a_warning(backbone: str, c
     )
     assert cli(["check", "digits", backbone, "encoder.pretrained=true", *alike[:2], "data.interpolation=bicubic"]) == 0
     assert caplog.records[-1].getMessage().startswith("data.interpolation") and len(caplog.records) == 3
+
+
+def test_null_preprocessing_is_that_of_the_pretrained_backbone(backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nulls = [f"data.{key}=null" for key in ("image_size", "mean", "std", "interpolation", "crop_pct")]
+    more = [backbone, "encoder.pretrained=true", *nulls, "train.epochs=1", "optim.warmup_epochs=0"]
+    adopted = load_encoder(train(tiny(*more, "data.crop_pct=0.8"), tmp_path / "run", progress=False)).config.preprocess
+    assert adopted == dataclasses.replace(settled().config.preprocess, crop_pct=0.8)
+    written = Recipe.load(tmp_path / "run/recipe.yaml").data
+    assert (written.mean, written.interpolation, written.image_size, written.crop_pct) == ((0.5, 0.4, 0.3), "bilinear", 32, 0.8)
+    assert cli(["check", "digits", *more]) == 0 and "mean:\n  - 0.5\n  - 0.4\n" in capsys.readouterr().out
+    with refused(RecipeError, match="data.image_size: null takes the value of a pretrained backbone"):
+        tiny(*nulls)
+    shipped = Recipe.load("sparsify-folder", ["data.path=x"]).data
+    assert [getattr(shipped, key) for key in ADOPTED] == [None] * 5

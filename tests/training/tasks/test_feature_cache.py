@@ -9,9 +9,11 @@ from models import settled
 from refusals import refused
 from runs import codes, of_folder, rows, stop_after, tiny
 
-from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal
+from rlpjepa_zoo.data.sources import open_source
+from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal, UsageError
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.optim import build_optimizer, set_learning_rates
+from rlpjepa_zoo.training.tasks import feature_cache
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
 from rlpjepa_zoo.training.tasks.feature_cache import CachedViews
 from rlpjepa_zoo.training.tasks.pretrain import param_groups, train
@@ -79,6 +81,77 @@ def test_large_features_are_kept_in_float16_or_refused(tmp_path: Path, caplog: p
     assert "float16" in caplog.text
     with refused(RecipeError, match=r"encoder\.cached_views: 4 views of 96 images with 96 features need .* data\.cache_gb is"):
         train(tiny(*more, f"data.cache_gb={0.4 * need}"), tmp_path / "none", progress=False)
+
+
+KEPT = ["encoder.cached_views=3", "train.epochs=1", *FROZEN]
+
+
+def cached(caplog: pytest.LogCaptureFixture, run: Path, *more: str) -> str:
+    """Train on cached features; returns how they came about."""
+    caplog.clear()
+    with caplog.at_level("INFO", "rlpjepa_zoo"):
+        train(tiny(*KEPT, *more), run, progress=False)
+    return next(line for line in caplog.messages if line.startswith("cached features"))
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for features."""
+    monkeypatch.setenv("RLPJEPA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/features"
+
+
+def test_features_are_kept_for_a_resume_and_for_another_density(kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "read from" not in cached(caplog, tmp_path / "a")
+    assert "read from" in cached(caplog, tmp_path / "b", "target.density=0.3", "optim.lr=0.01")
+    assert "read from" in cached(caplog, tmp_path / "c")
+    assert rows(tmp_path / "c") == rows(tmp_path / "a") and torch.equal(codes(tmp_path / "c/encoder"), codes(tmp_path / "a/encoder"))
+
+
+def test_features_are_those_of_backbone_images_and_views() -> None:
+    def key(*more: str) -> str:
+        recipe = tiny(*KEPT, *more)
+        return feature_cache._key(build_encoder(recipe), open_source(recipe.data), recipe, 8, torch.float32, torch.contiguous_format)
+
+    others = (
+        "seed=1", "views.jitter=0.5", "data.image_size=24", "data.limit=95", "encoder.cached_views=4", "data.mean=[0.4, 0.5, 0.5]",
+        "data.interpolation=bilinear", "train.precision=bf16", "encoder.backbone=test_vit",
+    )  # fmt: skip
+    assert key() == key("target.density=0.3", "encoder.dim=16", "train.epochs=7", "train.batch_size=16")
+    assert len({key(), *map(key, others)}) == len(others) + 1
+
+
+def test_damaged_features_are_encoded_again(kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached(caplog, tmp_path / "a")
+    (file,) = kept.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 1
+    file.write_bytes(content)
+    assert "read from" not in cached(caplog, tmp_path / "b") and "differs from its sha256" in caplog.text
+    assert rows(tmp_path / "b") == rows(tmp_path / "a")
+    file.write_bytes(b"")
+    assert feature_cache._read(file) is None
+
+
+def test_kept_features_are_bounded_and_a_failure_is_a_warning(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached(caplog, tmp_path / "a")
+    (first,) = kept.iterdir()
+    monkeypatch.setenv("RLPJEPA_CACHE_GB", str(1.5 * first.stat().st_size / 2**30))
+    cached(caplog, tmp_path / "b", "seed=1")
+    assert len(list(kept.iterdir())) == 1 and not first.exists()  # the older one went
+    monkeypatch.setenv("RLPJEPA_CACHE_GB", "0")
+    cached(caplog, tmp_path / "c", "seed=2")
+    assert "not kept on disk" in caplog.text and len(list(kept.iterdir())) == 1
+    monkeypatch.setenv("RLPJEPA_CACHE_GB", "many")
+    with refused(UsageError, match="RLPJEPA_CACHE_GB: expected a number of GB, got 'many'"):
+        train(tiny(*KEPT), tmp_path / "d", progress=False)
+    monkeypatch.delenv("RLPJEPA_CACHE_GB")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RLPJEPA_CACHE", str(tmp_path / "file"))
+    cached(caplog, tmp_path / "e")
+    assert "features are not kept on disk" in caplog.text
 
 
 def test_unreadable_images_are_counted_once_and_replaced(image_folder: Path, tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import run_ranks
 from runs import of_folder, rows, stop_after, tiny
 
+from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.errors import StoppedBySignal
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives import rectified_lpjepa
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.online_probes import EncoderWithProbes
 from rlpjepa_zoo.training.tasks.pretrain import train
 
 
@@ -53,3 +56,23 @@ def test_missed_density_is_an_alarm_in_log_and_summary(tmp_path: Path, caplog: p
     train(tiny("target.density=0.02", "train.epochs=2"), tmp_path / "run", progress=False)
     alarms = json.loads((tmp_path / "run/summary.json").read_text())["alarms"]
     assert alarms and alarms[0].startswith("density missed") and alarms[0] in caplog.text
+
+
+def probe_results() -> list[float]:
+    """Loss, accuracies and a gradient of the probes, averaged over ranks, on a batch whose first half has one label and whose second has four."""
+    labels = torch.tensor([-1, 2, -1, -1, 0, 1, 2, 0])
+    x = torch.linspace(-1, 1, 8 * 96).view(8, 96).sin() * 3
+    torch.manual_seed(0)
+    probed = EncoderWithProbes(build_encoder(tiny("encoder.projector_depth=1")), 3)
+    rank, share = distributed.rank(), 8 // distributed.world_size()
+    mine = slice(rank * share, (rank + 1) * share)
+    out = probed([x[mine]], labels[mine])
+    out.probe_loss.backward()
+    gradient = probed.probes["features"].weight.grad
+    assert gradient is not None
+    return distributed.mean_over_ranks(torch.cat([out.probe_loss.detach()[None], out.probe_accuracy, gradient.flatten()])).tolist()
+
+
+def test_probes_of_two_processes_weigh_the_labels_of_all_alike() -> None:
+    for rank in run_ranks(probe_results, 2):
+        assert rank == pytest.approx(probe_results(), rel=1e-5, abs=1e-6)

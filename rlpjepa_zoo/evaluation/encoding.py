@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.images import Images
 from ..data.preprocess import Preprocess, batched
 from ..errors import DataError, NonFiniteError
 from ..models.encoder import SparseEncoder
 from ..models.inference import default_batch_size, pixel_batches
+from ..progress import progress_bar
 from ..sparse.embeddings import SparseEmbeddings
 
 __all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "Kept", "encode", "encode_sparse", "pixel_size"]
@@ -181,7 +181,7 @@ def _encoded_batches(
     """The images batch by batch."""
     preprocess, name = encoder.config.preprocess, " ".join(("encode", role)).rstrip()
     rows = batched(images.rows(), batch_size)
-    bar = tqdm(total=len(images), desc=name, unit="image", disable=None if progress else True, leave=False)  # None: only on a terminal
+    bar = progress_bar(name, len(images), hidden=not progress, leave=False)
     loop = pixel_batches(rows, preprocess, num_workers=num_workers, on_error="skip", progress=bar.update)
     features, z = torch.zeros(0, encoder.config.features), torch.zeros(0, encoder.config.dim)
     with encoder.evaluating(), bar, closing(loop) as batches:

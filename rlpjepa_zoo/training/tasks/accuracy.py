@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...core import distributed
 from ...data.images import Images
@@ -20,6 +19,7 @@ from ...errors import DataError, NonFiniteError
 from ...evaluation.intervals import share_interval
 from ...models.classifier import Classifier
 from ...models.inference import default_batch_size, image_batches
+from ...progress import progress_bar
 
 __all__ = ["TOP", "Classified", "accuracy", "classify", "evaluate_classifier", "with_class_numbers"]
 
@@ -113,7 +113,7 @@ def _logits(
     failures: list[tuple[Any, str]] | None = None,
 ) -> Generator[tuple[Tensor, Tensor, list[Any]], None, None]:  # fmt: skip
     """Logits (n, C) float64, labels (n,) and ids of the readable images of each batch; `failures` receives the others."""
-    bar = tqdm(total=len(images), desc="classify", unit="image", disable=None if progress else True, leave=False)
+    bar = progress_bar("classify", len(images), hidden=not progress, leave=False)
     options: dict[str, Any] = {"num_workers": num_workers, "on_error": "skip", "progress": bar.update}
     loop = image_batches(batched(images.rows(), batch_size), classifier.config.preprocess, classifier.device, **options)
     with classifier.evaluating(), bar, closing(loop) as batches:

@@ -60,7 +60,8 @@ class GeneralizedGaussian(Distribution):
 
     def __init__(self, loc: Number, scale: Number, p: Number, validate_args: bool | None = None) -> None:
         one = p.detach() if isinstance(p, Tensor) else p
-        self._shape_is = float(one) if not isinstance(one, Tensor) or one.numel() == 1 else None  # one p for all elements: fast sampling paths
+        # one p for all elements has fast sampling paths
+        self._shape_is = float(one) if not isinstance(one, Tensor) or one.numel() == 1 else None
         self._sample_dtype: torch.dtype | None = None
         if any(isinstance(x, Tensor) for x in (loc, scale, p)):
             self.loc, self.scale, self.p = _broadcast(loc=loc, scale=scale, p=p)

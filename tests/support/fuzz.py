@@ -221,6 +221,8 @@ def _child(case: fuzz_cases.Case, report: int) -> None:
     os.setpgid(0, 0)
     os.chdir(folder)
     os.environ |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "XDG_CACHE_HOME": str(folder / "home/.cache")}
+    for name, value in case.environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value.replace("./", f"{folder}/")})
     tempfile.tempdir = None
     target = {"closed": None, "full": "/dev/full"}.get(case.stdout, str(folder / "stdout"))
     if target is None:
@@ -244,6 +246,8 @@ def _child(case: fuzz_cases.Case, report: int) -> None:
     before = _resident("VmRSS")
     _watch_writes(case, notes)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        os.write(report, b"\n")  # ready for a Ctrl-C
         code = _run(case)
     except BaseException:
         import traceback
@@ -288,14 +292,15 @@ def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def perform(case: fuzz_cases.Case) -> Ending:
-    """Run a case in a fork."""
+def perform(case: fuzz_cases.Case, interrupt_after: float | None = None) -> Ending:
+    """Run a case in a fork, which gets a Ctrl-C after some seconds if asked."""
     kept = ("in", "outside")
     before = {name: snapshot(case.folder / name) for name in kept}
     read, write = os.pipe()
     start = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the command starts
     pid = os.fork()
     if pid == 0:
         try:
@@ -303,7 +308,12 @@ def perform(case: fuzz_cases.Case) -> Ending:
             _child(case, write)
         finally:
             os._exit(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.close(write)
+    if interrupt_after is not None:
+        select.select([read], [], [], SECONDS)
+        time.sleep(interrupt_after)
+        os.kill(pid, signal.SIGINT)
     ended = _wait(pid, SECONDS)
     _, status, usage = os.wait4(pid, 0)
     seconds = time.monotonic() - start
@@ -313,7 +323,7 @@ def perform(case: fuzz_cases.Case) -> Ending:
         (case.folder / name).read_bytes()[:2_000_000].decode("utf-8", "backslashreplace") if (case.folder / name).exists() else ""
         for name in ("stdout", "stderr")
     ]
-    if answer:
+    if answer.strip():
         code, memory, notes = json.loads(answer)
     else:
         code, memory = None, max(0, (usage.ru_maxrss << 10) - _resident("VmRSS"))

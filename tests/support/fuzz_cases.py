@@ -77,6 +77,8 @@ class Case:
     mutations: list[Mutation] = dataclasses.field(default_factory=list)
     names: list[str] = dataclasses.field(default_factory=list)
     stdout: str = "file"
+    environment: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    """Variables to set, or to remove if None; ./ stands for the folder of the case."""
     damaged: str | None = None
     """An embeddings file that was changed: if it loads, the values must be those before."""
 
@@ -403,6 +405,10 @@ class Case:
     def odd_stdout(self, rng: Random) -> None:
         self.stdout = rng.choice(("ascii", "closed", "full"))
 
+    def odd_environment(self, rng: Random) -> None:
+        name = rng.choice(("HOME", "TMPDIR", "XDG_CACHE_HOME", "LC_ALL", "COLUMNS", "TERM", "PYTHONIOENCODING", "USER"))
+        self.environment[name] = rng.choice((None, "", "./none", "./outside/secret.png", "/dev/null", "1", "x" * 5000))
+
     # --- helpers ---
 
     def _data(self) -> str:
@@ -456,7 +462,7 @@ def build(seed: int, number: int, folder: Path, world: Path, only: Collection[in
     getattr(case, kind)(Random(f"{seed}/{number}/{kind}"))
     case.may(*[case.odd_line, case.odd_value], times=1)
     case.may(case.odd_argument if rng.random() < 0.3 else case.odd_line)
-    case.may(*[case.odd_stdout] * (rng.random() < 0.3))
+    case.may(*[case.odd_stdout, case.odd_environment] * (rng.random() < 0.3))
     for position in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):
         chosen = rng.choice(case.mutations)
         if only is None or position in only:

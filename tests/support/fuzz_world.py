@@ -14,7 +14,7 @@ TUNING = """
 name: tuning
 data: {source: folder, path: in/images, image_size: 32}
 start: {source: in/encoder, input: features}
-classifier: {train: head}
+classifier: {train: linear}
 optim: {name: adamw, lr: 2e-3, warmup_epochs: 0}
 train: {epochs: 1, batch_size: 4, precision: "no", num_workers: 0}
 """
@@ -96,7 +96,9 @@ def build(root: Path) -> None:
     (root / "in").symlink_to(".")
     (root / "recipe.yaml").write_text(PRETRAINING)
     os.chdir(root)
+    (root / "tuning.yaml").write_text(TUNING)
     for command in (
+        ["check", "tuning.yaml"],
         ["embed", "encoder", "images", "--out", "parts", "--part-rows", "3", "--num-workers", "0", "--quiet"],
         ["train", "recipe.yaml", "--out", "run", "--quiet"],
     ):

@@ -130,3 +130,89 @@ def test_a_case_is_repeated_by_its_seed(tmp_path: Path) -> None:
         assert fuzz.fuzz_cases.describe(first) == fuzz.fuzz_cases.describe(again)
         before, after = ({name: (kind[0], kind[4]) for name, kind in fuzz.snapshot(case.folder).items()} for case in (first, again))
         assert before == after or any(name.startswith("in/s") for name in before)  # symbolic links name the folder
+
+
+COMMANDS = {
+    "train": ["train", "in/recipe.yaml", "--out", "out/run", "--quiet"],
+    "embed": [
+        "embed",
+        "in/encoder",
+        "in/images",
+        "--out",
+        "out/parts",
+        "--part-rows",
+        "1",
+        "--batch-size",
+        "1",
+        "--num-workers",
+        "0",
+        "--quiet",
+    ],
+    "finetune": ["finetune", "in/tuning.yaml", "--out", "out/tuned", "--quiet"],
+}
+
+
+def _prepared(folder: Path, world: Path, command: list[str]) -> fuzz.fuzz_cases.Case:
+    for name in ("in", "out", "outside", "home", "tmp"):
+        (folder / name).mkdir(parents=True)
+    case = fuzz.fuzz_cases.Case(folder, world, command)
+    case.take("encoder")
+    case.take("images")
+    case.write("recipe.yaml", fuzz.fuzz_world.PRETRAINING.encode())
+    case.write("tuning.yaml", fuzz.fuzz_world.TUNING.encode())
+    return case
+
+
+def _interrupt(report: Path, instants: int) -> None:
+    fuzz.import_everything()
+    world = report.parent / "world"
+    world.mkdir()
+    fuzz.make_world(world)
+    found = []
+    for name, command in COMMANDS.items():
+        whole = fuzz.perform(_prepared(report.parent / name, world, command))
+        found.append([name, 0, whole.code, whole.err[-500:]])
+        for i in range(1, instants):
+            case = _prepared(report.parent / f"{name}-{i}", world, command)
+            ending = fuzz.perform(case, interrupt_after=whole.seconds * i / instants)
+            errors = [line for line in ending.err.splitlines() if line.startswith("error: ")]
+            right = ending.code == 0 and not errors or ending.code == 130 and len(errors) == 1 and "Traceback" not in ending.err
+            partial = [str(path) for path in case.folder.rglob("*partial*")]
+            if not right or partial or ending.notes:
+                found.append([name, i, ending.code, f"{partial} {ending.notes} {ending.err[-1500:]}"])
+    report.write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_is_one_line_and_leaves_nothing_partial(tmp_path: Path) -> None:
+    run_alone(_interrupt, tmp_path / "report.json", 20, limit=900.0)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [entry[:3] for entry in found] == [[name, 0, 0] for name in COMMANDS], found
+
+
+def _poor_environment(report: Path) -> None:
+    fuzz.import_everything()
+    world = report.parent / "world"
+    world.mkdir()
+    fuzz.make_world(world)
+    none: dict[str, str | None] = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "LC_ALL", "USER", "TERM", "PATH"))
+    environments = {
+        "empty": none,
+        "folders that do not exist": {"HOME": "./none", "TMPDIR": "./none", "XDG_CACHE_HOME": "./none/cache"},
+        "files for folders": dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), "./outside"),
+    }
+    found = {}
+    for kind, environment in environments.items():
+        for name, command in {**COMMANDS, "check": ["check", "digits"]}.items():
+            case = _prepared(report.parent / f"{name}-{kind}", world, command)
+            case.environment |= environment
+            ending = fuzz.perform(case)
+            found[f"{name}, {kind}"] = [ending.code, ending.err[-800:]]
+    report.write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_commands_run_without_home_temporary_folder_and_locale(tmp_path: Path) -> None:
+    run_alone(_poor_environment, tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert {key: value for key, value in found.items() if value[0] not in (0, 6)} == {}

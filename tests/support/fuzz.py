@@ -141,7 +141,7 @@ def _places_of(event: str, arguments: tuple[Any, ...]) -> list[str]:
         if isinstance(folder, int) and folder >= 0:
             text = os.path.join(os.path.realpath(f"/proc/self/fd/{folder}"), text)
         head, name = os.path.split(text.rstrip("/") or "/")
-        places.append(os.path.join(os.path.realpath(head), name))
+        places.append(os.path.normpath(os.path.join(os.path.realpath(head), name)))
     return places[-1:] if event in ("os.link", "os.symlink") else places
 
 
@@ -157,7 +157,7 @@ def _watch_writes(case: fuzz_cases.Case, notes: list[str]) -> None:
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)):
             return
         for place in _places_of(event, arguments):
-            if place.startswith(("/dev/", "/proc/")):
+            if place == home or place.startswith(("/dev/", "/proc/")):  # the folder itself is made with exist_ok
                 continue
             if not place.startswith(home + "/"):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place)
@@ -337,7 +337,8 @@ def perform(case: fuzz_cases.Case, interrupt_after: float | None = None) -> Endi
         notes += [f"changed {name}/{key}" for key in changed[:3]]
     asked = {os.path.relpath(target, os.path.realpath(case.folder)).split("/")[0] for target in targets}
     usual = {"in", "out", "outside", "home", "tmp", "stdout", "stderr"}
-    extra = sorted(p.name for p in case.folder.iterdir() if p.name not in usual and not any(name[:20] in p.name for name in asked))
+    others = [p.name for p in case.folder.iterdir() if p.name not in usual and not any(name[:20] in p.name for name in asked)]
+    extra = [] if asked & {".", ".."} else sorted(others)
     left = [f"tmp/{p.name}" for p in (case.folder / "tmp").iterdir()] + [
         f"home/{p.name}" for p in (case.folder / "home").iterdir() if p.name != ".cache"
     ]
@@ -350,6 +351,7 @@ def perform(case: fuzz_cases.Case, interrupt_after: float | None = None) -> Endi
 
 def _shape(text: str) -> str:
     """A message without what differs between cases."""
+    text = re.sub(r"[^ -~]+|(.)\1{9,}", "", text)
     text = re.sub(r"'[^']*'|\"[^\"]*\"|`[^`]*`", "'...'", text)
     return re.sub(r"\d+", "0", re.sub(r"(?:\.?/?[\w.-]*/)+[^\s:]*", "PATH", text))[:90]
 
@@ -406,7 +408,7 @@ def verdict(case: fuzz_cases.Case, ending: Ending) -> Iterator[tuple[str, str]]:
         if (found := unprintable(text)) is not None:
             line = next(line for line in text.split("\n") if found in line)
             yield (
-                f"unprintable on {stream}: {name}, {_shape(line.encode('ascii', 'backslashreplace').decode())}",
+                f"unprintable on {stream}: {name}, {_shape(line)}",
                 f"{found!r} in {line[:300]!r}",
             )
     if ending.notes:

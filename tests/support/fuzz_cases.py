@@ -19,7 +19,7 @@ from fuzz_world import PRETRAINING, SMALL, TUNING
 Mutation = Callable[[Random], None]
 
 VALID_OPTIONS = {
-    "--json": None, "--quiet": None, "--debug": "skip", "--resume": None, "--overwrite": None, "--skip-bad": None, "--batch-size": "3",
+    "--json": None, "--quiet": None, "--resume": None, "--overwrite": None, "--skip-bad": None, "--batch-size": "3",
     "--num-workers": "0", "--device": "cpu", "--revision": "main",
     "--density": "0.1", "--max-active": "4", "--values": "float16", "--columns": "label", "--license": "mit", "--name": "a/b", "--limit": "4",
     "--split": "train", "--allow-change": "optim.lr",
@@ -399,7 +399,7 @@ class Case:
                 self.options.append((name, None))
             case 6:
                 self.arguments.append(mutate.odd(rng))
-            case _ if value != "skip":
+            case _:
                 self.options.append((name, value if rng.random() < 0.5 or value is None else mutate.odd(rng)))
 
     def odd_stdout(self, rng: Random) -> None:

@@ -3,7 +3,6 @@
 The working folder of a case holds in/ (what the command reads), out/ (the only place where it may write) and outside/ (what links lead to).
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -466,11 +465,12 @@ def build(seed: int, number: int, folder: Path, world: Path, only: Collection[in
     for position in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):
         chosen = rng.choice(case.mutations)
         if only is None or position in only:
-            with contextlib.suppress(
-                LookupError, OSError, TypeError, ValueError
-            ):  # what an earlier mutation has left may not allow another one
+            name = re.sub(r"^.*Case[.]|[.]<locals>.*$", "", chosen.__qualname__)
+            try:
                 chosen(Random(f"{seed}/{number}/{position}"))
-            case.names.append(f"{position}: {re.sub(r'^.*Case[.]', '', chosen.__qualname__).removesuffix('.<locals>')}")
+            except Exception as error:  # what an earlier mutation has left may not allow this one
+                name += f" (not possible: {type(error).__name__})"
+            case.names.append(f"{position}: {name}")
     return case
 
 

@@ -162,7 +162,7 @@ def test_the_tree_of_the_readme_is_that_of_the_package() -> None:
         if name := re.match(r"( {2}| {4})(\w+)/ ", line):
             room = f"{room.partition('/')[0]}/{name[2]}" if len(name[1]) == 4 else name[2]
             rooms.add(room)
-        folder = package if line.startswith("  distributions.py") else package / room
+        folder = package if line.startswith("  errors.py") else package / room
         assert [file for file in re.findall(r"\w+\.py", line) if not (folder / file).is_file()] == [], line
     assert rooms == {str(path.parent.relative_to(package)) for path in package.rglob("*/__init__.py")}
 

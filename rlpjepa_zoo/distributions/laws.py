@@ -1,30 +1,34 @@
-"""Generalized Gaussian and its rectification: the target law of the embeddings.
-
-Density of GN_p(mu, sigma):  f(x) = p^(1-1/p) / (2 sigma Gamma(1/p)) * exp(-|x - mu|^p / (p sigma^p)),  p > 0, sigma > 0.
-p = 1 is Laplace(mu, scale=sigma), p = 2 is Normal(mu, std=sigma); `scipy.stats.gennorm(p, loc=mu, scale=p**(1/p) * sigma)` is the same law.
-The rectified law is the law of Y = max(X, 0): an atom of mass P(X <= 0) at zero and the density f on (0, inf).
-
-Closed forms are computed in float64 whatever the dtype of the parameters, from the regularised incomplete gamma function
-(P or Q) of the small tail, so that they keep their relative precision at large negative mu.
-Source: arXiv 2602.01456, section 3 and appendices; the d(xi)-entropy and the moments were checked against quadrature.
-"""
+"""The two laws as `torch.distributions.Distribution`. Closed forms are computed in float64 whatever the dtype of the parameters."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import optimize, special
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-from torch.distributions.utils import broadcast_all
-from torch.special import gammainc, gammaincc
 
-__all__ = ["GeneralizedGaussian", "RectifiedGeneralizedGaussian", "mu_for_density", "sigma_gn", "sigma_rgn"]
+from . import standard
+
+__all__ = ["GeneralizedGaussian", "RectifiedGeneralizedGaussian"]
 
 Number = float | Tensor
+LARGEST = 1e300  # of |loc| / scale; a quotient of two float64 can overflow
+
+
+def _broadcast(**parameters: Number) -> list[Tensor]:
+    """Parameters as tensors of one shape and one floating dtype, to which all given tensors promote: integers become the default dtype."""
+    tensors = [x for x in parameters.values() if isinstance(x, Tensor)]
+    dtype, device = functools.reduce(torch.promote_types, [x.dtype for x in tensors]), tensors[0].device
+    if dtype.is_complex:
+        name = next(name for name, x in parameters.items() if isinstance(x, Tensor) and x.is_complex())
+        raise ValueError(f"{name}: expected real numbers, got a complex tensor")
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    given = (x.to(dtype) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=dtype, device=device) for x in parameters.values())
+    return list(torch.broadcast_tensors(*given))
 
 
 class GeneralizedGaussian(Distribution):
@@ -33,8 +37,9 @@ class GeneralizedGaussian(Distribution):
     Args:
         loc: mean mu, any real; scalar or tensor.
         scale: sigma > 0, same unit as `loc`; scalar or tensor. The variance is p^(2/p) sigma^2 Gamma(3/p) / Gamma(1/p).
-        p: shape > 0 (1 Laplace, 2 normal, < 1 heavier tails); scalar or tensor. The three broadcast together. Three Python numbers are
-            stored in float64, so that the closed forms lose nothing; samples then have torch's default dtype.
+        p: shape > 0 (1 Laplace, 2 normal, < 1 heavier tails); scalar or tensor. The three broadcast together, in the dtype to
+            which the tensors among them promote; integers become torch's default dtype. Three Python numbers are stored in float64, so that
+            the closed forms lose nothing; samples then have torch's default dtype.
         validate_args: check parameters and values unless False. None checks too, whatever torch's global default is: importing torch._dynamo
             (torch.compile) turns that default off.
 
@@ -54,10 +59,12 @@ class GeneralizedGaussian(Distribution):
     has_rsample = False
 
     def __init__(self, loc: Number, scale: Number, p: Number, validate_args: bool | None = None) -> None:
-        self._shape_is = float(p) if not isinstance(p, Tensor) or p.numel() == 1 else None  # one p for all elements has fast sampling paths
+        one = p.detach() if isinstance(p, Tensor) else p
+        # one p for all elements has fast sampling paths
+        self._shape_is = float(one) if not isinstance(one, Tensor) or one.numel() == 1 else None
         self._sample_dtype: torch.dtype | None = None
         if any(isinstance(x, Tensor) for x in (loc, scale, p)):
-            self.loc, self.scale, self.p = broadcast_all(loc, scale, p)
+            self.loc, self.scale, self.p = _broadcast(loc=loc, scale=scale, p=p)
         else:
             self.loc, self.scale, self.p = (torch.tensor(float(x), dtype=torch.float64) for x in (loc, scale, p))
             self._sample_dtype = torch.get_default_dtype()
@@ -76,11 +83,10 @@ class GeneralizedGaussian(Distribution):
         new._validate_args = self._validate_args
         return new
 
-    def _float64(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """loc, scale, p in float64, with a = loc/scale and t = |a|^p / p."""
+    def _float64(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """loc, scale, p and a = loc/scale in float64."""
         loc, scale, p = self.loc.double(), self.scale.double(), self.p.double()
-        a = loc / scale
-        return loc, scale, p, a, a.abs() ** p / p
+        return loc, scale, p, (loc / scale).clamp(-LARGEST, LARGEST)
 
     def _like(self, result: Tensor, value: Tensor | None = None) -> Tensor:
         """A float64 result in the dtype to which parameters (and value) promote."""
@@ -92,8 +98,8 @@ class GeneralizedGaussian(Distribution):
 
     @property
     def variance(self) -> Tensor:
-        _, scale, p, _, _ = self._float64()
-        return self._like(scale**2 * torch.exp(2 * p.log() / p + torch.lgamma(3 / p) - torch.lgamma(1 / p)))
+        _, scale, p, _ = self._float64()
+        return self._like(scale**2 * standard.variance(p))
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
@@ -128,29 +134,31 @@ class GeneralizedGaussian(Distribution):
         """Logarithm of the density (nats) with respect to Lebesgue measure; differentiable in value, loc and scale."""
         if self._validate_args:
             self._validate_sample(value)
-        p = self.p
-        norm = (1 - 1 / p) * p.log() - math.log(2) - self.scale.log() - torch.lgamma(1 / p)
-        return norm - ((value - self.loc) / self.scale).abs() ** p / p
+        loc, scale, p, dtype = self.loc, self.scale, self.p, torch.result_type(value, self.loc)
+        if dtype.itemsize < 4:  # half precision keeps two or three digits of a logarithm
+            loc, scale, p, value = loc.float(), scale.float(), p.float(), value.float()
+        norm = (1 - 1 / p) * p.log() - math.log(2) - scale.log() - torch.lgamma(1 / p)
+        return (norm - standard.abs_power((value - loc) / scale, p) / p).to(dtype)
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(X <= value), relatively precise in the left tail."""
         if self._validate_args:
             self._validate_sample(value)
-        loc, scale, p, _, _ = self._float64()
-        return self._like(_standard_cdf((value.double() - loc) / scale, p), value)
+        loc, scale, p, _ = self._float64()
+        return self._like(standard.partial_moment((value.double() - loc) / scale, p), value)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantile of a probability in [0, 1] (not differentiable; computed by scipy in float64)."""
-        loc, scale, p, _, _ = self._float64()
+        loc, scale, p, _ = self._float64()
         value = torch.as_tensor(value)
         q = value.double().to(loc.device)
         if self._validate_args and not ((q >= 0) & (q <= 1)).all():
             raise ValueError("icdf: expected probabilities in [0, 1]")
-        return self._like(loc + scale * _standard_icdf(q, p), value)
+        return self._like(loc + scale * standard.icdf(q, p), value)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats."""
-        _, scale, p, _, _ = self._float64()
+        _, scale, p, _ = self._float64()
         return self._like(_log_z(scale, p) + 1 / p)
 
 
@@ -174,31 +182,39 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
 
     @property
     def l0(self) -> Tensor:
-        _, _, p, a, _ = self._float64()
-        return self._like(_standard_cdf(a, p))
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """E[Y] and E[Y^2] in float64."""
-        loc, scale, p, a, t = self._float64()
-        active = _standard_cdf(a, p)
-        first = torch.exp(p.log() / p + torch.lgamma(2 / p) - torch.lgamma(1 / p)) * gammaincc(2 / p, t) / 2
-        second = torch.exp(2 * p.log() / p + torch.lgamma(3 / p) - torch.lgamma(1 / p)) / 2
-        upper = torch.where(loc > 0, 1 + gammainc(3 / p, t), gammaincc(3 / p, t))
-        return loc * active + scale * first, loc**2 * active + 2 * loc * scale * first + scale**2 * second * upper
+        _, _, p, a = self._float64()
+        return self._like(standard.partial_moment(a, p))
 
     @property
     def mean(self) -> Tensor:
-        return self._like(self._moments()[0])
+        loc, scale, p, a = self._float64()
+        return self._like(loc * standard.partial_moment(a, p) + scale * standard.partial_moment(a, p, 1))
+
+    def _unit_moments(self) -> tuple[Tensor, Tensor]:
+        """Variance and second moment of Y / scale.
+
+        For a > 0 they are those of X plus W = max(-X, 0), which is the law at -a: no difference of large squares is taken.
+        """
+        _, _, p, a = self._float64()
+        left = torch.where(a > 0, -a, a)
+        zeroth, first, second = (standard.partial_moment(left, p, k) for k in range(3))
+        mean, square = left * zeroth + first, left * zeroth * left + 2 * left * first + second
+        v = standard.variance(p)
+        return (
+            torch.where(a > 0, v - square + 2 * left * mean - mean**2, square - mean**2),
+            torch.where(a > 0, a**2 + v - square, square),
+        )
 
     @property
     def variance(self) -> Tensor:
-        mean, square = self._moments()
-        return self._like(square - mean**2)
+        scale = self.scale.double()
+        return self._like(scale * self._unit_moments()[0] * scale)
 
     @property
     def second_moment(self) -> Tensor:
         """E[Y^2], the value of RDMReg for an embedding that is zero everywhere."""
-        return self._like(self._moments()[1])
+        scale = self.scale.double()
+        return self._like(scale * self._unit_moments()[1] * scale)
 
     def sample(self, sample_shape: Any = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         return super().sample(sample_shape, generator).clamp_(min=0)
@@ -206,16 +222,15 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density with respect to (Lebesgue measure + point mass at 0): log f(y) for y > 0, log P(Y = 0) at 0, -inf below."""
         continuous = super().log_prob(value)
-        _, _, p, a, _ = self._float64()
-        atom = self._like(_standard_cdf(-a, p).log(), value)
+        _, _, p, a = self._float64()
+        atom = self._like(standard.log_cdf(-a, p), value)
         below = torch.full_like(continuous, -math.inf)
         return torch.where(value > 0, continuous, torch.where(value == 0, atom, below))
 
     def cdf(self, value: Tensor) -> Tensor:
         """P(Y <= value): zero below 0, a jump of 1 - l0 at 0."""
-        loc, scale, p, _, _ = self._float64()
-        below = self._like(_standard_cdf((value.double() - loc) / scale, p), value)
-        return torch.where(value < 0, torch.zeros_like(below), below)
+        inside = super().cdf(value.clamp(min=0) if isinstance(value, Tensor) else value)
+        return torch.where(value < 0, torch.zeros_like(inside), inside)
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantile: 0 up to probability 1 - l0, above it the quantile of X."""
@@ -223,117 +238,14 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
 
     def entropy(self) -> Tensor:
         """d(xi)-entropy in nats: binary entropy of the atom plus l0 times the differential entropy of the truncated part."""
-        _, scale, p, a, t = self._float64()
-        active, zero = _standard_cdf(a, p), _standard_cdf(-a, p)
-        edge = a / p * torch.exp((1 - 1 / p) * p.log() - math.log(2) - torch.lgamma(1 / p) - t)
-        # (1 - l0) ln(1 - l0); at negative mu 1 - l0 itself would round to 1
-        atom = torch.where(a < 0, torch.special.xlog1py(zero, -active), torch.special.xlogy(zero, zero))
+        _, scale, p, a = self._float64()
+        active, zero = standard.partial_moment(a, p), standard.partial_moment(-a, p)
+        power = standard.abs_power(a, p) / p
+        edge = a / p * torch.exp((1 - 1 / p) * p.log() - math.log(2) - torch.lgamma(1 / p) - power)
+        atom = zero * standard.log_cdf(-a, p).clamp(min=-LARGEST)  # 0 times a finite number where the atom underflows
         return self._like(active * (_log_z(scale, p) + 1 / p) - edge - atom)
-
-
-def _standard_cdf(a: Tensor, p: Tensor) -> Tensor:
-    """Distribution function of GN_p(0, 1), float64."""
-    t = a.abs() ** p / p
-    return torch.where(a > 0, 1 + gammainc(1 / p, t), gammaincc(1 / p, t)) / 2
-
-
-def _standard_icdf(q: Tensor, p: Tensor) -> Tensor:
-    """Quantile of GN_p(0, 1), float64; torch has no inverse of the incomplete gamma function."""
-    q_, p_ = np.broadcast_arrays(q.cpu().numpy(), p.detach().cpu().numpy())
-    tail = 2 * np.minimum(q_, 1 - q_)
-    size = (p_ * special.gammainccinv(1 / p_, tail)) ** (1 / p_)
-    return torch.as_tensor(np.where(q_ < 0.5, -size, size)).to(q.device)
 
 
 def _log_z(scale: Tensor, p: Tensor) -> Tensor:
     """ln of the normalising constant 2 sigma Gamma(1/p) p^(1/p - 1)."""
     return math.log(2) + scale.log() + torch.lgamma(1 / p) + (1 / p - 1) * p.log()
-
-
-def _positive(name: str, value: float) -> float:
-    value = float(value)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-    return value
-
-
-def sigma_gn(p: float) -> float:
-    """The scale that gives GN_p(mu, sigma) unit variance, before rectification: Gamma(1/p)^(1/2) / (p^(1/p) Gamma(3/p)^(1/2)).
-
-    Args:
-        p: shape > 0.
-
-    Returns:
-        sigma; it does not depend on mu.
-
-    Raises:
-        ValueError: `p` is not a finite positive number, or so small (below about 0.01) that sigma is no longer a float64.
-
-    Example:
-        >>> round(sigma_gn(1.0), 6), round(sigma_gn(2.0), 6)
-        (0.707107, 1.0)
-    """
-    p = _positive("p", p)
-    log_sigma = 0.5 * (math.lgamma(1 / p) - math.lgamma(3 / p)) - math.log(p) / p if p > 1e-300 else -math.inf
-    if not -700 < log_sigma < 700:
-        raise ValueError(f"p: {p} is too small; unit variance needs a scale outside the range of float64 (use p >= 0.01)")
-    return math.exp(log_sigma)
-
-
-def sigma_rgn(p: float, mu: float) -> float:
-    """The scale that gives RGN_p(mu, sigma) unit variance, *after* rectification (root of a function increasing in sigma).
-
-    With it, negative mu gives far denser codes than with `sigma_gn`: it is not a drop-in replacement.
-
-    Args:
-        p: shape > 0.
-        mu: location before rectification, finite.
-
-    Raises:
-        ValueError: a parameter out of range, or no root in float64.
-
-    Example:
-        >>> round(sigma_rgn(1.0, 0.0), 4)
-        1.1547
-    """
-    p, mu = _positive("p", p), float(mu)
-    if not math.isfinite(mu):
-        raise ValueError(f"mu: expected a finite number, got {mu}")
-
-    def excess(log_sigma: float) -> float:
-        law = RectifiedGeneralizedGaussian(torch.tensor(mu, dtype=torch.float64), math.exp(log_sigma), p, validate_args=False)
-        return float(law.variance) - 1.0
-
-    start = math.log(sigma_gn(p))
-    low, high = start - 1.0, start + 1.0
-    for _ in range(60):
-        if excess(low) > 0:
-            low -= 1.0
-        elif excess(high) < 0:
-            high += 1.0
-        else:
-            return math.exp(optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))
-    raise ValueError(f"sigma_rgn: no scale gives unit variance for p = {p}, mu = {mu}")
-
-
-def mu_for_density(density: float, p: float, scale: float | None = None) -> float:
-    """The location mu at which RGN_p(mu, scale) has the asked density P(Y > 0).
-
-    Args:
-        density: expected fraction of non-zeros, strictly between 0 and 1.
-        p: shape > 0.
-        scale: sigma > 0; `sigma_gn(p)` when None.
-
-    Raises:
-        ValueError: a parameter out of range.
-
-    Example:
-        >>> round(mu_for_density(0.1, 1.0), 3), round(mu_for_density(0.05, 2.0), 3)
-        (-1.138, -1.645)
-    """
-    density, p = float(density), _positive("p", p)
-    if not 0 < density < 1:
-        raise ValueError(f"density: expected a number strictly between 0 and 1, got {density}")
-    sigma = sigma_gn(p) if scale is None else _positive("scale", scale)
-    quantile = _standard_icdf(torch.tensor(density, dtype=torch.float64), torch.tensor(p, dtype=torch.float64))
-    return sigma * float(quantile)

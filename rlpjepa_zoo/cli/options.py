@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..text import printable
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe (see rlpjepa list --recipes), or a YAML file.")]
@@ -79,7 +80,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 def format_value(value: Any) -> str:
     """Format a value for people: four digits of a float, thousands separators of an integer, ``-`` for None."""
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        "-"
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else printable(value)
+    )
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:
@@ -93,15 +102,14 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table: fitted to the terminal, or with unlimited width and without colours if stdout is not a terminal."""
+    """Print a table: fitted to the terminal, or with unlimited width if stdout is not a terminal."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 10_000, force_terminal=terminal, highlight=False, markup=False)
+        table.add_row(*map(printable, row))
+    console = Console(width=None if sys.stdout.isatty() else 10_000, color_system=None, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))

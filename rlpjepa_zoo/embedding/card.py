@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..text import code, printable
 from .manifest import read_manifest
 from .parts import part_paths
 
@@ -61,19 +62,19 @@ def card(manifest: dict[str, Any], repo: str | None = None, license: str | None 
     limits = f"; at most {options['max_active']} values an image" if options["max_active"] else ""
     limits += f"; no values below {options['min_value']:g}" if options["min_value"] else ""
     return _CARD.format(
-        license=f"license: {license}\n" if license else "",
+        license=f"license: {printable(license)}\n" if license else "",
         rows=result["rows"],
         dim=result["dim"],
-        name=model["source"] + (f" at {model['revision']}" if model["revision"] else ""),
-        architecture=model["architecture"],
-        fingerprint=model["fingerprint"],
+        name=code(model["source"] + (f" at {model['revision']}" if model["revision"] else "")),
+        architecture=code(model["architecture"]),
+        fingerprint=code(model["fingerprint"]),
         density=result["density"],
         limits=limits,
         bytes=result["bytes"],
         ratio=result["bytes as dense float32"] / result["bytes"],
         failures=f" {result['skipped']:,} images could not be read (`failed.jsonl`)." if result["skipped"] else "",
-        values=options["values"] + (" times `scale` of the row" if options["values"] == "uint8" else ""),
-        columns="".join(f", `{column}`" for column in result["columns"]),
+        values=code(options["values"]) + (" times `scale` of the row" if options["values"] == "uint8" else ""),
+        columns="".join(f", `{code(column)}`" for column in result["columns"]),
         notes=f"\n{notes.strip()}\n" if notes else "",
         repo=repo or ".",
         download=_DOWNLOAD.format(repo=repo) if repo else "",

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..core.measures import measure_label, measures_of
 from ..core.source import ModelSource
 from ..errors import ModelError, UsageError
+from ..text import code, cut, markdown, printable, quoted
 from . import card_figures
 from .folder import snapshot_folder
 from .format import CARD, Published, is_card, pack
@@ -29,8 +30,7 @@ _ACCURACIES = ("knn", "linear", "one_shot")
 
 def files(model: Published) -> dict[str, bytes]:
     """The card and its figures: README.md, training.png if the run was recorded, accuracy.png if a curve was measured."""
-    info = model.info
-    figures = {}
+    info, figures = model.info, dict[str, bytes]()
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
         figures["training.png"] = card_figures.training(info["history"], theory)
@@ -198,8 +198,9 @@ def _template() -> Any:
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
+        keep_trailing_newline=True, finalize=lambda value: value if hasattr(value, "__html__") else markdown(value),
     )  # fmt: skip
+    environment.filters |= {"code": code, "quoted": quoted}
     return environment.get_template("card.md.j2")
 
 
@@ -244,7 +245,7 @@ def _front_matter(model: Published) -> str:
         unnamed = model.architecture if head is None else "classifier"
         title = unnamed if source.kind == "folder" else source.bare
         data["model-index"] = [{"name": title, "results": [entry]}]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return printable(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), keep="\n")
 
 
 def _evaluation(model: Published) -> dict[str, Any]:
@@ -282,7 +283,7 @@ def _encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[
     for name, other in (results.get("against") or {}).items():
         rows += _rows(other, kinds, f"{_cell(name)}: ")
     counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
-    note = "; ".join(text for text in (", ".join(counts), str(results.get("protocol", ""))) if text)
+    note = "; ".join(text for text in (", ".join(counts), markdown(results.get("protocol", ""))) if text)
     paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
     if curve := results.get("curve"):
         rows = []
@@ -308,7 +309,7 @@ def _classifier_results(results: dict[str, Any]) -> list[str]:
         f"|{space}{' | '.join(row)}{space}|" for row, space in ((cells, " "), (["---"] * len(cells), ""), (cells.values(), " "))
     )
     counts = f"n = {results.get('n_test', 0):,} held-out images; trained on n = {results.get('n_train', 0):,} labelled images"
-    return [table, f"{counts}; {results.get('protocol', 'one seed')}."]
+    return [table, f"{counts}; {markdown(results.get('protocol', 'one seed'))}."]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -318,7 +319,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Free text as code, so that it stays in its cell and is not read as markup."""
-    return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
+    return f"`{cut(code(' '.join(text.split())), 100)}`"
 
 
 def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:

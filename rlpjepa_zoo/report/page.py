@@ -11,6 +11,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
+from ..text import printable
 from .charts import Chart
 
 __all__ = [
@@ -112,7 +113,7 @@ def render(header: Header, sections: Sequence[Section], origin: Origin) -> str:
 def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("rlpjepa_zoo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
+        keep_trailing_newline=True, finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
     )  # fmt: skip
     environment.filters["unbroken"] = _unbroken
     return environment.get_template("report.html.j2")

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..config.pretrain import Recipe
 from ..core import distributed, files
 from ..errors import DataError, OutputError, UsageError
+from ..text import printable
 
 __all__ = ["BadImages", "RunFiles", "RunLog", "history", "is_number", "read_metrics", "read_run", "run_id"]
 
@@ -87,7 +88,9 @@ class RunLog:
 
     def progress_bar(self, title: str, done: int, total: int, hidden: bool) -> Any:
         """A context with a progress bar on stderr that counts images."""
-        self.bar = tqdm(total=total, initial=done, unit="image", unit_scale=True, desc=title, disable=hidden, mininterval=0.5)
+        self.bar = tqdm(
+            total=total, initial=done, unit="image", unit_scale=True, desc=printable(title, 40), disable=hidden, mininterval=0.5
+        )
         return self.bar
 
     def row(self, values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..core.schema import Section
+from ..core.schema import Section, Seed
 from ..core.source import ModelSource
 from ..errors import UsageError
 from ..objectives import OBJECTIVES
@@ -31,7 +31,8 @@ DEFAULT_OBJECTIVE = "rectified_lpjepa"
 
 def _options_class(values: Mapping[str, Any]) -> type[Options]:
     """The `Options` of the objective that a section names."""
-    return OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+    name = values.get("name", DEFAULT_OBJECTIVE)
+    return OBJECTIVES[name if isinstance(name, str) else repr(name)].Options
 
 
 def _objective_options(values: Any) -> Any:
@@ -67,7 +68,7 @@ class Recipe(Plan):
 
     name: str
     """Name of the run, used in logs and on cards."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of all random draws of the run."""
     data: Data
     views: Views = Views()
@@ -91,14 +92,6 @@ class Recipe(Plan):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
-        if self.optim.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
-        sizes = {"data.image_size": self.data.image_size} | ({"views.local.size": self.views.local.size} if self.views.local else {})
-        for name, size in sizes.items():
-            if self.views.blur and size < 7:
-                raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self._check_frozen_backbone()
         self._check_objective()
         return self

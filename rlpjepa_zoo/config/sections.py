@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
 
 
+ImageSize = Annotated[int, Field(ge=1, le=4096)]
+
 SOURCE_KEYS: dict[str, set[str]] = {
     "digits": set(),
     "torchvision": {"name", "path", "download", "split", "eval_split"},
@@ -61,7 +63,7 @@ class Data(Section):
     evaluation images. 0 keeps none."""
     limit: Count | None = None
     """Number of training images to use, drawn at random by the seed of the run; null uses all."""
-    image_size: Count = 32
+    image_size: ImageSize = 32
     """Height and width of the input of the backbone, in pixels."""
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     """Mean of each channel for normalisation, on the 0..1 scale."""
@@ -102,7 +104,7 @@ class Local(Section):
 
     count: Annotated[int, Field(ge=1, le=32)]
     """Number of local views of each image."""
-    size: Count
+    size: ImageSize
     """Height and width in pixels. A ViT needs encoder.args.dynamic_img_size=true to accept a second size."""
     crop_scale: tuple[Positive, Positive] = (0.05, 0.3)
     """Smallest and largest share of the image area that a random resized crop takes."""

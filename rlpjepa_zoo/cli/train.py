@@ -16,6 +16,7 @@ from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, 
 if TYPE_CHECKING:
     from ..config.finetune import TuningRecipe
     from ..config.pretrain import Recipe
+    from ..training.tasks.task import Task
 
 
 def demo(
@@ -32,14 +33,17 @@ def demo(
 
 
 def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Validate a recipe and print it in full, with the density of its target and the number of parameters. Trains nothing."""
+    """Validate a recipe as a run would, and print it in full, with derived numbers. Trains and downloads nothing.
+
+    Images on this machine are opened; those that may have to be downloaded are not.
+    """
     from ..config.finetune import TuningRecipe, load_any
 
     resolved = load_any(recipe, overrides or [])
     if isinstance(resolved, TuningRecipe):
         resolved, facts = _tuning_facts(resolved)
     else:
-        facts = _pretraining_facts(resolved)
+        resolved, facts = _pretraining_facts(resolved)
     if as_json:
         print_values({**facts, "recipe": resolved.model_dump(mode="json")}, True)
         return
@@ -94,17 +98,17 @@ def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: b
         distributed.shut_down()
 
 
-def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return derived numbers of a recipe. Builds the encoder on the meta device and passes one batch of the right size through it."""
+def _pretraining_facts(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe and derived numbers. Sets the task up as a run does, with the encoder on the meta device."""
     import torch
 
-    from ..training.tasks.encoders import build_encoder, preprocessing_warnings
-    from ..training.tasks.pretrain import build_objective
+    from ..training.tasks.encoders import preprocessing_warnings
+    from ..training.tasks.pretrain import PretrainTask, build_objective
 
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
+    task = PretrainTask(without_weights)
+    images, encoder, side = _set_up(task, "meta"), task.core, recipe.data.image_size
     with torch.device("meta"):
-        encoder = build_encoder(without_weights)
-        side = recipe.data.image_size
         try:
             encoder.eval()(torch.empty(2, 3, side, side))
         except Exception as error:
@@ -116,25 +120,48 @@ def _pretraining_facts(recipe: Recipe) -> dict[str, Any]:
         mu, sigma = recipe.target.law()
         facts["target"] = f"rectified generalized Gaussian, p = {recipe.target.p:g}, mu = {mu:.6g}, sigma = {sigma:.6g}"
         facts["expected density"] = recipe.target.density_in_theory()
-    return facts | {
+    return recipe, facts | {
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "parameters, projector": sum(p.numel() for p in encoder.projector.parameters()),
         "features": encoder.config.features,
         "peak learning rate": recipe.lr,
         "objective": build_objective(recipe).describe(),
+        **images,
     }
 
 
 def _tuning_facts(recipe: TuningRecipe) -> tuple[TuningRecipe, dict[str, Any]]:
-    """Load the encoder that a recipe starts from; return the recipe with the preprocessing of that encoder, and derived numbers."""
-    import dataclasses
+    """Return the recipe with the preprocessing of the encoder that it starts from, and derived numbers. Sets the task up as a run does."""
+    from ..training.tasks.finetune import FinetuneTask
 
-    from ..training.tasks.encoders import start_encoder
-
-    encoder = start_encoder(recipe.start, recipe.seed)
-    return recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess)), {
+    task = FinetuneTask(recipe)
+    images = _set_up(task)
+    encoder = task.encoder
+    return task.recipe, {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",
         "peak learning rate": recipe.lr,
+        **images,
     }
+
+
+def _set_up(task: Task, device: str = "cpu") -> dict[str, Any]:
+    """Set a task up with its images, as a run does, and return their numbers. Images that would have to be downloaded are left out."""
+    import torch
+
+    from ..data.loader import steps_of_an_epoch
+    from ..data.sources import open_source
+    from ..training.setup import check_trackers
+
+    recipe = task.recipe
+    check_trackers(recipe.train.trackers)
+    source = None if recipe.data.is_remote else open_source(recipe.data, recipe.seed)
+    with torch.device(device):
+        if source is None:
+            task.set_up_core()
+            return {"images": "not opened, as they may have to be downloaded"}
+        task.setup(source)
+    steps_of_an_epoch(task.source, task.recipe)
+    evaluation = 0 if task.source.eval is None else len(task.source.eval)
+    return {"training images": task.source.length, "evaluation images": evaluation, "steps": task.recipe.steps(task.source.length)[0]}

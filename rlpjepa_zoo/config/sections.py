@@ -92,6 +92,11 @@ class Data(Section):
             raise ValueError("data.cache_gb: has no meaning with data.streaming=true; remove it")
         return self
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether opening the images may download them."""
+        return (self.source == "torchvision" and self.download) or (self.source == "hf" and self.path is None)
+
     def label(self) -> str:
         """Name of the data set on cards."""
         if self.path is not None and self.name:
@@ -196,9 +201,9 @@ class Encoder(Section):
     views.count of them in every step. Null encodes new views in every step."""
     dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     """Dimension of the embedding z."""
-    hidden_dim: Count = 512
+    hidden_dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     """Width of the hidden layers of the projector."""
-    projector_depth: Count = 3
+    projector_depth: Annotated[int, Field(ge=1, le=64)] = 3
     """Number of linear layers of the projector; 1 is a single linear layer and the ReLU."""
 
 

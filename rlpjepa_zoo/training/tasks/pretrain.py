@@ -87,6 +87,9 @@ class PretrainTask(Task):
         if best in ("knn_z", "knn_features") and not has_labels(source):
             raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
         self.source = source
+        self.set_up_core()
+
+    def set_up_core(self) -> None:
         self.core = build_encoder(self.recipe)
 
     def module(self) -> nn.Module:

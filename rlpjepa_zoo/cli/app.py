@@ -15,6 +15,7 @@ import typer
 
 from ..errors import OutputError, UsageError, ZooError
 from . import embed, evaluate, hub, train
+from .options import with_imports
 from .terminal import ReaderGone, results_on_stdout, set_up, show_error, show_traceback
 
 app = typer.Typer(
@@ -24,17 +25,17 @@ app = typer.Typer(
 )  # fmt: skip
 for function, name in (
     (train.demo, "demo"),
-    (train.check, "check"),
-    (train.train, "train"),
-    (train.finetune, "finetune"),
-    (embed.embed, "embed"),
-    (embed.dial, "dial"),
-    (evaluate.evaluate, "eval"),
-    (evaluate.report, "report"),
+    (with_imports(train.check), "check"),
+    (with_imports(train.train), "train"),
+    (with_imports(train.finetune), "finetune"),
+    (with_imports(embed.embed), "embed"),
+    (with_imports(embed.dial), "dial"),
+    (with_imports(evaluate.evaluate), "eval"),
+    (with_imports(evaluate.report), "report"),
     (hub.list_, "list"),
-    (hub.card, "card"),
-    (hub.push, "push"),
-    (hub.export, "export"),
+    (with_imports(hub.card), "card"),
+    (with_imports(hub.push), "push"),
+    (with_imports(hub.export), "export"),
     (evaluate.bench, "bench"),
 ):
     app.command(name=name)(function)

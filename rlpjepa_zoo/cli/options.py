@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +30,31 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence of the weights on the card, such as apache-2.0.")]
 Notes = Annotated[Path | None, typer.Option(help="Markdown file with your own text for the card.")]
+
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Module to import first, for backbones or objectives of yours that it registers."),
+]
+
+
+def with_imports(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option --import, which may be repeated."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def importing(*, imports: list[str] | None = None, **options: Any) -> None:
+        from ..core.package import import_user_module
+
+        for module in imports or []:
+            import_user_module(module)
+        command(**options)
+
+    option = inspect.Parameter("imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Imports)
+    parameters = [*signature.parameters.values(), option]
+    importing.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    importing.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return importing
 
 
 def choose_device(asked: str | None) -> str:

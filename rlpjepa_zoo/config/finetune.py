@@ -12,8 +12,7 @@ from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Sec
 from ..core.source import ModelSource
 from ..errors import RecipeError
 from .base import OneOf, parse_scalars
-from .load import read_text, read_yaml
-from .plan import Plan, kind_of
+from .plan import Plan, command_of
 from .pretrain import Recipe
 from .sections import Data, ImageSize, Views
 from .training_sections import OPTIMIZER_KEYS, Hub, Optim, Train
@@ -221,6 +220,5 @@ class TuningRecipe(Plan):
 
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | TuningRecipe:
     """Read a recipe of any kind, told by its sections; arguments and errors as for `Recipe.load`."""
-    text = read_text(source)
-    kind: type[Recipe | TuningRecipe] = TuningRecipe if kind_of(read_yaml(text, str(source))) == TuningRecipe.kind else Recipe
-    return kind.parse(text, overrides, where=str(source))
+    kind: type[Recipe | TuningRecipe] = TuningRecipe if command_of(source) == TuningRecipe.kind else Recipe
+    return kind.load(source, overrides)

@@ -16,7 +16,7 @@ from .load import override, read_text, read_yaml, write_yaml
 from .sections import Data, Views
 from .training_sections import Hub, Optim, Train
 
-__all__ = ["KINDS", "Plan", "data_section", "kind_of"]
+__all__ = ["KINDS", "Plan", "command_of", "data_section", "kind_of"]
 
 KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
 """Commands that take a recipe, and the sections that only their recipes have."""
@@ -25,6 +25,11 @@ KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("sta
 def kind_of(values: dict[str, Any]) -> str:
     """Return the command that a recipe is for, told by its sections."""
     return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
+
+
+def command_of(source: str | Path) -> str:
+    """Return the command that a recipe is for, from its sections alone; `source` as for `Plan.load`."""
+    return kind_of(read_yaml(read_text(source), str(source)))
 
 
 class Plan(Section):

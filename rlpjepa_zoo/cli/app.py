@@ -108,6 +108,7 @@ def run(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of `rlpjepa`: configure output, run the command line, exit with its code."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our log reports its retries, one line each
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that `bench` uses logs each start on stderr
     set_up()
     if "--quiet" in sys.argv or "--json" in sys.argv or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

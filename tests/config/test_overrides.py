@@ -1,7 +1,7 @@
 """Overrides: the text after `=` is the value as it was typed; the type of the key decides what it means."""
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlpjepa_zoo.config.finetune import TuningRecipe
@@ -18,33 +18,40 @@ TYPED = [
 ANY = st.text(st.characters(exclude_categories=()))
 
 
-def checked(key: str, text: str) -> None:
-    """The text arrives unchanged, also after the recipe is written and read; or it is refused."""
-    for kind, name in ((Recipe, "folder-resnet18"), (TuningRecipe, "finetune-folder")):
-        try:
-            recipe = kind.load(name, [f"{key}={text}"])
-        except RecipeError as error:
-            assert key in str(error) or key.partition(".")[0] in ("encoder", "start"), error
-            continue
-        assert recipe.flat()[key] == (None if text in ("", "null") else text)
-        assert kind.parse(recipe.dump()) == recipe and kind.parse(recipe.dump()).dump() == recipe.dump()
+BASE = """\
+name: base
+data: {source: folder}
+optim: {lr: 1e-3, warmup_epochs: 1}
+train: {epochs: 10}
+"""
+RECIPES = (
+    (Recipe, BASE + "encoder: {backbone: test_resnet, dim: 32}\ntarget: {mu: 0.0}\n"),
+    (TuningRecipe, BASE + "start: {source: test_resnet.digits}\n"),
+)
 
 
-@pytest.mark.parametrize("text", TYPED)
 @pytest.mark.parametrize("key", ["name", "data.path", "data.eval_split"])
-def test_text_arrives_as_typed(key: str, text: str) -> None:
-    for kind, name in ((Recipe, "folder-resnet18"), (TuningRecipe, "finetune-folder")):
-        recipe = kind.load(name, [f"{key}={text}"])
+def test_text_arrives_as_typed(key: str) -> None:
+    for i, text in enumerate(TYPED):
+        kind, base = RECIPES[i % 2]
+        recipe = kind.parse(base, [f"{key}={text}"])
         assert recipe.flat()[key] == text and kind.parse(recipe.dump()) == recipe
-    assert data_section({"source": "folder"}, [f"data.path={text}"]).path == text
+        assert data_section({"source": "folder"}, [f"data.path={text}"]).path == text
 
 
+@settings(max_examples=100)
 @given(
     st.sampled_from(["name", "data.path", "data.split", "encoder.backbone", "start.source", "hub.repo", "hub.license", "optim.name"]), ANY
 )
 @example("data.path", "null")
 def test_any_text_arrives_unchanged_or_is_refused(key: str, text: str) -> None:
-    checked(key, text)
+    for kind, base in RECIPES:
+        try:
+            recipe = kind.parse(base, [f"{key}={text}"])
+        except RecipeError:
+            continue
+        assert recipe.flat()[key] == (None if text in ("", "null") else text)
+        assert kind.parse(recipe.dump()) == recipe and kind.parse(recipe.dump()).dump() == recipe.dump()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_type_of_the_key_decides(override: str, value: object) -> None:
 @pytest.mark.parametrize(
     "override",
     ["train.epochs=3 # three", "train.epochs='3'", "train.epochs=[3]", "data.mean=[1, 2, 3] # x", "data.mean=1,2,3", "train.trackers=[a #b, c]", "seed=" + "9" * 400]
-    + ["train.trackers=" + "[" * 60_000, "encoder.args=" + "[" * 60_000, "views.zoom=[*a, 1]"],
+    + ["train.trackers=" + "[" * 3000, "encoder.args=" + "[" * 3000, "views.zoom=[*a, 1]"],
 )  # fmt: skip
 def test_what_does_not_fit_the_type_is_refused(override: str) -> None:
     with pytest.raises(RecipeError):

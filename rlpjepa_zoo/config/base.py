@@ -17,6 +17,10 @@ from ..errors import did_you_mean
 __all__ = ["OneOf", "Plain", "holds_text", "parse_scalars", "section_at"]
 
 
+_LONGEST_NUMBER = 400
+"""Longer scalars of a free-form mapping are text."""
+
+
 class Plain(str):
     """A scalar without quotes, as `rlpjepa_zoo.config.load` reads it: text that may stand for a number. Quoted scalars are plain `str`."""
 
@@ -34,7 +38,7 @@ def parse_scalars(value: Any) -> Any:
         with suppress(yaml.YAMLError, ValueError, RecursionError):
             if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
                 return float(value)
-            node = yaml.compose(value, yaml.SafeLoader)
+            node = yaml.compose(value, yaml.SafeLoader) if len(value) <= _LONGEST_NUMBER else None
             if isinstance(node, yaml.ScalarNode) and node.value == value:  # else it has quotes or a comment
                 number = yaml.safe_load(value)
                 return number if isinstance(number, int | float | None) else str(value)

@@ -39,7 +39,7 @@ def test_text_arrives_as_typed(key: str) -> None:
         assert data_section({"source": "folder"}, [f"data.path={text}"]).path == text
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     st.sampled_from(["name", "data.path", "data.split", "encoder.backbone", "start.source", "hub.repo", "hub.license", "optim.name"]), ANY
 )

@@ -1,12 +1,14 @@
 """Errors that a user can cause, and their exit codes on the command line.
 
-Every message is one line: what was given, what was expected, how to fix it.
+Every message is one line of at most 500 printable characters: what was given, what was expected, how to fix it.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from .text import LINE, printable
 
 
 class ZooError(Exception):
@@ -15,7 +17,7 @@ class ZooError(Exception):
     exit_code = 70
 
     def __str__(self) -> str:
-        return "\\n".join(super().__str__().splitlines())  # file names may contain line breaks
+        return printable(super().__str__(), LINE)  # it may quote names of files, and other errors
 
 
 class UsageError(ZooError, ValueError):

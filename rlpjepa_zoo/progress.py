@@ -7,6 +7,8 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
+from .text import printable
+
 __all__ = ["progress_bar"]
 
 _SECONDS = {True: 0.5, False: 30.0}
@@ -42,6 +44,6 @@ def progress_bar(title: str, total: int | None, *, hidden: bool = False, unit: s
     redrawn = notebook or sys.stderr.isatty()
     seconds = _SECONDS[redrawn]
     return tqdm(
-        total=total, initial=done, unit=unit, unit_scale=(total or 0) > 9999, desc=title, disable=hidden, leave=leave,
+        total=total, initial=done, unit=unit, unit_scale=(total or 0) > 9999, desc=printable(title, 40), disable=hidden, leave=leave,
         file=None if redrawn else _Lines(sys.stderr), mininterval=seconds, maxinterval=max(10.0, 2 * seconds),
     )  # fmt: skip

@@ -23,6 +23,7 @@ ORDER = [
     {"ops"},
     {"core"},
     {"distributions", "errors", "moved", "progress"},
+    {"text"},
 ]
 """Rooms from top to bottom. A room imports from the rooms below it and from itself; rooms in one row do not import each other."""
 

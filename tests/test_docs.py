@@ -131,7 +131,8 @@ def test_commands_of_the_pages_run_or_are_valid(
             options = words[2 : words.index("--out")]
             (Recipe if words[0] == "train" else TuningRecipe).load(words[1], options)
         else:
-            more = {"embed": ["--quiet"], "eval": ["--quiet", "--seeds", "1", "--limit", "200"]}.get(words[0], [])
+            quick = {"embed": ["--quiet"], "eval": ["--quiet", "--seeds", "1", "--limit", "200"], "check": ["train.batch_size=2"]}
+            more = quick.get(words[0], [])
             assert cli.run([*words, *more]) == 0, (line, capsys.readouterr().err)
     pushed = [entry.title for entry in hub_server.log("you/photos-sparse")]  # README.md pushes, docs/hub.md pushes with new results
     assert pushed == ["Update sparse encoder", "Upload sparse encoder", "initial commit"]

@@ -5,16 +5,18 @@ Commands import what they need when they run, so `--help` answers within half a 
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import sys
 import threading
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import OutputError, ZooError
+from ..errors import OutputError, UsageError, ZooError
 from . import embed, evaluate, hub, train
+from .options import with_imports
+from .terminal import ReaderGone, results_on_stdout, set_up, show_error, show_traceback
 
 app = typer.Typer(
     name="rlpjepa", help="Sparse, non-negative image embeddings of a density you choose (Rectified LpJEPA on timm).",
@@ -23,22 +25,24 @@ app = typer.Typer(
 )  # fmt: skip
 for function, name in (
     (train.demo, "demo"),
-    (train.check, "check"),
-    (train.train, "train"),
-    (train.finetune, "finetune"),
-    (embed.embed, "embed"),
-    (embed.dial, "dial"),
-    (evaluate.predict, "predict"),
-    (evaluate.evaluate, "eval"),
-    (evaluate.report, "report"),
+    (with_imports(train.check), "check"),
+    (with_imports(train.train), "train"),
+    (with_imports(train.finetune), "finetune"),
+    (with_imports(embed.embed), "embed"),
+    (with_imports(embed.dial), "dial"),
+    (with_imports(evaluate.predict), "predict"),
+    (with_imports(evaluate.evaluate), "eval"),
+    (with_imports(evaluate.report), "report"),
     (hub.list_, "list"),
-    (hub.card, "card"),
-    (hub.push, "push"),
-    (hub.export, "export"),
+    (with_imports(hub.card), "card"),
+    (with_imports(hub.push), "push"),
+    (with_imports(hub.export), "export"),
     (evaluate.bench, "bench"),
 ):
     app.command(name=name)(function)
 app.add_typer(hub.zoo_app, name="zoo")
+
+_ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _print_version(asked: bool) -> None:
@@ -57,58 +61,58 @@ def _root(
     pass
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+def _invoke(arguments: list[str]) -> int:
+    """Run one command line without error handling. click's own `main` would end a process whose pipe was closed with exit code 1."""
+    command = typer.main.get_command(app)
+    with results_on_stdout():
+        try:
+            with command.make_context("rlpjepa", [*arguments]) as context:
+                command.invoke(context)
+        except typer.Exit as end:
+            return end.exit_code
+        except _ClickError as error:
+            if type(error).__name__ != "NoArgsIsHelpError":
+                raise
+            print(error.format_message())
+            return UsageError.exit_code
+        return 0
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code (see `rlpjepa_zoo.errors`)."""
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
-    click_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
-        outcome = typer.main.get_command(app).main(arguments, prog_name="rlpjepa", standalone_mode=False)
-        sys.stdout.flush()
-        if outcome == 130:  # typer returns this for Ctrl-C
-            raise KeyboardInterrupt
-        return outcome if isinstance(outcome, int) else 0
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe; print nothing more at exit
+        return _invoke([a for a in arguments if a != "--debug"])
+    except (KeyboardInterrupt, typer.Abort):
+        show_error("interrupted")
+        return 130
+    except ReaderGone:
         return 141
     except Exception as error:
-        if debug and not isinstance(error, click_error):
+        if isinstance(error, _ClickError):
+            command = error.ctx.command_path if getattr(error, "ctx", None) else "rlpjepa"
+            show_error(error.format_message(), f"see {command} --help")
+            return UsageError.exit_code
+        if debug:
             raise
         if isinstance(error, ZooError):
-            return _fail(str(error), error.exit_code)
-        if isinstance(error, click_error):
-            if type(error).__name__ == "NoArgsIsHelpError":
-                print(error.format_message())  # type: ignore[attr-defined]
-                return 2
-            return _fail(f"{error.format_message()} (see rlpjepa --help)", 2)  # type: ignore[attr-defined]
-        if type(error).__name__ == "Abort":
-            return _fail("interrupted", 130)
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-            return _fail(f"{error.filename or 'output'}: disk full", OutputError.exit_code)
-        import traceback
-
-        traceback.print_exc()
-        return _fail(f"{type(error).__name__}: {error}; this is a bug of rlpjepa_zoo, please report it with the lines above", 70)
+            show_error(str(error))
+            return error.exit_code
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            show_error(f"{error.filename or 'output'}: disk full")
+            return OutputError.exit_code
+        show_traceback()
+        show_error(f"{type(error).__name__}: {error}", "this is a bug of rlpjepa_zoo, please report it with the lines above")
+        return ZooError.exit_code
 
 
 def main() -> None:
-    """Entry point of `rlpjepa`: configure logging, run the command line, exit with its code."""
+    """Entry point of `rlpjepa`: configure output, run the command line, exit with its code."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our log reports its retries, one line each
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that `bench` uses logs each start on stderr
+    set_up()
     if "--quiet" in sys.argv or "--json" in sys.argv or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("rlpjepa_zoo")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    log.propagate = False
     code = run(sys.argv[1:])
     if any(thread.name == hub.PUSH_THREAD for thread in threading.enumerate()):
         # The Hub does not answer. A normal exit would wait for the threads of its client.

@@ -58,9 +58,10 @@ def list_(
         import fnmatch
 
         from ..config.load import list_recipes
+        from ..config.plan import command_of
 
         names = fnmatch.filter(list_recipes(), pattern)
-        print(json.dumps(names) if as_json else "\n".join(names))
+        print(json.dumps(names) if as_json else "\n".join(f"{name:28}rlpjepa {command_of(name)}" for name in names))
         return
     rows = [{"name": name, **zoo.entry(name)} for name in zoo.list_encoders(pattern)]
     if as_json:

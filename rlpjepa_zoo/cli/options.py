@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import UsageError
+from ..text import printable
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe (see rlpjepa list --recipes), or a YAML file.")]
@@ -33,6 +37,31 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence of the weights on the card, such as apache-2.0.")]
 Notes = Annotated[Path | None, typer.Option(help="Markdown file with your own text for the card.")]
+
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Module to import first, for backbones or objectives of yours that it registers."),
+]
+
+
+def with_imports(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option --import, which may be repeated."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def importing(*, imports: list[str] | None = None, **options: Any) -> None:
+        from ..core.package import import_user_module
+
+        for module in imports or []:
+            import_user_module(module)
+        command(**options)
+
+    option = inspect.Parameter("imports", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Imports)
+    parameters = [*signature.parameters.values(), option]
+    importing.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    importing.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return importing
 
 
 def choose_device(asked: str | None) -> str:
@@ -96,7 +125,15 @@ def list_failures(out: Path, failures: list[tuple[Any, str]], read: int) -> None
 
 def format_value(value: Any) -> str:
     """Format a value for people: four digits of a float, thousands separators of an integer, ``-`` for None."""
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        "-"
+        if value is None
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else printable(value)
+    )
 
 
 def print_values(values: dict[str, Any], as_json: bool) -> None:
@@ -110,15 +147,14 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table: fitted to the terminal, or with unlimited width and without colours if stdout is not a terminal."""
+    """Print a table: fitted to the terminal, or with unlimited width if stdout is not a terminal."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
-    terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 10_000, force_terminal=terminal, highlight=False, markup=False)
+        table.add_row(*map(printable, row))
+    console = Console(width=None if sys.stdout.isatty() else 10_000, color_system=None, highlight=False, markup=False)
     with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))

@@ -15,6 +15,7 @@ from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, 
 if TYPE_CHECKING:
     from ..config.finetune import TuningRecipe
     from ..config.pretrain import Recipe
+    from ..training.tasks.task import Task
 
 
 def demo(
@@ -31,7 +32,10 @@ def demo(
 
 
 def check(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Validate a recipe and print it in full, with the density of its target and the number of parameters. Trains nothing."""
+    """Validate a recipe as a run would, and print it in full, with derived numbers. Trains and downloads nothing.
+
+    Images on this machine are opened; those that may have to be downloaded are not.
+    """
     from ..config.finetune import TuningRecipe, load_any
 
     resolved = load_any(recipe, overrides or [])
@@ -96,16 +100,14 @@ def _run_and_print(artifact: str, out: Path, run: Callable[[], Path], as_json: b
 
 
 def _pretraining_facts(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe with the preprocessing of its backbone, and derived numbers. Builds the encoder on the meta device."""
-    import torch
-
-    from ..training.tasks.encoders import build_encoder, preprocessing_warnings, with_backbone_preprocess
-    from ..training.tasks.pretrain import build_objective
+    """Return the recipe with the preprocessing of its backbone, and derived numbers. Sets the task up as a run does, on the meta device."""
+    from ..training.tasks.encoders import preprocessing_warnings, with_backbone_preprocess
+    from ..training.tasks.pretrain import PretrainTask, build_objective
 
     recipe = with_backbone_preprocess(recipe)
     without_weights = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
-    with torch.device("meta"):
-        encoder = build_encoder(without_weights)
+    task = PretrainTask(without_weights)
+    images, encoder = _set_up(task, "meta"), task.core
     for sentence in preprocessing_warnings(recipe, encoder):
         logging.getLogger("rlpjepa_zoo").warning("%s", sentence)
     facts: dict[str, Any] = {}
@@ -119,21 +121,42 @@ def _pretraining_facts(recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
         "features": encoder.config.features,
         "peak learning rate": recipe.lr,
         "objective": build_objective(recipe).describe(),
+        **images,
     }
 
 
 def _tuning_facts(recipe: TuningRecipe) -> tuple[TuningRecipe, dict[str, Any]]:
-    """Load the encoder that a recipe starts from; return the recipe with the preprocessing of that encoder, and derived numbers."""
-    import dataclasses
+    """Return the recipe with the preprocessing of the encoder that it starts from, and derived numbers. Sets the task up as a run does."""
+    from ..training.tasks.finetune import FinetuneTask
 
-    from ..training.tasks.encoders import check_sizes, start_encoder
-
-    encoder = start_encoder(recipe.start, recipe.seed)
-    recipe = recipe.with_preprocess(dataclasses.asdict(encoder.config.preprocess))
-    check_sizes(encoder, {"data.image_size": recipe.data.image_size}, "start.args" if recipe.start.of_timm else None)
-    return recipe, {
+    task = FinetuneTask(recipe)
+    images = _set_up(task)
+    encoder = task.encoder
+    return task.recipe, {
         "starts from": f"{encoder.config.architecture}{', fresh weights' if recipe.start.random else ''}",
         "parameters, backbone": sum(p.numel() for p in encoder.backbone.parameters()),
         "classifies": f"{recipe.start.input} ({encoder.config.features if recipe.start.input == 'features' else encoder.config.dim})",
         "peak learning rate": recipe.lr,
+        **images,
     }
+
+
+def _set_up(task: Task, device: str = "cpu") -> dict[str, Any]:
+    """Set a task up with its images, as a run does, and return their numbers. Images that would have to be downloaded are left out."""
+    import torch
+
+    from ..data.loader import steps_of_an_epoch
+    from ..data.sources import open_source
+    from ..training.setup import check_trackers
+
+    recipe = task.recipe
+    check_trackers(recipe.train.trackers)
+    source = None if recipe.data.is_remote else open_source(recipe.data, recipe.seed)
+    with torch.device(device):
+        if source is None:
+            task.set_up_core()
+            return {"images": "not opened, as they may have to be downloaded"}
+        task.setup(source)
+    steps_of_an_epoch(task.source, task.recipe)
+    evaluation = 0 if task.source.eval is None else len(task.source.eval)
+    return {"training images": task.source.length, "evaluation images": evaluation, "steps": task.recipe.steps(task.source.length)[0]}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from ..errors import did_you_mean
+from .base import section_at
 
 __all__ = ["explain"]
 
@@ -34,10 +34,7 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         if "accum" in location[-1]:
             return f"{name}: {_ACCUMULATION}"
-        section: Any = recipe
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-            section = next((kind for kind in get_args(section) if kind is not type(None)), section)  # an optional section
+        section = section_at(recipe, location[:-1]) or recipe
         hint = did_you_mean(location[-1], section.model_fields) or f" Known keys: {', '.join(section.model_fields)}"
         return f"{name}: unknown key.{hint}{more}"
     if first["type"] == "missing":

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Section
+from ..core.schema import Count, Finite, NonNegative, Positive, Probability, Section, Seed
 from ..core.source import ModelSource
 from .base import OneOf, parse_scalars
-from .load import overrides_of, read_text, read_yaml
-from .plan import Plan, kind_of
+from .load import overrides_of
+from .plan import Plan, command_of
 from .pretrain import Recipe
-from .sections import Data, Views
+from .sections import Data, ImageSize, Views
 from .training_sections import OPTIMIZER_KEYS, Hub, Optim, Train
 
 __all__ = ["Lora", "Start", "TuningRecipe", "load_any"]
@@ -23,7 +23,7 @@ __all__ = ["Lora", "Start", "TuningRecipe", "load_any"]
 class TuningData(Data):
     """Labelled images; images without a label are left out. Preprocessing keys that are null take the value of the starting encoder."""
 
-    image_size: Count | None = None  # type: ignore[assignment]
+    image_size: ImageSize | None = None  # type: ignore[assignment]
     """Height and width of the input of the backbone, in pixels; null takes those of the encoder."""
     mean: tuple[Finite, Finite, Finite] | None = None  # type: ignore[assignment]
     """Mean of each channel for normalisation, on the 0..1 scale; null takes that of the encoder."""
@@ -154,7 +154,7 @@ class TuningOptim(Optim):
 class TuningTrain(Train):
     """Length of the run, batch, precision, checkpoints and limits."""
 
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 128
     """Images per step over all processes."""
     every_epochs: Count = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
@@ -179,7 +179,7 @@ class TuningRecipe(Plan):
 
     name: str
     """Name of the run, used in logs and on cards."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of all random draws of the run."""
     data: TuningData
     views: TuningViews = TuningViews()
@@ -191,16 +191,9 @@ class TuningRecipe(Plan):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        for name, epochs in (
-            ("optim.warmup_epochs", self.optim.warmup_epochs),
-            ("classifier.linear_epochs", self.classifier.linear_epochs),
-        ):
-            if epochs >= self.train.epochs:
-                raise ValueError(f"{name}: {epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
-        if self.optim.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
-        if self.views.blur and self.data.image_size is not None and self.data.image_size < 7:
-            raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, data.image_size is {self.data.image_size}")
+        linear, epochs = self.classifier.linear_epochs, self.train.epochs
+        if linear >= epochs:
+            raise ValueError(f"classifier.linear_epochs: {linear:g} must be fewer than train.epochs = {epochs:g}")
         if self.classifier.train == "linear" and self.optim.layer_decay != 1:
             raise ValueError("optim.layer_decay: has no meaning with classifier.train=linear; remove it")
         if self.classifier.train == "linear" and self.optim.backbone_lr != 1:
@@ -236,6 +229,5 @@ class TuningRecipe(Plan):
 
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | TuningRecipe:
     """Read a recipe of any kind, told by its sections; arguments and errors as for `Recipe.load`."""
-    text = read_text(source)
-    kind: type[Recipe | TuningRecipe] = TuningRecipe if kind_of(read_yaml(text, str(source))) == TuningRecipe.kind else Recipe
-    return kind.parse(text, overrides, where=str(source))
+    kind: type[Recipe | TuningRecipe] = TuningRecipe if command_of(source) == TuningRecipe.kind else Recipe
+    return kind.load(source, overrides)

@@ -1,4 +1,9 @@
-"""Recipes as text: find the file, read its YAML, apply overrides."""
+"""Recipes as text: find the file, read its YAML, apply overrides.
+
+In a file, YAML says where a value begins and ends. In an override, the text after `=` is the value as it was typed, whatever it holds: `#`,
+`: `, quotes, spaces. Only a list `[...]` or a mapping `{...}` for a key that does not hold text is read as YAML. The type of the key then
+decides what the text means, see `rlpjepa_zoo.config.pretrain`. An empty value or `null` is null, in both; in a file also `~`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from ..core import package
 from ..errors import RecipeError, UsageError, did_you_mean
+from .base import Plain, holds_text, parse_scalars
 
-__all__ = ["find_recipe", "list_recipes", "override", "overrides_of", "read_text", "read_yaml"]
+__all__ = ["find_recipe", "list_recipes", "override", "overrides_of", "read_text", "read_yaml", "write_yaml"]
 
 
 def list_recipes() -> list[str]:
@@ -52,12 +59,17 @@ def read_text(source: str | Path) -> str:
 
 
 class _Loader(yaml.BaseLoader):
-    """Reads scalars as text; refuses duplicate keys and aliases."""
+    """Reads scalars as text, and null as None; refuses duplicate keys and aliases."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "aliases are not used in recipes", self.peek_event().start_mark)
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.style is None:
+            return None if node.value in ("", "null", "~") else Plain(node.value)
+        return node.value or None
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -72,7 +84,7 @@ class _Loader(yaml.BaseLoader):
                     key.start_mark,
                 )
             lines[key.value] = key.start_mark.line
-        return super().construct_mapping(node, deep)
+        return {key.value: self.construct_object(value, deep) for key, value in node.value}
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
@@ -98,8 +110,34 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     return values
 
 
-def override(values: dict[str, Any], given: str) -> None:
-    """Apply one override ``"section.key=value"`` to the values of a recipe, in place."""
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `read_yaml` and `parse_scalars` would take for a number."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if parse_scalars(Plain(text)) == text else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Return YAML text that `read_yaml` reads back, in the order of the values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def override(values: dict[str, Any], given: str, recipe: type[BaseModel]) -> None:
+    """Apply one override ``"section.key=value"`` to the values of a recipe, in place.
+
+    Args:
+        values: as from `read_yaml`.
+        given: the override.
+        recipe: class of the recipe; the type of the key decides how the value is read.
+
+    Raises:
+        UsageError: not of this form.
+        RecipeError: the key lies below one that is not a section.
+    """
     name, equals, text = given.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
         raise UsageError(f"override '{given}': expected section.key=value")
@@ -109,12 +147,23 @@ def override(values: dict[str, Any], given: str) -> None:
         if not isinstance(child, dict):
             raise RecipeError(f"{name}: '{parent}' is not a section")
         values = child
-    try:
-        values[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        values[last] = text
-    if values[last] is None:
-        values[last] = ""
+    values[last] = _typed_value(text, holds_text(recipe, [*parents, last]))
+
+
+def _typed_value(text: str, is_text: bool) -> Any:
+    """Value of an override, as typed; a list or mapping if the key does not hold text."""
+    if text in ("", "null"):
+        return None
+    if is_text:
+        return text
+    if text == "~":
+        return None
+    if text.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(yaml.YAMLError, RecursionError):
+            node = yaml.compose(text, _Loader)
+            if node is not None and node.end_mark.index == len(text.rstrip()):  # nothing follows, such as a comment
+                return yaml.load(text, _Loader)
+    return Plain(text)
 
 
 def overrides_of(section: str, overrides: Sequence[str]) -> dict[str, str]:

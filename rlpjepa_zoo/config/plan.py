@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from ..core.schema import Section
 from ..core.source import shareable_path
 from ..errors import RecipeError, UsageError
 from .errors import explain
-from .load import override, read_text, read_yaml
+from .load import override, read_text, read_yaml, write_yaml
 from .sections import ADOPTED, Data, Views
 from .training_sections import Hub, Optim, Train
 
-__all__ = ["KINDS", "Plan", "data_section", "kind_of"]
+__all__ = ["KINDS", "Plan", "command_of", "data_section", "kind_of"]
 
 KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("start", "classifier")}
 """Commands that take a recipe, and the sections that only their recipes have."""
@@ -27,6 +26,11 @@ KINDS = {"train": ("encoder", "target", "objective", "probe"), "finetune": ("sta
 def kind_of(values: dict[str, Any]) -> str:
     """Return the command that a recipe is for, told by its sections."""
     return max(KINDS, key=lambda kind: sum(section in values for section in KINDS[kind]))
+
+
+def command_of(source: str | Path) -> str:
+    """Return the command that a recipe is for, from its sections alone; `source` as for `Plan.load`."""
+    return kind_of(read_yaml(read_text(source), str(source)))
 
 
 class Plan(Section):
@@ -43,6 +47,18 @@ class Plan(Section):
         optim: Optim
         train: Train
         hub: Hub
+
+    @model_validator(mode="after")
+    def _schedule_and_views_agree(self) -> Self:
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
+        if self.optim.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
+        sizes = {"data.image_size": self.data.image_size} | ({"views.local.size": self.views.local.size} if self.views.local else {})
+        for name, size in sizes.items():
+            if self.views.blur and size is not None and size < 7:
+                raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
+        return self
 
     @property
     def lr(self) -> float:
@@ -73,7 +89,7 @@ class Plan(Section):
 
     def dump(self) -> str:
         """Return canonical YAML with every field written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))
 
     def flat(self) -> dict[str, Any]:
         """Return every value under its dotted key."""
@@ -131,11 +147,19 @@ class Plan(Section):
         """
         values = read_yaml(text, where)
         for given in overrides:
-            override(values, given)
+            override(values, given, cls)
         cls._drop_replaced(values, overrides)
-        if (kind := kind_of(values)) != cls.kind:
-            mark = next(section for section in KINDS[kind] if section in values)
-            raise RecipeError(f"{where}: has the section '{mark}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`")
+        return cls._validated(values, where)
+
+    @classmethod
+    def _validated(cls, values: dict[str, Any], where: str) -> Self:
+        """Return the recipe of some values; errors as of `load`."""
+        kind = kind_of(values)
+        marks = [section for section in KINDS[kind] if section in values]
+        if kind != cls.kind and marks:
+            raise RecipeError(
+                f"{where}: has the section '{marks[0]}', so it is a recipe for `rlpjepa {kind}`, not for `rlpjepa {cls.kind}`"
+            )
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -161,7 +185,7 @@ def data_section(values: dict[str, str], overrides: Sequence[str] = ()) -> Data:
     """
     recipe: dict[str, Any] = {"data": dict(values)}
     for given in overrides:
-        override(recipe, given)
+        override(recipe, given, _DataOnly)
     if extra := sorted(recipe.keys() - {"data"}):
         raise UsageError(
             f"override of '{extra[0]}': only data.KEY=VALUE has a meaning here; overrides of other sections belong to a recipe"

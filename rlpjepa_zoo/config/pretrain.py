@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
-from ..core.schema import Count, Finite, Positive, Section
+from ..core.schema import Finite, Positive, Section, Seed
 from ..core.source import ModelSource
 from ..errors import UsageError
 from ..objectives import OBJECTIVES
@@ -20,7 +20,7 @@ from ..objectives.base import Options
 from .errors import explain
 from .load import overrides_of
 from .plan import Plan
-from .sections import ADOPTED, Data, Encoder, Target, Views
+from .sections import ADOPTED, Data, Encoder, ImageSize, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
 __all__ = ["DEFAULT_OBJECTIVE", "Recipe"]
@@ -31,7 +31,8 @@ DEFAULT_OBJECTIVE = "rectified_lpjepa"
 
 def _options_class(values: Mapping[str, Any]) -> type[Options]:
     """The `Options` of the objective that a section names."""
-    return OBJECTIVES[values.get("name", DEFAULT_OBJECTIVE)].Options
+    name = values.get("name", DEFAULT_OBJECTIVE)
+    return OBJECTIVES[name if isinstance(name, str) else repr(name)].Options
 
 
 def _objective_options(values: Any) -> Any:
@@ -57,7 +58,7 @@ Objective = Annotated[SerializeAsAny[Any], BeforeValidator(_objective_options)]
 class PretrainData(Data):
     """Images, labels and preprocessing. With a pretrained backbone, preprocessing keys that are null take its values."""
 
-    image_size: Count | None = 32  # type: ignore[assignment]
+    image_size: ImageSize | None = 32  # type: ignore[assignment]
     """Height and width of the input of the backbone, in pixels; null takes those of the pretrained backbone."""
     mean: tuple[Finite, Finite, Finite] | None = Data.model_fields["mean"].default  # type: ignore[assignment]
     """Mean of each channel for normalisation, on the 0..1 scale; null takes that of the pretrained backbone."""
@@ -83,7 +84,7 @@ class Recipe(Plan):
 
     name: str
     """Name of the run, used in logs and on cards."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of all random draws of the run."""
     data: PretrainData
     views: Views = Views()
@@ -107,16 +108,8 @@ class Recipe(Plan):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
-        if self.optim.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
         if not self.encoder.pretrained and (missing := [key for key in ADOPTED if getattr(self.data, key) is None]):
             raise ValueError(f"data.{missing[0]}: null takes the value of a pretrained backbone; give one, or set encoder.pretrained=true")
-        sizes = {"data.image_size": self.data.image_size} | ({"views.local.size": self.views.local.size} if self.views.local else {})
-        for name, size in sizes.items():
-            if self.views.blur and size is not None and size < 7:
-                raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
         self._check_frozen_backbone()
         self._check_objective()
         return self

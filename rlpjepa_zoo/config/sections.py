@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["ADOPTED", "SOURCE_KEYS", "Data", "Encoder", "Local", "Target", "Views"]
 
 
+ImageSize = Annotated[int, Field(ge=1, le=4096)]
+
 SOURCE_KEYS: dict[str, set[str]] = {
     "digits": set(),
     "torchvision": {"name", "path", "download", "split", "eval_split"},
@@ -72,7 +74,7 @@ class Data(Section):
     decodes every image once more. The names of all images are always compared."""
     limit: Count | None = None
     """Number of training images to use, drawn at random by the seed of the run; null uses all."""
-    image_size: Count = 32
+    image_size: ImageSize = 32
     """Height and width of the input of the backbone, in pixels."""
     mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     """Mean of each channel for normalisation, on the 0..1 scale."""
@@ -103,6 +105,11 @@ class Data(Section):
             raise ValueError("data.cache_gb: has no meaning with data.streaming=true; remove it")
         return self
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether opening the images may download them."""
+        return (self.source == "torchvision" and self.download) or (self.source == "hf" and self.path is None)
+
     def label(self) -> str:
         """Name of the data set on cards."""
         if self.path is not None and self.name:
@@ -115,7 +122,7 @@ class Local(Section):
 
     count: Annotated[int, Field(ge=1, le=32)]
     """Number of local views of each image."""
-    size: Count
+    size: ImageSize
     """Height and width in pixels. A ViT needs encoder.args.dynamic_img_size=true to accept a second size."""
     crop_scale: tuple[Positive, Positive] = (0.05, 0.3)
     """Smallest and largest share of the image area that a random resized crop takes."""
@@ -207,9 +214,9 @@ class Encoder(Section):
     views.count of them in every step. Null encodes new views in every step."""
     dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     """Dimension of the embedding z."""
-    hidden_dim: Count = 512
+    hidden_dim: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     """Width of the hidden layers of the projector."""
-    projector_depth: Count = 3
+    projector_depth: Annotated[int, Field(ge=1, le=64)] = 3
     """Number of linear layers of the projector; 1 is a single linear layer and the ReLU."""
 
 

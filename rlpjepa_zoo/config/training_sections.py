@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..core.schema import Count, NonNegative, Positive, Probability, Section
+from ..core.schema import Count, CountOrZero, NonNegative, Positive, Probability, Section
 from ..core.source import is_repository
 from .base import OneOf
 
@@ -83,7 +83,7 @@ class Train(Section):
 
     epochs: Annotated[float, Field(gt=0, le=1e9)]
     """Length of the run in epochs; may be a fraction."""
-    batch_size: Annotated[int, Field(ge=2)] = 256
+    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 256
     """Images per step over all processes; each image gives views.count views."""
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Mixed precision of the network; no means float32. The loss is always float32."""
@@ -91,13 +91,13 @@ class Train(Section):
     """Store images and weights in the memory format channels_last."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    num_workers: Annotated[int, Field(ge=0)] = 2
+    num_workers: Annotated[int, Field(ge=0, le=4096)] = 2
     """Worker processes per rank that decode and augment images; 0 does this in the training process."""
     log_every: Count = 20
     """Steps between rows of metrics.jsonl."""
     checkpoint_minutes: NonNegative = 10.0
     """Minutes between checkpoints. A checkpoint is always saved after an evaluation and at the end of the run."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2, le=10**9)] = 2
     """Number of newest checkpoints to keep; at least 2, because the newest may be damaged."""
     best: Literal["knn_z", "knn_features", "excess"] | None = None
     """Also keep the checkpoint and the encoder (in encoder-best/) of the evaluation with the best value of this metric. excess is the sliced
@@ -105,7 +105,7 @@ class Train(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights. The averaged weights are measured and published. The decay warms up from 0 as
     1 - (1 + t)^(-2/3) at update t. Null publishes the weights themselves."""
-    max_skipped: Annotated[int, Field(ge=0)] = 5
+    max_skipped: CountOrZero = 5
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run."""
     processes: Count | None = None
     """Number of processes that the run must have, so that a launch that starts fewer is refused; null accepts any."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..sparse.folder import CARD, FAILED, MANIFEST, Manifest, listed_parts, part_paths, read_manifest, read_summary
+from ..text import code, printable
 
 __all__ = ["card", "publishable"]
 
@@ -62,29 +63,24 @@ def card(manifest: Manifest, repo: str | None = None, license: str | None = None
     limits += f"; no values below {options.min_value:g}" if options.min_value else ""
     limits += "; each row divided by its length" if options.normalize else ""
     return _CARD.format(
-        license=f"license: {license}\n" if license else "",
+        license=f"license: {printable(license)}\n" if license else "",
         rows=result.rows,
         dim=result.dim,
-        name=_code(model.source) + (f" at {_code(model.revision)}" if model.revision else ""),
-        architecture=_code(model.architecture),
-        fingerprint=_code(model.fingerprint),
+        name=code(model.source) + (f" at {code(model.revision)}" if model.revision else ""),
+        architecture=code(model.architecture),
+        fingerprint=code(model.fingerprint),
         density=result.density,
         limits=limits,
         bytes=result.bytes,
         ratio=result.dense_bytes / result.bytes,
         failures=f" {result.skipped:,} images could not be read (`{FAILED}`)." if result.skipped else "",
-        values=options.values + (" times `scale` of the row" if options.values == "uint8" else ""),
-        columns="".join(f", `{_code(column)}`" for column in result.columns),
+        values=code(options.values) + (" times `scale` of the row" if options.values == "uint8" else ""),
+        columns="".join(f", `{code(column)}`" for column in result.columns),
         notes=f"\n{notes.strip()}\n" if notes else "",
         repo=repo or ".",
         place=f"hf-hub:{repo}" if repo else ".",
         normalize="" if options.normalize else _NORMALIZE,
     )
-
-
-def _code(name: str) -> str:
-    """A name inside a code span of Markdown, which ends at a backtick or an empty line."""
-    return " ".join(name.replace("`", "'").split())
 
 
 def publishable(out: str | Path, repo: str, license: str | None = None, notes: str | None = None) -> dict[str, bytes | Path]:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..core.measures import measure_label
 from ..core.source import ModelSource
 from ..errors import ModelError, UsageError
+from ..text import code, markdown, printable, quoted
 from . import card_figures
 from .card_figures import ACCURACIES, SPACES, classifier_results, encoder_results
 from .folder import snapshot_folder
@@ -27,8 +29,7 @@ __all__ = ["Info", "Start", "checked_info", "files", "pretraining_data", "render
 
 def files(model: Published) -> dict[str, bytes]:
     """The card and its figures: README.md, training.png if the run was recorded, accuracy.png if a curve was measured."""
-    info = model.info
-    figures = {}
+    info, figures = model.info, dict[str, bytes]()
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
         figures["training.png"] = card_figures.training(info["history"], theory)
@@ -235,8 +236,9 @@ def _template() -> Any:
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
+        keep_trailing_newline=True, finalize=lambda value: value if hasattr(value, "__html__") else markdown(value),
     )  # fmt: skip
+    environment.filters |= {"code": code, "quoted": quoted}
     return environment.get_template("card.md.j2")
 
 
@@ -263,11 +265,11 @@ def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _start(info: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `Start`, and its name with link and data as text; cards of earlier versions only have `base_model`."""
+    """Fields of `Start`, and its name with link and data as Markdown; cards of earlier versions only have `base_model`."""
     start, repo = info["backbone"] or {}, info["base_model"]
     name = start.get("name") or repo
-    link = f"[{name}](https://huggingface.co/{repo})" if repo else f"`{name}`"
-    text = link + (f" (trained on {start['data']})" if start.get("data") else "")
+    link = f"[{markdown(name)}](https://huggingface.co/{quote(repo)})" if repo else f"`{code(name)}`"
+    text = link + (f" (trained on {markdown(start['data'])})" if start.get("data") else "")
     return {"name": name, "text": text, "license": start.get("license"), "frozen": start.get("frozen", False)}
 
 
@@ -290,7 +292,7 @@ def _front_matter(model: Published) -> str:
         unnamed = model.architecture if head is None else "classifier"
         title = unnamed if source.kind == "folder" else source.bare
         data["model-index"] = [{"name": title, "results": [entry]}]
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return printable(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), keep="\n")
 
 
 def _evaluation(model: Published) -> dict[str, Any]:

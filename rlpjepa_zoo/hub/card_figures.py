@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from ..core.measures import measure_label, measures_of
+from ..text import code, cut, markdown
 
 __all__ = [
     "ACCENT",
@@ -136,7 +137,7 @@ def encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[s
     for name, other in (results.get("against") or {}).items():
         rows += _rows(other, kinds, f"{_cell(name)}: ")
     counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
-    note = "; ".join(text for text in (", ".join(counts), str(results.get("protocol", ""))) if text)
+    note = "; ".join(text for text in (", ".join(counts), markdown(results.get("protocol", ""))) if text)
     paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
     if curve := results.get("curve"):
         rows = []
@@ -162,7 +163,7 @@ def classifier_results(results: dict[str, Any]) -> list[str]:
         f"|{space}{' | '.join(row)}{space}|" for row, space in ((cells, " "), (["---"] * len(cells), ""), (cells.values(), " "))
     )
     counts = f"n = {results.get('n_test', 0):,} held-out images; trained on n = {results.get('n_train', 0):,} labelled images"
-    return [table, f"{counts}; {results.get('protocol', 'one seed')}."]
+    return [table, f"{counts}; {markdown(results.get('protocol', 'one seed'))}."]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -172,7 +173,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Free text as code, so that it stays in its cell and is not read as markup."""
-    return "`" + " ".join(text.replace("|", "/").replace("`", "'").split())[:100] + "`"
+    return f"`{cut(code(' '.join(text.split())), 100)}`"
 
 
 def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:

@@ -193,7 +193,7 @@ def _refuse_others(api: Any, repo: str, kind: Kind, revision: str | None) -> Non
         ours = kind is MODEL or names <= {".gitattributes", CARD}
     if not ours:
         raise UsageError(
-            f"{repo}: holds another {kind.type} ({kind.mark} is not of {kind.noun}s); choose another name, or ask for overwrite"
+            f"{repo}: holds another {kind.type} ({kind.mark} is not of {kind.noun}s); choose another name, or overwrite it (--overwrite)"
         )
 
 

@@ -87,7 +87,7 @@ def export(model: SparseEncoder | Classifier, path: str | Path, *, overwrite: bo
     format.check(path, state)
     with files.atomic_file(path) as temporary, torch.no_grad(), torch.autocast("cpu", enabled=False):
         if path.exists() and not (overwrite and path.is_file()):
-            raise UsageError(f"{path}: exists; choose another name, or ask for overwrite if it is a file")
+            raise UsageError(f"{path}: exists; choose another name, or overwrite a file (--overwrite)")
         temporary.touch()  # a read-only folder fails here, before the minutes of tracing
         with _as_model_error(f"architecture '{_architecture(model)}' cannot be exported to {path.suffix}"):
             graph = _graph(plain_copy(model).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format))

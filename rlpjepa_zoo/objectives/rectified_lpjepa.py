@@ -144,7 +144,7 @@ class RectifiedLpJEPALoss(Objective):
         """The loss for a run; `num_directions: auto` becomes a number, that of rank 0 on every rank. All ranks call this together.
 
         Raises:
-            RecipeError: no target, or a gradient error that needs too many directions.
+            RecipeError: no target, a gradient error that needs too many directions, or fewer directions than ranks.
         """
         if target is None:
             raise RecipeError("target: missing; objective rectified_lpjepa needs one")
@@ -157,9 +157,16 @@ class RectifiedLpJEPALoss(Objective):
                 except ValueError as error:
                     raise RecipeError(f"objective.gradient_error: {error}") from error
             count = distributed.gather_objects(count)[0]
+        cls._check_ranks(count)
         loss = cls(target, options.invariance, options.matching, options.directions, count, seed, options.chunk)
         loss.shape = (batch_size, dim)
         return loss
+
+    @staticmethod
+    def _check_ranks(count: int) -> None:
+        """Refuse fewer directions than ranks."""
+        if count < (ranks := distributed.world_size()):
+            raise RecipeError(f"objective.num_directions: {count} directions are fewer than {ranks} ranks; give at least {ranks}")
 
     def _draw(self, purpose: str, step: int, rows: int, dim: int, device: torch.device) -> Tensor:
         source = rng.generator(self.seed, purpose, step, device=device)
@@ -179,8 +186,7 @@ class RectifiedLpJEPALoss(Objective):
         y = self._draw("target", step, batch, dim, views.device)
         source = rng.generator(self.seed, "directions", step, device=views.device)
         rank, ranks = distributed.rank(), distributed.world_size()
-        if self.n < ranks:
-            raise RecipeError(f"objective.num_directions: {self.n} directions are fewer than {ranks} ranks; give at least {ranks}")
+        self._check_ranks(self.n)
         low, high = self.n * rank // ranks, self.n * (rank + 1) // ranks
         own = select_directions(direction_blocks(self.kind, self.n, dim, source, features=gathered), low, high)
         share = (high - low) * ranks / self.n  # 1 when the ranks divide n evenly

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image, ImageOps
 
 from ..data.images import Images
+from ..text import printable
 from .charts import Chart
 
 __all__ = [
@@ -114,7 +115,7 @@ def render(header: Header, sections: Sequence[Section], origin: Origin) -> str:
 def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("rlpjepa_zoo.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
+        keep_trailing_newline=True, finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,
     )  # fmt: skip
     environment.filters["unbroken"] = _unbroken
     return environment.get_template("report.html.j2")

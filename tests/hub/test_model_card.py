@@ -163,3 +163,25 @@ def test_example_on_the_card_finds_the_query_itself(tmp_path, encoder, monkeypat
     namespace = {}
     exec(example, namespace)
     assert np.allclose(namespace["similarity"].diagonal(), 1) and (namespace["similarity"].argmax(1) == [0, 1]).all()
+
+
+HOSTILE = "a`<img src=x onerror=alert(1)>` **b** [c](javascript:x) \x1b[31m\x07\u202e\n\n# heading\n```\n<script>|"
+
+
+def test_card_shows_foreign_text_as_text(tmp_path, encoder):
+    import markdown_it
+
+    words = {key: HOSTILE for key in ("data", "dataset", "recipe", "base_model", "augmentations", "method")}
+    difference = {**dict.fromkeys(("measure", "space", "minus"), HOSTILE), "difference": 0, "low": 0, "high": 0, "n": 1}
+    against = {HOSTILE: {"differences": [difference]}}
+    results = {**INFO["results"], "protocol": HOSTILE, "data": HOSTILE, "against": against}
+    info = {**INFO, **words, "training": {HOSTILE: HOSTILE}, "results": results}
+    info["density"] = {**INFO["density"], "eval_images": HOSTILE}
+    path = encoder.save_pretrained(tmp_path / "enc", info=info, name=f"local-dir:{HOSTILE}")
+    text = (path / "README.md").read_text()
+    assert text.replace("\n", "").isprintable()
+    tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(text.split("---\n", 2)[2])
+    inline = [child for token in tokens for child in token.children or []]
+    assert not {"html_block", "html_inline"} & {token.type for token in [*tokens, *inline]}
+    assert {str(token.attrGet("href")).partition(":")[0] for token in inline if token.type == "link_open"} <= {"https", "recipe.yaml"}
+    assert "heading" not in [token.content for token in tokens] and len([t for t in tokens if t.type == "fence"]) == 3

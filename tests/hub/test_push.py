@@ -84,7 +84,7 @@ def test_visibility_of_existing_repository_must_agree(published, encoder):
 def test_foreign_model_is_not_overwritten(hub_server, encoder):
     files = {"config.json": b'{"architecture": "resnet18"}', "model.safetensors": b"theirs"}
     hub_server.put(REPO, files)
-    with refused(UsageError, match="holds another model.*ask for overwrite"):
+    with refused(UsageError, match="holds another model.*--overwrite"):
         encoder.push_to_hub(REPO, token=WRITER)
     assert hub_server.files(REPO).items() >= files.items()
     push.push(encoder.contents(name=REPO), REPO, token=WRITER, overwrite=True)

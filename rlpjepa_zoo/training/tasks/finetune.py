@@ -76,12 +76,15 @@ class FinetuneTask(Task):
         Also sets `encoder`, `classes` (names of the classes), `n_train` (number of training images), `most_frequent` (share of the most
         frequent class among the evaluation images) and `frozen_steps` (first steps in which only the linear layer is trained).
         """
-        self.encoder = start_encoder(self.recipe.start, self.recipe.seed)
-        self.recipe = self.recipe.with_preprocess(dataclasses.asdict(self.encoder.config.preprocess))
+        self.set_up_core()
         self.select_images(source)
         self._lengthen()
         self.frozen_steps = round(self.recipe.classifier.linear_epochs * steps_of_an_epoch(self.source, self.recipe))
         self.core = self._classifier()
+
+    def set_up_core(self) -> None:
+        self.encoder = start_encoder(self.recipe.start, self.recipe.seed)
+        self.recipe = self.recipe.with_preprocess(dataclasses.asdict(self.encoder.config.preprocess))
 
     def select_images(self, source: Source) -> None:
         """Select the labelled images; sets `source`, `classes`, `n_train` and `most_frequent`.

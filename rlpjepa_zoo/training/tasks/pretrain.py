@@ -102,6 +102,9 @@ class PretrainTask(Task):
         self.source, self.recipe = source, with_backbone_preprocess(self.recipe)
         if source.eval is None and isinstance(source.train, Images):
             log.info("no evaluation images: density and kNN are measured on training images, each scored by the votes of the others")
+        self.set_up_core()
+
+    def set_up_core(self) -> None:
         self.core = build_encoder(self.recipe)
 
     def module(self) -> nn.Module:

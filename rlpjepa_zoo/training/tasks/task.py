@@ -111,6 +111,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def set_up_core(self) -> None:
+        """The part of `setup` that needs no images: what of the recipe can be checked without them."""
+        raise NotImplementedError
+
     def module(self) -> nn.Module:
         """The trained module around the core, so that one wrapper (DDP, autocast) covers all of it. Also creates the loss."""
         raise NotImplementedError

@@ -105,6 +105,15 @@ class Data(Section):
             raise ValueError("data.cache_gb: has no meaning with data.streaming=true; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _preprocessing_in_range(self) -> Self:
+        for name, low, high in (("mean", -1e6, 1e6), ("std", 1e-6, 1e6), ("crop_pct", 0.1, 1.0)):  # the limits of Preprocess
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if any(not low <= number <= high for number in numbers):
+                raise ValueError(f"data.{name}: got {value}, expected numbers in {low:g} .. {high:g}")
+        return self
+
     @property
     def is_remote(self) -> bool:
         """Whether opening the images may download them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -85,7 +84,7 @@ class Plan(Section):
         given = {**preprocess, "image_size": height}
         values = self.model_dump(mode="json")
         values["data"] |= {k: given[k] for k in ADOPTED if values["data"][k] is None}
-        return self.parse(json.dumps(values), where=self.name)
+        return self._validated(values, where=self.name)
 
     def dump(self) -> str:
         """Return canonical YAML with every field written out."""

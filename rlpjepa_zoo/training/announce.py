@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ import torch.nn as nn
 from ..config.plan import Plan
 from ..core import distributed
 from ..data.sources import Source
-from .setup import hardware
 
 __all__ = ["announce", "record", "slow_save"]
 
@@ -57,7 +57,7 @@ def record(recipe: Plan, source: Source, step: int, seconds: float, device: torc
     """
     training = {
         "images": source.length, "epochs": round(step / recipe.steps(source.length)[1], 3), "steps": step,
-        "batch": recipe.train.batch_size, "minutes": round(seconds / 60, 2), "hardware": f"{distributed.world_size()} x {hardware(device)}",
+        "batch": recipe.train.batch_size, "minutes": round(seconds / 60, 2), "hardware": f"{distributed.world_size()} x {_hardware(device)}",
         "precision": recipe.train.precision, "seed": recipe.seed,
     }  # fmt: skip
     return training | ({"ema": recipe.train.ema} if recipe.train.ema is not None else {})
@@ -71,3 +71,10 @@ def slow_save(seconds: float) -> str | None:
         f"a checkpoint takes {seconds:.0f} s to save, and torchrun kills its processes {_PATIENCE} s after a signal: "
         "give it --shutdown-timeout SECONDS; the last complete checkpoint stays"
     )
+
+
+def _hardware(device: torch.device) -> str:
+    """Name of the GPU, or number of threads and architecture of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads of {platform.machine()} CPU"

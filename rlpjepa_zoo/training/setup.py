@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,7 +33,6 @@ __all__ = [
     "check_trackers",
     "explain_errors",
     "finish_trackers",
-    "hardware",
     "open_images",
     "start_accelerator",
     "start_trackers",
@@ -343,10 +341,3 @@ class TrainedModel:
         restore_optimizer(self.optimizer.optimizer, optimizer, scalars)
         if self.accelerator.scaler is not None and scaler:
             self.accelerator.scaler.load_state_dict(scaler)
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the GPU, or number of threads and architecture of the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {platform.machine()} CPU"

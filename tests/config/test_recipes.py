@@ -16,7 +16,7 @@ from rlpjepa_zoo.config.finetune import load_any
 from rlpjepa_zoo.config.load import find_recipe, list_recipes
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.errors import RecipeError, UsageError
-from rlpjepa_zoo.training.tasks.encoders import build_encoder
+from rlpjepa_zoo.training.tasks.encoders import build_encoder, with_backbone_preprocess
 
 BASE = """\
 name: base
@@ -108,7 +108,8 @@ def test_shipped_recipe_has_its_file_name_and_round_trips(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_builds_an_encoder_for_its_image_size(name: str) -> None:
-    recipe = Recipe.load(name, ["encoder.pretrained=false"])
+    recipe = with_backbone_preprocess(Recipe.load(name))
+    recipe = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"pretrained": False})})
     with torch.device("meta"):
         encoder = build_encoder(recipe)
         size = recipe.data.image_size

@@ -44,6 +44,8 @@ CODES = {0, 2, 3, 4, 5, 6, 7}
 MOST_CHARACTERS = 500
 MOST_MEMORY = 1 << 30
 ADDRESS_SPACE = 2 << 30
+FOREIGN = {".ses"}
+"""Temporary files of libraries that stay: onnxruntime's."""
 SECONDS = float(os.environ.get("RLPJEPA_FUZZ_SECONDS_PER_CASE", 90))  # the cores may be busy: a case takes one second on an idle machine
 PRELOADED = (
     "accelerate", "datasets", "matplotlib.figure", "peft", "pyarrow.parquet", "pyarrow.compute", "sklearn.linear_model", "sklearn.cluster",
@@ -339,7 +341,7 @@ def perform(case: fuzz_cases.Case, interrupt_after: float | None = None) -> Endi
     usual = {"in", "out", "outside", "home", "tmp", "stdout", "stderr"}
     others = [p.name for p in case.folder.iterdir() if p.name not in usual and not any(name[:20] in p.name for name in asked)]
     extra = [] if asked & {".", ".."} else sorted(others)
-    left = [f"tmp/{p.name}" for p in (case.folder / "tmp").iterdir()] + [
+    left = [f"tmp/{p.name}" for p in (case.folder / "tmp").iterdir() if p.name not in FOREIGN] + [
         f"home/{p.name}" for p in (case.folder / "home").iterdir() if p.name != ".cache"
     ]
     notes += [f"wrote {name}" for name in extra + left]

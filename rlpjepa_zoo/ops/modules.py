@@ -80,10 +80,10 @@ def set_mode(model: nn.Module, mode: bool, steady: Collection[nn.Module]) -> Non
 
 def as_weights(x: Tensor, module: nn.Module) -> Tensor:
     """A float tensor in the precision of a module's weights; under autocast, which chooses the precision, only float64 is changed."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
-    return x if x.dtype == dtype else x.to(dtype)
+    device = x.device.type
+    chosen = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x if x.dtype == dtype or chosen else x.to(dtype)
 
 
 # --- wrappers ----------------------------------------------------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def test_full_disk_keeps_the_finished_parts(photos: Path, tmp_path: Path, monkey
         write(*args, **options)
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with refused(OutputError, match=r"part-000002\.parquet: cannot write: No space left"):
+    with refused(OutputError, match=r"part-000002\.parquet: cannot write: disk full \(No space left"):
         extract(enc, open_images(photos), out, HOW)
     assert sorted(p.name for p in (out / "data").iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
     extract(enc, open_images(photos), out, HOW)

@@ -70,5 +70,6 @@ def test_floats_take_the_precision_of_the_weights(dtype: torch.dtype) -> None:
     x = torch.ones(2, dtype=dtype)
     assert as_weights(x, nn.Linear(2, 2)).dtype == torch.float32
     assert as_weights(x, nn.ReLU()) is x  # no weights
+    assert as_weights(x.to("meta"), nn.Linear(2, 2)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert as_weights(x, nn.Linear(2, 2)).dtype == (torch.float32 if dtype == torch.float64 else dtype)

@@ -734,7 +734,9 @@ def test_a_hanging_worker_ends_the_run_and_is_ended_too(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long torch waits for a worker to end by itself
     loader = make_loader(odd(lambda: time.sleep(100 * PATIENCE)), toy("train.num_workers=1", "train.loader_timeout_minutes=0.02"), range(5))
     with (
-        refused(DataError, match=r"no batch from the workers: .*1\.2 seconds; .*train\.loader_timeout_minutes") as caught,
+        refused(
+            DataError, match=r"no batch from the workers: .*1\.2 seconds while they read photo-5; .*train\.loader_timeout_minutes"
+        ) as caught,
         Batches(loader) as batches,
     ):
         (worker,) = batches.iterator._workers  # type: ignore[attr-defined]

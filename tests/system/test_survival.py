@@ -413,7 +413,7 @@ def run_with(trouble: str, folder: str) -> str:
             right = module.build_encoder
             patch.setattr(module, "build_encoder", lambda recipe: right(recipe.model_copy(update={"seed": 5})))
         if trouble == "images" and rank == 1:
-            patch.setattr(trainer, "fingerprint", lambda source: "other")
+            patch.setattr(trainer, "fingerprint", lambda *given: "other")
         if trouble == "journal" and rank == 0:
             patch.setattr("rlpjepa_zoo.training.run_dir.RunLog.open", lambda *a: (_ for _ in ()).throw(OutputError("no room")))
         if trouble == "unreadable" and rank == 1:

@@ -70,6 +70,10 @@ RANGES = {
     "A": range(1, 23),
     "E": range(1, 12),
     "X": range(1, 12),
+    "H": range(1, 31),
+    "C": range(1, 13),
+    "S": range(1, 8),
+    "B": range(1, 141),
 }
 IDS = [f"{group}{number:02d}" for group, numbers in RANGES.items() for number in numbers]
 

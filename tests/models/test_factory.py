@@ -80,7 +80,16 @@ def described(name: str, options: dict[str, Any], scratch: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["caformer_s18", "convformer_s18", "efficientnet_b3_pruned", "coat_mini", "vit_base_patch16_siglip_224", "levit_128s"]
+    "name",
+    [
+        "caformer_s18",
+        "convformer_s18",
+        "efficientnet_b3_pruned",
+        "coat_mini",
+        "vit_base_patch16_siglip_224",
+        "levit_128s",
+        "vitamin_xlarge_336",
+    ],
 )
 def test_architecture_loads_what_it_saves(tmp_path, name):
     described(name, {}, tmp_path)

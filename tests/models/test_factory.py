@@ -96,9 +96,10 @@ def test_architecture_loads_what_it_saves(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_every_timm_architecture_loads_what_it_saves(tmp_path):
+@pytest.mark.parametrize("part", range(8))
+def test_every_timm_architecture_loads_what_it_saves(tmp_path, part):
     failed = {}
-    for name in timm.list_models():
+    for name in timm.list_models()[part::8]:
         try:
             described(name, {}, tmp_path)
         except Exception as error:

@@ -1,6 +1,7 @@
 """Training, evaluation and streaming on real images: the CIFAR-10 files in the folder RLPJEPA_CIFAR10."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.loader import Batches, make_loader
 from rlpjepa_zoo.data.sources import open_source
-from rlpjepa_zoo.evaluation.encoding import encode, pixels
+from rlpjepa_zoo.evaluation.encoding import Encoded, encode_sparse
 from rlpjepa_zoo.evaluation.probes.knn import knn_accuracy
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.tasks.pretrain import train
@@ -33,12 +34,15 @@ def test_the_files_are_read_with_labels(cifar10: Path) -> None:
 def test_the_shipped_encoder_beats_pixels_on_unseen_images(cifar10: Path) -> None:
     enc, source = load_encoder("resnet10_small_narrow.cifar10"), open_source(recipe(cifar10).data)
     bank, test = source.train.take(range(2500)), source.eval.take(range(700))
-    features, z, y = encode(enc, bank)
-    test_features, test_z, test_y = encode(enc, test)
-    raw = knn_accuracy(pixels(enc, bank), y, pixels(enc, test), test_y)
-    assert knn_accuracy(features, y, test_features, test_y) > raw + 0.08
-    assert knn_accuracy(z, y, test_z, test_y) > raw + 0.05
-    assert 0.40 < float((test_z > 0).float().mean()) < 0.52
+    of_bank, of_test = (encode_sparse(enc, images, with_pixels=True) for images in (bank, test))
+
+    def accuracy(read: Callable[[Encoded], np.ndarray]) -> float:
+        return knn_accuracy(read(of_bank), of_bank.labels, read(of_test), of_test.labels)
+
+    raw = accuracy(lambda encoded: encoded.pixels / np.float32(255))
+    assert accuracy(lambda encoded: encoded.features) > raw + 0.08
+    assert accuracy(lambda encoded: encoded.z.to_dense()) > raw + 0.05
+    assert 0.40 < of_test.z.l0 < 0.52
 
 
 def test_training_learns_on_real_images(cifar10: Path, tmp_path: Path) -> None:

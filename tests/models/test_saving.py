@@ -92,7 +92,7 @@ def test_largest_depth_and_integers_of_numpy_are_saved_and_loaded(tmp_path):
     "options",
     [{"act_layer": torch.nn.GELU}, {"norm_layer": lambda x: x}, {"drop_rate": float("nan")}, {"block_args": {"a": {1, 2}}},
      {"stem_width": 10**6}, {"act_layer": "a b"}, {"dtype": torch.float16}, {"device": "cpu"}, {"checkpoint_path": "x.pth"}],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )  # fmt: skip
 def test_arguments_that_do_not_load_are_refused_when_the_encoder_is_made(options):
     with refused(ModelError, match=next(iter(options))):

@@ -26,7 +26,6 @@ from ..data.sources import open_source
 from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
 from ..evaluation.intervals import mean_interval, share_interval
 from ..evaluation.metrics import alarms
-from ..models.inference import default_batch_size
 from ..models.pretrained import load_classifier, load_encoder
 from ..training.run_dir import RunFiles, is_number, read_run
 from ..training.tasks.accuracy import classify, with_class_numbers
@@ -158,8 +157,7 @@ def _embed(run: RunFiles[Recipe], recipe: Recipe, how: _How) -> Sample:
     chosen, available, split = _drawn(recipe, how.images)
     failures: list[tuple[Any, str]] = []
     numbered = Images(chosen.read, range(len(chosen)))  # row numbers as ids, whatever the names of the images
-    size = how.batch_size or default_batch_size(encoder.config.preprocess.size, encoder.device)
-    embeddings = encoder.embed(numbered, size, how.num_workers, progress=how.progress, on_error="skip", failures=failures)
+    embeddings = encoder.embed(numbered, how.batch_size, how.num_workers, progress=how.progress, on_error="skip", failures=failures)
     if len(embeddings) < 2:
         raise DataError(f"{len(embeddings)} of {len(chosen)} evaluation images can be read; a report needs two")
     return Sample(embeddings.to_dense(), chosen.take(embeddings.ids), available, split, len(failures), encoder.config.info)

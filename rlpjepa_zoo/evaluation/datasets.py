@@ -14,10 +14,9 @@ from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
 from ..core.files import parse_json
-from ..data.files.listing import no_such
 from ..data.images import Images
 from ..data.sources import Source, folder_contents, open_source
-from ..errors import DataError, UsageError, did_you_mean
+from ..errors import DataError, UsageError, did_you_mean, no_such
 from .probes.base import held_out
 
 __all__ = ["SETS", "EvalSet", "data_section_of", "open_set", "open_test_images"]

@@ -70,9 +70,9 @@ def write_report(
         OutputError: the page cannot be written.
 
     Example:
-        >>> write_report("no/such/run")
+        >>> write_report("run", images=1)
         Traceback (most recent call last):
-        rlpjepa_zoo.errors.UsageError: no/such/run: no such folder; expected the folder of a run, which `rlpjepa train --out` writes
+        rlpjepa_zoo.errors.UsageError: images: expected at least 2, as a neighbour is another image, got 1
     """
     if images < 2:
         raise UsageError(f"images: expected at least 2, as a neighbour is another image, got {images}")

@@ -129,7 +129,7 @@ def test_names_in_a_manifest_cannot_leave_their_code_span_in_the_card(out: Path)
     manifest["model"]["source"] = "x`\n\n<img src=a onerror=b>"
     path.write_text(json.dumps(manifest))
     text = bytes(publishable(out, "owner/name")["README.md"]).decode()  # type: ignore[arg-type]
-    assert "`x' <img src=a onerror=b>`" in text
+    assert r"`x'\n\n‹img src=a onerror=b›`" in text and "<img" not in text
 
 
 # --- damaged parts -----------------------------------------------------------------------------------------------------------------------

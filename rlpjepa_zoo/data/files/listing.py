@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from ...config.sections import Data
-from ...errors import DataError, did_you_mean
+from ...core.source import expanded
+from ...errors import DataError, no_folder, no_such
 from ..decode import image_format, suffixes, unreadable_format
 
 log = logging.getLogger("rlpjepa_zoo")
@@ -157,7 +158,7 @@ def list_images(folder: str | Path) -> list[Path]:
     """
     root, left = Path(folder), LeftOut()
     if not root.is_dir():
-        raise DataError(f"{root} is a file; expected a folder of images" if root.exists() else no_such(root))
+        raise DataError(no_folder(root))
     images = sorted(path for name, path in _walk(root, left) if _is_image(path, left, name))
     if not images:
         raise DataError(f"{root}: no images found in it and its sub-folders" + (f"; {left}" if left else ""))
@@ -173,34 +174,6 @@ def files_below(root: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 # --- paths that are given -------------------------------------------------------------------------------------------------------------
-
-
-def expanded(path: str | Path) -> Path:
-    """The path with ``~`` and ``~user`` expanded; unchanged if there is no such user.
-
-    Example:
-        >>> str(expanded("~no-such-user/a.png"))
-        '~no-such-user/a.png'
-    """
-    return Path(os.path.expanduser(path))
-
-
-def no_such(path: Path, more: int = 0) -> str:
-    """What is said of a path that does not exist: what is missing, and where to look.
-
-    Args:
-        path: the path.
-        more: number of other paths that do not exist either.
-    """
-    parent = path.parent
-    text = f"{path}: no such file or folder" + (f" (and {more} more)" if more else "")
-    if not os.path.isdir(parent):
-        return f"{text}; there is no folder {parent} either"
-    try:
-        hint = did_you_mean(path.name, os.listdir(parent))
-    except OSError:
-        hint = ""
-    return text + (f".{hint}" if hint else "; check the path" if path.is_absolute() else f"; check the path, which starts in {Path.cwd()}")
 
 
 def data_path(data: Data, noun: str) -> Path:

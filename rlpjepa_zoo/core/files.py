@@ -108,6 +108,17 @@ def _partial(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}-{_host()}.partial{suffix}")
 
 
+def unfinished(name: str) -> str | None:
+    """Return the name that an unfinished file was to get, without its suffix, or that of a folder; None for other files.
+
+    Example:
+        >>> unfinished(".part-000001.4711-0a1b2c3d.partial.parquet"), unfinished("part-000001.parquet")
+        ('part-000001', None)
+    """
+    match = _PARTIAL.fullmatch(name)
+    return None if match is None else match["name"]
+
+
 def remove_partials(folder: Path, name: str | None = None) -> None:
     """Remove unfinished files and folders of processes that were killed; those of running processes and of other machines stay.
 
@@ -176,6 +187,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+# --- files of other programs -----------------------------------------------------------------------------------------------------------
+
+_LEFT_BEHIND = frozenset(
+    "__macosx @eadir #recycle $recycle.bin lost+found thumbs.db ehthumbs.db desktop.ini icon\r".split(" ") + ["system volume information"]
+)
+"""Files and folders, in lower case, that operating systems and storage devices leave in any folder. Some hold small copies of images."""
+
+
+def left_behind(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that desktops, editors, version control or upload tools leave anywhere.
+
+    Example:
+        >>> [left_behind(name) for name in (".DS_Store", "__MACOSX", "Thumbs.db", "..", "cats")]
+        [True, True, True, False, False]
+    """
+    return name.lower() in _LEFT_BEHIND or (name.startswith(".") and name not in (".", ".."))
 
 
 # --- errors of the disk ----------------------------------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ def test_run_starts_in_a_folder_that_holds_only_files_of_other_programs(enc: rz.
 def test_half_written_files_of_a_killed_run_are_removed_and_nothing_else(enc: rz.SparseEncoder, photos: Path, out: Path) -> None:
     names = (
         "data/.part-000001.77.partial.parquet",
+        "data/.part-000002.77-0a1b2c3d.partial.parquet",
         ".embeddings.77.partial.json",
         ".README.7.partial.md",
         "data/..part-000001.9.partial.json",

@@ -15,16 +15,13 @@ from typing import Any
 from PIL import Image
 
 from ...config.sections import Data
+from ...core.files import left_behind
 from ...core.source import expanded
 from ...errors import DataError, no_folder, no_such
 from ..decode import image_format, suffixes, unreadable_format
 
 log = logging.getLogger("rlpjepa_zoo")
 
-_OF_SYSTEMS = frozenset(
-    {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
-)
-"""Folders and files that operating systems and storage devices leave behind. Some hold small copies of images."""
 _COPIES = ("~", ".bak", ".tmp", ".part", ".crdownload")
 """Endings of backup copies and of unfinished downloads."""
 _IMAGE_ENDINGS = frozenset(".avif .heic .heif .hif .jxl .webp .psd .arw .cr2 .cr3 .dng .nef .orf .pef .raf .rw2 .srw".split())
@@ -41,11 +38,11 @@ def is_hidden(path: str) -> bool:
         >>> [is_hidden(path) for path in ("a/b.jpg", "./a.jpg", "a/._b.jpg", ".ipynb_checkpoints/a.parquet", "__MACOSX/a.jpg")]
         [False, False, True, True, True]
     """
-    return any(part in _OF_SYSTEMS or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
+    return any(map(left_behind, path.split("/")))
 
 
 class LeftOut:
-    """Images and other things of one source that are left out, by reason.
+    """Files and members of one source that are left out, by reason.
 
     Example:
         >>> left = LeftOut()
@@ -190,13 +187,18 @@ def data_path(data: Data, noun: str) -> Path:
     return root
 
 
+def is_of_split(file: Path, split: str) -> bool:
+    """Whether a file's name starts with a split, or its folder is named so."""
+    return file.name.startswith(split) or file.parent.name == split
+
+
 def files_of_split(files: Sequence[Path], split: str, eval_split: str | None, root: Path, noun: str) -> list[Path]:
     """The files whose name starts with the split, or whose folder is named so. A single file is the training split.
 
     Raises:
         DataError: there is none.
     """
-    chosen = [f for f in files if f.name.startswith(split) or f.parent.name == split or (len(files) == 1 and split != eval_split)]
+    chosen = [file for file in files if is_of_split(file, split) or (len(files) == 1 and split != eval_split)]
     if not chosen:
         names = ", ".join(f.name for f in files[:4])
         fix = "set data.split and data.eval_split to how the names start"

@@ -88,9 +88,9 @@ class PretrainTask(Task):
         self.cached_views = recipe.encoder.cached_views
         self.every_epochs = recipe.probe.every_epochs
         self.all_zero = 0
+        """Logged steps in a row with all embeddings zero."""
         self.warned = False
         """Whether the share of dead dimensions was looked at."""
-        """Logged steps in a row with all embeddings zero."""
         self.kept = Kept() if recipe.encoder.freeze_backbone else None
         """Features of the images that measure a frozen backbone's projector."""
 

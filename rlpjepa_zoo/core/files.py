@@ -269,6 +269,15 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None 
     return safetensors.torch.save(contents, metadata=metadata)
 
 
+def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, shapes, types and bits of tensors to a digest of hashlib, in the order of the names."""
+    import torch
+
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtypes and shapes in a safetensors file by tensor name, from its header only.
 

@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..core import package
-from ..core.files import disk_errors, existing_parent, parse_json, partial_folder, tensor_bytes
+from ..core.files import disk_errors, existing_parent, hash_tensors, parse_json, partial_folder, tensor_bytes
 from ..data.preprocess import Preprocess
 from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
 from ..hub import card
@@ -119,9 +119,7 @@ class PublishedModel(nn.Module):
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two models with equal fingerprints give equal outputs."""
         digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        hash_tensors(digest, self.state_dict())
         if (dial := getattr(self.config, "dial", None)) is not None:
             digest.update(repr(dial).encode())
         return digest.hexdigest()

@@ -23,12 +23,13 @@ from ..core.files import atomic_file
 from ..core.rng import generator
 from ..data.images import Images
 from ..data.sources import open_source
+from ..data.sources.classes import with_class_numbers
 from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
 from ..evaluation.intervals import mean_interval, share_interval
 from ..evaluation.metrics import alarms
 from ..models.pretrained import load_classifier, load_encoder
 from ..training.run_dir import RunFiles, is_number, read_run
-from ..training.tasks.accuracy import classify, with_class_numbers
+from ..training.tasks.accuracy import classify
 from .classifier_sections import ClassifiedSample, classes_section, confusions_section, mistakes_section
 from .encoder_sections import Sample, law_section, neighbours_section, rates_section, units_section
 from .page import Header, Section, render

@@ -129,7 +129,7 @@ def check_parent(option: str, path: Path) -> None:
     Raises:
         OutputError: names the folder.
     """
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"{option} {path}: no folder {path.parent}")
 
 
@@ -141,7 +141,7 @@ def check_new_file(path: Path, overwrite: bool) -> None:
         UsageError: the file exists.
     """
     check_parent("--out", path)
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise UsageError(f"--out {path}: exists; add --overwrite to replace it")
 
 

@@ -6,7 +6,9 @@ Every message is one line of at most 500 printable characters: what was given, w
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from .text import LINE, printable
 
@@ -87,3 +89,26 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def no_such(path: Path, more: int = 0) -> str:
+    """Message about a path that does not exist: what is missing, and where to look.
+
+    Args:
+        path: the path.
+        more: number of other paths that do not exist either.
+    """
+    parent = path.parent
+    text = f"{path}: no such file or folder" + (f" (and {more} more)" if more else "")
+    if not os.path.isdir(parent):
+        return f"{text}; there is no folder {parent} either"
+    try:
+        hint = did_you_mean(path.name, os.listdir(parent))
+    except OSError:
+        hint = ""
+    return text + (f".{hint}" if hint else "; check the path" if path.is_absolute() else f"; check the path, which starts in {Path.cwd()}")
+
+
+def no_folder(path: Path) -> str:
+    """Message about a path that is no folder: it does not exist, or is a file."""
+    return f"{path}: is a file; expected a folder" if os.path.exists(path) else no_such(path)

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .text import printable
 
-__all__ = ["progress_bar"]
+__all__ = ["is_redrawn", "progress_bar"]
 
 _SECONDS = {True: 0.5, False: 30.0}
 """Seconds between two updates, by whether the bar can be redrawn."""
@@ -29,6 +29,11 @@ class _Lines:
         self.file.flush()
 
 
+def is_redrawn() -> bool:
+    """Whether bars are redrawn in place, as in a terminal and in a notebook, rather than written line after line."""
+    return sys.stderr.isatty() or any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+
+
 def progress_bar(title: str, total: int | None, *, hidden: bool = False, unit: str = "image", done: int = 0, leave: bool = True) -> Any:
     """A context with a tqdm bar.
 
@@ -40,8 +45,7 @@ def progress_bar(title: str, total: int | None, *, hidden: bool = False, unit: s
         done: items that were done before.
         leave: keep the finished bar in the terminal.
     """
-    notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-    redrawn = notebook or sys.stderr.isatty()
+    redrawn = is_redrawn()
     seconds = _SECONDS[redrawn]
     return tqdm(
         total=total, initial=done, unit=unit, unit_scale=(total or 0) > 9999, desc=printable(title, 40), disable=hidden, leave=leave,

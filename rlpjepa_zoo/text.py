@@ -63,6 +63,8 @@ def cut(text: str, limit: int) -> str:
             break
         budget -= length
     shorter = "".join(_middle_cut(piece, longest) for piece in pieces)
+    if len(shorter) > limit:  # too many short pieces, such as a list of numbers: its middle is left out, and the others may stay longer
+        shorter = "".join(_middle_cut(piece, max(_SHORTEST, limit // 4)) for piece in pieces)
     return _middle_cut(shorter, limit)
 
 

@@ -29,6 +29,11 @@ def test_ordinary_names_stay_as_they_are() -> None:
         assert printable(name) == name
 
 
+def test_cut_leaves_out_the_middle_of_a_long_list_and_keeps_the_path_before_it() -> None:
+    path = "/tmp/pytest-of-root/a-folder-of-a-test/model.safetensors"
+    assert cut(f"{path}: x is of shape ({5000 * '1, '}), expected ()", 500).startswith(f"{path}: x is of shape (1, 1,")
+
+
 def test_cut_keeps_the_sentence_around_long_names() -> None:
     message = f"data.path: {'/long' * 9000}: is not one of '{'a b ' * 9000}'; give a folder of images"
     short = str(DataError(message))

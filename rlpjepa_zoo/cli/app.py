@@ -101,6 +101,9 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             show_error(f"{error.filename or 'output'}: disk full")
             return OutputError.exit_code
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a path that was given, at any check of it
+            show_error(f"{error.filename}: {error.strerror}")
+            return UsageError.exit_code
         show_traceback()
         show_error(f"{type(error).__name__}: {error}", "this is a bug of rlpjepa_zoo, please report it with the lines above")
         return ZooError.exit_code

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DataError, OutputError, UsageError
+from ..errors import DataError, UsageError
 from .options import (
     AllowPaths,
     AsJson,
     BatchSize,
+    DataRevision,
+    DataSplit,
     Device,
+    IdColumn,
     ImageColumn,
+    ImagesToRead,
+    Overwrite,
     Quiet,
     Revision,
+    SkipBad,
     SourceName,
     Workers,
+    check_new_file,
+    check_parent,
     choose_device,
     list_failures,
     print_values,
@@ -39,13 +47,7 @@ OTHER_FILES = {
 
 def embed(
     source: SourceName,
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGES...",
-            help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
-        ),
-    ],
+    images: ImagesToRead,
     out: Annotated[
         Path, typer.Option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to start or to continue.")
     ],
@@ -63,13 +65,13 @@ def embed(
         str,
         typer.Option(help="Further columns to copy, such as a,b; for tar files suffixes such as json. The class label is always copied."),
     ] = "",
-    id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
+    id_column: IdColumn = None,
     image_column: ImageColumn = None,
     allow_paths: AllowPaths = False,
-    split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
-    data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    split: DataSplit = None,
+    data_revision: DataRevision = None,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -86,8 +88,8 @@ def embed(
     from ..models.inference import OutputOptions
     from ..models.pretrained import load_encoder
 
-    to_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
-    if out.suffix.lower() in OTHER_FILES and not out.is_dir():
+    to_file = out.suffix.lower() in SUFFIXES and not os.path.isdir(out)
+    if out.suffix.lower() in OTHER_FILES and not os.path.isdir(out):
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
     how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision, normalize), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
     _check_out(out, to_file, overwrite)
@@ -121,12 +123,10 @@ def embed(
 
 def _check_out(out: Path, to_file: bool, overwrite: bool) -> None:
     """Refuse an --out that cannot be written, before anything is loaded."""
-    if not out.parent.is_dir():
-        raise OutputError(f"--out {out}: no folder {out.parent}")
     if not to_file:
+        check_parent("--out", out)
         return
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    check_new_file(out, overwrite)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
 
@@ -184,14 +184,18 @@ def dial(
         raise UsageError("--density and --budget: give one of them")
     if budget is not None and (mode != "top_k" or images is not None):
         raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
-    if out.exists() and not overwrite:
+    if os.path.exists(out) and not overwrite:
         raise UsageError(f"--out {out}: exists; choose another folder, or add --overwrite")
     encoder = load_encoder(source, revision=revision, device=choose_device(device))
     if budget is not None:
         sparser = encoder.with_budget(budget)
     else:
-        options = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
-        feed = None if images is None else open_images(images, image_column=image_column, allow_paths=allow_paths, prefix="--")
+        options: dict[str, Any] = {"num_workers": num_workers, "progress": not quiet, "on_error": "skip" if skip_bad else "raise"}
+        feed = None
+        if images is not None:
+            feed = open_images(
+                images, image_column=image_column, allow_paths=allow_paths, prefix="--", on_error="skip" if skip_bad else "raise"
+            )
         sparser = encoder.with_density(density or 0.0, mode, feed, **options)  # type: ignore[arg-type]
     sparser.save_pretrained(out, name=arrow_text(ModelSource.folder(out).text))
     setting = sparser.config.dial

@@ -8,18 +8,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 from .options import (
     AllowPaths,
     AsJson,
     BatchSize,
+    DataRevision,
+    DataSplit,
     Device,
+    IdColumn,
+    ImageColumn,
+    ImagesToRead,
     Overrides,
+    Overwrite,
     Quiet,
     Revision,
+    SkipBad,
     SourceName,
     Workers,
     card_name,
+    check_new_file,
+    check_parent,
     choose_device,
     list_failures,
     own_folder,
@@ -90,9 +99,9 @@ def evaluate(
     protocol = Protocol(names, seeds, shots=images_per_class, queries=queries)  # refuses wrong values before anything is read
     if plot is not None and not {"knn", "linear", "few_shot" if 1 in images_per_class else ""} & set(protocol.probes):
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
-    for file in (out, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise OutputError(f"{file}: no folder {file.parent}")
+    for option, file in (("--out", out), ("--plot", plot)):
+        if file is not None:
+            check_parent(option, file)
     folder = own_folder(source, "--card") if on_card else None
     encoder, progress = load_published(source, revision=revision, device=choose_device(device)), not (quiet or as_json)
     if isinstance(encoder, Classifier):
@@ -176,23 +185,18 @@ def predict(
     classifier: Annotated[
         str, typer.Argument(metavar="CLASSIFIER", help="owner/repo[@revision] on the Hub, or the folder of a classifier or its run.")
     ],
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGES...",
-            help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
-        ),
-    ],
+    images: ImagesToRead,
     out: Annotated[Path, typer.Option(help="File to write (.csv, .jsonl, .parquet), with the columns id, class, probability.")],
     top: Annotated[int, typer.Option(min=1, help="Most probable classes of each image, one row for each.")] = 1,
     batch_size: BatchSize = None,
     num_workers: Workers = 4,
-    id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
-    data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    id_column: IdColumn = None,
+    image_column: ImageColumn = None,
+    allow_paths: AllowPaths = False,
+    split: DataSplit = None,
+    data_revision: DataRevision = None,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -201,19 +205,17 @@ def predict(
     """Classify images: write the most probable class of each image, in input order, to a table."""
     from ..data.sources import open_images
     from ..embedding.predictions import SUFFIXES, write_predictions
-    from ..models.inference import default_batch_size
     from ..models.pretrained import load_classifier
 
-    if out.suffix not in SUFFIXES:
+    if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(SUFFIXES)}")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"--out {out}: no folder {out.parent}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
-    feed = open_images(images, split=split, id_column=id_column, image_column=image_column, revision=data_revision)
+    check_new_file(out, overwrite)
+    feed = open_images(
+        images, split=split, id_column=id_column, image_column=image_column, revision=data_revision, allow_paths=allow_paths, prefix="--",
+        on_error="skip" if skip_bad else "raise",
+    )  # fmt: skip
     model = load_classifier(classifier, revision=revision, device=choose_device(device))
-    size = batch_size or default_batch_size(model.config.preprocess.size, model.device)
-    count, failures = write_predictions(model, feed, out, top, size, num_workers, skip_bad, not (quiet or as_json))
+    count, failures = write_predictions(model, feed, out, top, batch_size, num_workers, skip_bad, not (quiet or as_json))
     list_failures(out, failures, count)
     result = {"file": str(out), "images": count, "skipped": len(failures), "classes": len(model.classes), "model": model.fingerprint()}
     print_values(result, as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -146,8 +147,15 @@ def _files_to_push(source: str, repo: str, license: str | None, notes: str | Non
 
 
 def _read_notes(path: Path | None) -> str | None:
+    from ..hub.card import MOST_NOTES
+
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_text("utf-8")
+        if os.path.exists(path) and not os.path.isfile(path):  # a device has no end, and a pipe may have no writer
+            raise OSError("no regular file")
+        with open(path, encoding="utf-8") as file:
+            return file.read(MOST_NOTES + 1)  # more is refused with the card
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--notes {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import OutputError, UsageError
 from ..text import printable
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
@@ -29,16 +29,26 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Images per batch; if not given, 256 up to 79 x 79 pixels, 32 of 224 x 224 (GPU: 256).")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Threads that decode images; 0 decodes between batches.")]
+ImagesToRead = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGES...",
+        help="Folders, image files, a list of files (.txt), parquet or tar files, or a data set on the Hub (owner/name, streamed).",
+    ),
+]
+IdColumn = Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")]
 ImageColumn = Annotated[
     str | None, typer.Option(help="Column that holds the images, or suffix in tar files, such as left.png; found if not given.")
 ]
 AllowPaths = Annotated[bool, typer.Option("--allow-paths", help="Open files that rows of a table name outside of the table's folder.")]
+DataSplit = Annotated[str | None, typer.Option("--split", help="Split of a data set on the Hub; train if not given.")]
+DataRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence of the weights on the card, such as apache-2.0.")]
 Notes = Annotated[Path | None, typer.Option(help="Markdown file with your own text for the card.")]
-
-
 Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Module to import first, for backbones or objectives of yours that it registers."),
@@ -111,6 +121,28 @@ def write_file(path: Path, content: bytes) -> None:
 
     with atomic_file(path) as aside:
         aside.write_bytes(content)
+
+
+def check_parent(option: str, path: Path) -> None:
+    """Refuse a file whose folder does not exist, before anything is loaded.
+
+    Raises:
+        OutputError: names the folder.
+    """
+    if not os.path.isdir(path.parent):
+        raise OutputError(f"{option} {path}: no folder {path.parent}")
+
+
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Refuse a file --out that exists, or whose folder does not, before anything is loaded.
+
+    Raises:
+        OutputError: names the folder.
+        UsageError: the file exists.
+    """
+    check_parent("--out", path)
+    if os.path.exists(path) and not overwrite:
+        raise UsageError(f"--out {path}: exists; add --overwrite to replace it")
 
 
 def list_failures(out: Path, failures: list[tuple[Any, str]], read: int) -> None:

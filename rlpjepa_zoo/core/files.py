@@ -108,6 +108,17 @@ def _partial(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{path.name.removesuffix(suffix)}.{os.getpid()}-{_host()}.partial{suffix}")
 
 
+def unfinished(name: str) -> str | None:
+    """Return the name that an unfinished file was to get, without its suffix, or that of a folder; None for other files.
+
+    Example:
+        >>> unfinished(".part-000001.4711-0a1b2c3d.partial.parquet"), unfinished("part-000001.parquet")
+        ('part-000001', None)
+    """
+    match = _PARTIAL.fullmatch(name)
+    return None if match is None else match["name"]
+
+
 def remove_partials(folder: Path, name: str | None = None) -> None:
     """Remove unfinished files and folders of processes that were killed; those of running processes and of other machines stay.
 
@@ -178,6 +189,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+# --- files of other programs -----------------------------------------------------------------------------------------------------------
+
+_LEFT_BEHIND = frozenset(
+    "__macosx @eadir #recycle $recycle.bin lost+found thumbs.db ehthumbs.db desktop.ini icon\r".split(" ") + ["system volume information"]
+)
+"""Files and folders, in lower case, that operating systems and storage devices leave in any folder. Some hold small copies of images."""
+
+
+def left_behind(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that desktops, editors, version control or upload tools leave anywhere.
+
+    Example:
+        >>> [left_behind(name) for name in (".DS_Store", "__MACOSX", "Thumbs.db", "..", "cats")]
+        [True, True, True, False, False]
+    """
+    return name.lower() in _LEFT_BEHIND or (name.startswith(".") and name not in (".", ".."))
+
+
 # --- errors of the disk ----------------------------------------------------------------------------------------------------------------
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -238,6 +267,15 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None 
             contents[name] = contents[name].clone()
         memory.add(place)
     return safetensors.torch.save(contents, metadata=metadata)
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Add names, shapes, types and bits of tensors to a digest of hashlib, in the order of the names."""
+    import torch
+
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -100,10 +100,10 @@ class Preprocess:
     def of(cls, backbone: nn.Module, img_size: Any = None) -> Preprocess:
         """The preprocessing that timm gives for a backbone, at another image size if `img_size` is given."""
         config = timm.data.resolve_model_data_config(backbone)
-        own = timm.models.get_model_input_config(
-            backbone
-        )  # timm's data configuration of vitamin_xlarge_336 has another size than the model
-        height, width = (own if own["fixed_input_size"] else config)["input_size"][1:]
+        own = timm.models.get_model_input_config(backbone)
+        if own["fixed_input_size"]:  # timm's data configuration of vitamin_xlarge_336 has another size than the model
+            config["input_size"] = own["input_size"]
+        height, width = config["input_size"][1:]
         if img_size is not None:
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         return cls((height, width), tuple(config["mean"]), tuple(config["std"]), config["interpolation"], float(config["crop_pct"]))

@@ -36,7 +36,7 @@ from ..sparse.folder import EncoderRecord, Manifest, Options, Summary, Totals
 from ..sparse.io import Values
 from .card import card
 from .manifest import check_equal, finished_parts, prepare, provenance
-from .parts import arrow_text, write_part
+from .parts import arrow_id, arrow_text, write_part
 
 __all__ = ["Extraction", "extract"]
 
@@ -212,10 +212,6 @@ def _encode(
             yield _Batch(batch.group[0][0], embeddings, cells, failures)
 
 
-def _with_text_id(row: Row) -> Row:
-    return row if isinstance(row.id, int) else row._replace(id=arrow_text(row.id))
-
-
 def _write_parts(
     encoder: SparseEncoder,
     feed: ImageRows,
@@ -237,7 +233,7 @@ def _write_parts(
 
     def groups() -> Iterator[list[tuple[int, Row]]]:
         for part, rows in spans(feed, how.part_rows, mine):
-            yield from batched(((part, _with_text_id(row)) for row in rows), how.batch_size or 1)
+            yield from batched(((part, row._replace(id=arrow_id(row.id))) for row in rows), how.batch_size or 1)
 
     def check() -> None:
         if interrupts.stop:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..core import package
+from ..core import files, package
 from ..core.source import ModelSource
-from ..errors import DataError, OutputError, UsageError
+from ..errors import DataError, UsageError
 from ..models.encoder import SparseEncoder
 from ..sparse import folder
 from ..sparse.folder import EncoderRecord, MadeWith, Manifest, Summary
@@ -59,9 +59,9 @@ def prepare(out: Path, manifest: Manifest, batch_size: int, overwrite: bool) -> 
         DataError: its embeddings.json is damaged.
         OutputError: no permission, disk full.
     """
-    try:
+    with files.disk_errors(out):
         present = [*out.iterdir(), *(out / "data").glob("*")]
-        foreign = sorted(str(p.relative_to(out)) for p in present if not folder.is_ours(p, out) and not folder.of_another_program(p))
+        foreign = sorted(str(p.relative_to(out)) for p in present if not folder.is_ours(p, out) and not files.left_behind(p.name))
         before = None if overwrite and not foreign else folder.read_manifest(out)
         if not (out / folder.MANIFEST).is_file():  # then nothing here is known to be of embeddings
             ours = [p for p in present if p.parent != out or p.name in (folder.CARD, folder.FAILED)]
@@ -70,10 +70,6 @@ def prepare(out: Path, manifest: Manifest, batch_size: int, overwrite: bool) -> 
             raise UsageError(f"--out {out}: holds '{foreign[0]}', which does not belong to embeddings; choose another folder")
         _clear([path for path in present if folder.is_ours(path, out)], overwrite)
         (out / "data").mkdir(exist_ok=True)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     made_with = MadeWith(batch_size=batch_size, threads=torch.get_num_threads(), versions=package.versions())
     if before is None:
         manifest = manifest.model_copy(update={"made_with": made_with})

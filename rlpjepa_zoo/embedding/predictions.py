@@ -16,7 +16,7 @@ from ..core.files import atomic_file
 from ..data.images import ImageRows
 from ..errors import DataError, UsageError
 from ..models.classifier import Classifier
-from .parts import arrow_text
+from .parts import arrow_id
 
 __all__ = ["SUFFIXES", "write_predictions"]
 
@@ -28,8 +28,8 @@ Rows = list[tuple[str | int, str, float]]
 
 
 def write_predictions(
-    classifier: Classifier, images: ImageRows, out: Path, top: int = 1, batch_size: int = 256, num_workers: int = 4, skip_bad: bool = False,
-    progress: bool = False,
+    classifier: Classifier, images: ImageRows, out: Path, top: int = 1, batch_size: int | None = None, num_workers: int = 4,
+    skip_bad: bool = False, progress: bool = False,
 ) -> tuple[int, list[tuple[Any, str]]]:  # fmt: skip
     """Classify all rows of a source and write `top` rows for each image, in input order, most probable class first.
 
@@ -40,7 +40,7 @@ def write_predictions(
         images: from `rlpjepa_zoo.data.sources.open_images`.
         out: file ending in one of `SUFFIXES`; replaced if it exists.
         top: classes of each image, 1 to C.
-        batch_size, num_workers: images of a forward pass, threads that decode.
+        batch_size, num_workers: as of `Classifier.predict`.
         skip_bad: leave out unreadable images.
         progress: show a progress bar on stderr.
 
@@ -64,7 +64,7 @@ def write_predictions(
         (1, [])
         'id,class,probability'
     """
-    if out.suffix not in SUFFIXES:
+    if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{out}: expected a file ending in {', '.join(SUFFIXES)}")
     if not 1 <= top <= len(classifier.classes):
         raise UsageError(f"top: expected 1 to {len(classifier.classes)}, the classes of the classifier, got {top}")
@@ -86,7 +86,7 @@ def _rows(ids: list[Any], probabilities: Tensor, classes: tuple[str, ...], top: 
     """Rows of a batch; among equally probable classes the first comes first."""
     values, order = probabilities.sort(dim=1, descending=True, stable=True)
     return [
-        (arrow_text(id), classes[number], value)
+        (arrow_id(id), classes[number], value)
         for id, numbers, of_image in zip(ids, order[:, :top].tolist(), values[:, :top].numpy(), strict=True)
         for number, value in zip(numbers, _decimals(of_image), strict=True)
     ]
@@ -100,12 +100,12 @@ def _decimals(values: np.ndarray[Any, Any]) -> list[float]:
 @contextmanager
 def _writer(path: Path) -> Iterator[Callable[[Rows], None]]:
     """A function that appends rows to a new file."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         with _parquet_writer(path) as write:
             yield write
         return
     with open(path, "w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             table = csv.writer(file)
             table.writerow(COLUMNS)
             yield table.writerows

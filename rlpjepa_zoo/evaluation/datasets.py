@@ -14,10 +14,11 @@ from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
 from ..core.files import parse_json
-from ..data.files.listing import no_such
+from ..data.files.listing import is_of_split
 from ..data.images import Images
 from ..data.sources import Source, folder_contents, open_source
-from ..errors import DataError, UsageError, did_you_mean
+from ..data.sources.folder import HELD_OUT
+from ..errors import DataError, UsageError, did_you_mean, no_such
 from .probes.base import held_out
 
 __all__ = ["SETS", "EvalSet", "data_section_of", "open_set", "open_test_images"]
@@ -34,8 +35,9 @@ SETS: dict[str, dict[str, str]] = {
 """Named sets as data sections: CIFAR from the Hugging Face Hub (or a local copy, data.path=DIR), the others from torchvision."""
 
 
-TEST_SPLITS = ("test", "validation", "valid", "val")
-"""Names of the split of test images in a folder of parquet files, tar files or of a saved data set; the first that exists is used."""
+TEST_SPLITS = HELD_OUT[::-1]
+"""Names of the split of test images in a folder of parquet files, tar files or of a saved data set; the first that exists is used. Test comes
+first here, and validation in a folder of images, whose held-out images training measures."""
 
 
 class EvalSet(NamedTuple):
@@ -89,8 +91,7 @@ def _test_split(files: Sequence[Path]) -> str | None:
     if files[0].is_dir():
         names = parse_json(saved.read_bytes(), str(saved)).get("splits", []) if saved.is_file() else []
         return next((split for split in TEST_SPLITS if split in names), None)
-    parts = {split: [f for f in files if f.name.startswith(split) or f.parent.name == split] for split in TEST_SPLITS}
-    return next((split for split, chosen in parts.items() if chosen and len(files) > 1), None)
+    return next((split for split in TEST_SPLITS if len(files) > 1 and any(is_of_split(file, split) for file in files)), None)
 
 
 def open_set(data: str, overrides: Sequence[str] = ()) -> EvalSet:

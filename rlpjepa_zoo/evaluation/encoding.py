@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -18,10 +17,10 @@ from ..data.preprocess import Preprocess, batched
 from ..errors import DataError, NonFiniteError
 from ..models.encoder import SparseEncoder
 from ..models.inference import default_batch_size, pixel_batches
-from ..progress import progress_bar
+from ..progress import is_redrawn, progress_bar
 from ..sparse.embeddings import SparseEmbeddings
 
-__all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "Kept", "encode", "encode_sparse", "pixel_size"]
+__all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "FrozenFeatures", "encode", "encode_sparse", "pixel_size"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -68,7 +67,7 @@ class EncodedBatch(NamedTuple):
     """Why the other images cannot be read."""
 
 
-class Kept:
+class FrozenFeatures:
     """Features of a frozen backbone, batch by batch, so that images are encoded once however often a projector on them is measured.
 
     Batches stay as they were, so z is bit-equal to that of a whole pass. Parts with more than `MOST` numbers (256 MB) are not kept.
@@ -92,7 +91,7 @@ class Kept:
 @torch.no_grad()
 def encode(
     encoder: SparseEncoder, images: Images, batch_size: int = 256, num_workers: int = 0, progress: bool = False, allow_empty: bool = False,
-    kept: Kept | None = None, part: str = "",
+    cache: FrozenFeatures | None = None, part: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Encode all readable images in evaluation mode; the mode of the encoder is restored afterwards.
 
@@ -101,8 +100,8 @@ def encode(
         batch_size, num_workers: images of a forward pass, threads that decode.
         progress: show a progress bar on stderr.
         allow_empty: return empty tensors if no image can be read.
-        kept, part: features of a frozen backbone and the name of these images among them; filled by the first call, then used instead of the
-            images.
+        cache, part: features of a frozen backbone and the name of these images among them; filled by the first call, then used instead of
+            the images.
 
     Returns:
         Features (n, F), embeddings z (n, D), both float32, and labels (n,), -1 where unknown; on the CPU.
@@ -110,12 +109,12 @@ def encode(
     Raises:
         DataError: no image can be read, unless `allow_empty`.
     """
-    known = None if kept is None else kept.get(part)
+    known = None if cache is None else cache.get(part)
     passes = _encoded_batches(encoder, images, batch_size, num_workers, progress) if known is None else _projected(encoder, known)
     with closing(passes):
         batches = [batch._replace(pixels=None) for batch in passes]
-    if kept is not None and known is None:
-        kept.add(part, batches)
+    if cache is not None and known is None:
+        cache.add(part, batches)
     labels = [label for batch in batches for label in batch.labels]
     if not labels and not allow_empty:
         raise DataError("none of the images can be read")
@@ -169,7 +168,7 @@ def encode_sparse(
         raise DataError(f"none of the images can be read{f'; the first: {failures[0]}' if failures else ''}")
     if failures:
         log.warning("%d of %d %s images cannot be read and are left out; the first: %s", len(failures), len(images), role, failures[0])
-    if progress and not sys.stderr.isatty():  # where no bar is shown
+    if progress and not is_redrawn():
         log.info("encoded %d %s images in %.1f s", len(labels), role, time.monotonic() - start)
     raw = torch.cat(pixels).numpy() if pixels else None
     return Encoded(torch.cat(features).numpy(), SparseEmbeddings.concat(codes), np.array(labels, np.int64), raw)

@@ -23,7 +23,7 @@ from .encoding import encode_sparse, pixel_size
 from .intervals import paired_difference
 from .metrics import sparse_densities
 from .probes.base import Array, Scores
-from .protocol import Protocol, Watch, measure
+from .protocol import ProbeBar, Protocol, measure
 
 __all__ = ["budget_curve", "check_budgets", "evaluate", "with_results"]
 
@@ -101,16 +101,16 @@ def evaluate(
     z = spaces["z"]
     report: dict[str, Any] = sparse_densities(z[1]) | {"n_train": len(y), "n_test": len(test_y), "seeds": seeds}
     total = len(protocol.probes) * (len(spaces) + len(budgets) + sum(len(names) for _, names in others.values()))
-    with Watch(total, progress) as watch:
-        scores = {space: measure(*_floats(spaces.pop(space), y, test_y), protocol, watch, space) for space in [*spaces]}
+    with ProbeBar(total, not progress) as bar:
+        scores = {space: measure(*_floats(spaces.pop(space), y, test_y), protocol, bar, space) for space in [*spaces]}
         for space, of_space in scores.items():
             report |= of_space.flat(space)
         sentences = [protocol.describe(len(y), len(test_y), scores["z"].skipped), *_of_pixels(encoder, scores), *([note] if note else [])]
         report |= {"protocol": "; ".join([*sentences, "encoder frozen, one training run"]), "skipped": skipped | scores["z"].skipped}
         report["chosen_c"] = {space: of_space.chosen_c for space, of_space in scores.items() if of_space.chosen_c}
         if budgets:
-            report["curve"] = budget_curve(*z, y, test_y, protocol, budgets, watch)
-        report["against"] = {name: images.compare(name, *other, scores, (y, test_y), protocol, watch) for name, other in others.items()}
+            report["curve"] = budget_curve(*z, y, test_y, protocol, budgets, bar)
+        report["against"] = {name: images.compare(name, *other, scores, (y, test_y), protocol, bar) for name, other in others.items()}
     if "pixels" in against and "pixels" in scores:
         report["against"]["pixels"] = {"differences": _differences(scores, {"pixels": scores["pixels"]})}
     return {key: value for key, value in report.items() if value not in ({}, [])}
@@ -187,7 +187,7 @@ class _LabelledSplit:
 
     def compare(
         self, name: str, other: SparseEncoder, names: tuple[str, ...], ours: dict[str, Scores], labels: tuple[Array, Array],
-        protocol: Protocol, watch: Watch,
+        protocol: Protocol, bar: ProbeBar,
     ) -> dict[str, Any]:  # fmt: skip
         """Entry of "against" in a report: another encoder measured on the same images, and the differences to it.
 
@@ -197,12 +197,12 @@ class _LabelledSplit:
             ours: scores of the evaluated encoder.
             labels: of the training and test images that the evaluated encoder could read.
             protocol: of both.
-            watch: shows the progress.
+            bar: progress bar.
         """
         spaces, y, test_y = self.encode(other)
         if not (np.array_equal(y, labels[0]) and np.array_equal(test_y, labels[1])):
             raise DataError("evaluation: the encoders that are compared could not read the same images")
-        theirs = {space: measure(spaces[space][0], y, spaces[space][1], test_y, protocol, watch, f"{space} of {name}") for space in names}
+        theirs = {space: measure(spaces[space][0], y, spaces[space][1], test_y, protocol, bar, f"{space} of {name}") for space in names}
         entry: dict[str, Any] = {"l0": spaces["z"][1].l0} if "z" in names else {}
         for space, scores in theirs.items():
             entry |= scores.flat(space)
@@ -252,7 +252,7 @@ def check_budgets(asked: Sequence[int] | str, dim: int) -> list[int]:
 
 def budget_curve(
     z: SparseEmbeddings, test_z: SparseEmbeddings, y: Array, test_y: Array, protocol: Protocol, budgets: Sequence[int],
-    watch: Watch | None = None,
+    bar: ProbeBar | None = None,
 ) -> dict[str, list[Any]]:  # fmt: skip
     """Measures of z when only the largest values of each image are kept, in training and in test images.
 
@@ -261,7 +261,7 @@ def budget_curve(
     """
     curve: dict[str, list[Any]] = {"active": list(budgets)}
     for active in budgets:
-        scores = measure(z.top_k(active), y, test_z.top_k(active), test_y, protocol, watch, f"z with {active} active")
+        scores = measure(z.top_k(active), y, test_z.top_k(active), test_y, protocol, bar, f"z with {active} active")
         for name, value in scores.mean.items():
             curve.setdefault(name, []).append(value)
             if name in scores.spread:

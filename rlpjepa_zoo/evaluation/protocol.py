@@ -10,13 +10,14 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..errors import DataError, UsageError, did_you_mean
+from ..progress import is_redrawn, progress_bar
+from ..text import printable
 from .probes import PROBES
 from .probes.base import Array, Probe, Rows, Scores, Split, at_least_one, rows
 
-__all__ = ["Protocol", "Watch", "default_probes", "measure", "probe_names"]
+__all__ = ["ProbeBar", "Protocol", "default_probes", "measure", "probe_names"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -84,24 +85,24 @@ class Protocol:
         return "; ".join(sentence for sentence in sentences if sentence)
 
 
-class Watch:
-    """Shows which probe of which representation is measured: a bar with the time left on a terminal, else a log line for each.
+class ProbeBar:
+    """A progress bar of measurements that names the one in work: a probe of a representation. Where it cannot be redrawn, each is logged.
 
     Args:
-        measurements: number of measurements.
-        shown: False shows nothing.
+        total: number of measurements.
+        hidden: show nothing.
 
     Example:
-        >>> with Watch(2, shown=False) as watch:
-        ...     with watch.measuring("kNN of z"):
+        >>> with ProbeBar(2, hidden=True) as bar:
+        ...     with bar.measuring("kNN of z"):
         ...         pass
     """
 
-    def __init__(self, measurements: int, shown: bool) -> None:
-        self.bar = tqdm(total=measurements, desc="measure", unit="probe", disable=None if shown else True, leave=False)
-        self.in_log = shown and self.bar.disable
+    def __init__(self, total: int, hidden: bool) -> None:
+        self.logs = not hidden and not is_redrawn()
+        self.bar = progress_bar("measure", total, hidden=hidden or self.logs, unit="probe", leave=False)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProbeBar:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,22 +111,22 @@ class Watch:
     @contextmanager
     def measuring(self, name: str) -> Iterator[None]:
         """One measurement."""
-        self.bar.set_description(f"measure {name}")
+        self.bar.set_description(f"measure {printable(name, 40)}")
         start = time.monotonic()
         yield
         self.bar.update()
-        if self.in_log:
+        if self.logs:
             log.info("measured %s in %.1f s", name, time.monotonic() - start)
 
 
-def measure(x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol, watch: Watch | None = None, name: str = "") -> Scores:
+def measure(x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol, bar: ProbeBar | None = None, name: str = "") -> Scores:
     """Measure one representation by all probes of a protocol.
 
     Args:
         x, test_x: (m, C), (n, C) representations that `rlpjepa_zoo.evaluation.probes.base.rows` accepts.
         y, test_y: (m,), (n,) labels; rows with a label < 0 are left out. Their size does not matter: probes count distinct labels.
         protocol: the probes.
-        watch, name: what shows the progress, and the name of the representation there.
+        bar, name: progress bar, and the name of the representation on it.
 
     Raises:
         DataError: no labelled images, or fewer than two classes.
@@ -137,7 +138,7 @@ def measure(x: Rows, y: Array, test_x: Rows, test_y: Array, protocol: Protocol, 
     split = Split(x, y, test_x, test_y)
     scores = Scores()
     for probe_name, probe in protocol.probes.items():
-        with watch.measuring(f"{probe_name} of {name}") if watch is not None else nullcontext():
+        with bar.measuring(f"{probe_name} of {name}") if bar is not None else nullcontext():
             probe.score(split, protocol.seeds, scores)
     return scores
 

@@ -16,7 +16,7 @@ from ..data.images import Images
 from ..data.sources import Source
 from ..errors import DataError
 from ..models.encoder import SparseEncoder
-from .encoding import Kept, encode
+from .encoding import FrozenFeatures, encode
 from .metrics import dead, l0, l1
 from .probes.knn import knn_accuracy
 
@@ -33,14 +33,14 @@ def has_labels(source: Source) -> bool:
 @torch.no_grad()
 def during_training(
     encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    kept: Kept | None = None,
+    cache: FrozenFeatures | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Density in evaluation mode and, if there are labels, kNN accuracy of features and z; every rank encodes its share of the rows.
 
     Args:
         encoder, source, recipe: of the run.
         autocast: context for the precision of the forward passes.
-        kept: of a run with a frozen backbone, the features of earlier calls.
+        cache: of a run with a frozen backbone, the features of earlier calls.
 
     Returns:
         l0_eval, l1_eval, dead_eval, knn_features, knn_z; empty for a stream without evaluation images.
@@ -58,9 +58,8 @@ def during_training(
     def encode_on_ranks(images: Images, part: str) -> tuple[Tensor, Tensor, Tensor]:
         mine = images.take(np.arange(distributed.rank(), len(images), distributed.world_size()))
         with autocast():
-            encoded = encode(
-                encoder, mine, batch, recipe.train.num_workers, allow_empty=True, kept=kept, part=part
-            )  # this rank's share may be empty
+            options: Any = {"allow_empty": True, "cache": cache, "part": part}  # this rank's share may be empty
+            encoded = encode(encoder, mine, batch, recipe.train.num_workers, **options)
         features, z, labels = (distributed.gather_rows(tensor.to(encoder.device)).cpu() for tensor in encoded)
         if not len(z):
             raise DataError("none of the images for evaluation can be read")

@@ -64,6 +64,10 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
     return pack(model, {name: content for name, content in contents.items() if not is_card(name)} | files(model))
 
 
+MOST_NOTES = 100_000
+"""Largest number of characters of the user's own text."""
+
+
 # --- the record that the card shows ---------------------------------------------------------------------------------------------------
 
 _DATA = {
@@ -185,7 +189,7 @@ class Info(_Open):
     backbone: Start | None = None
     augmentations: str | None = None
     license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.+-]*$")
-    notes: str | None = Field(None, max_length=100_000)
+    notes: str | None = Field(None, max_length=MOST_NOTES)
 
 
 def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..core.files import sha256
-from ..core.source import ModelSource, is_repository
-from ..errors import HubError, ModelError, UsageError, did_you_mean
+from ..core.source import ModelSource, expanded, is_repository
+from ..errors import HubError, ModelError, UsageError, did_you_mean, no_folder
 from . import zoo
 from .folder import find_folder, matches, read_folder
 from .format import MARK, PICKLES, listed_files
@@ -51,14 +51,14 @@ def resolve(source: str | Path, revision: str | None = None, token: str | None =
     if folder is not None:
         return folder
     if place.kind == "folder" and not place.timm:
-        raise ModelError(f"{place.value}: no such folder")
+        raise ModelError(no_folder(place.path))
     if place.revision and revision is not None and place.revision != revision:
         raise UsageError(f"'{text}' and revision '{revision}': the revision is given twice; give one")
     if text in zoo.list_encoders():
         return _resolve_zoo_name(text, revision, token, cache_dir)
     if place.missing_folder and revision is None:
         hub = f"; for the repository on the Hub write 'hf-hub:{text}'" if place.kind == "hub" else ""
-        raise UsageError(f"no folder '{text}' here (working folder {Path.cwd()}){hub}")
+        raise UsageError(no_folder(expanded(text)) + hub)
     if place.kind != "hub" or place.timm or not is_repository(place.value):
         names = zoo.list_encoders()
         raise UsageError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import MAX_JSON, disk_errors, partial_folder, sha256, sync_folder, write_durably
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, no_folder
 from .format import CONFIG, NAMES, RECIPE, Published, is_card, listed_files, parse
 
 __all__ = ["find_folder", "matches", "read_folder", "read_recipe", "snapshot_folder", "verify_folder", "write_folder"]
@@ -57,7 +57,7 @@ def read_folder(folder: str | Path) -> Published:
     folder = Path(folder)
     path = folder / CONFIG
     if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder")
+        raise ModelError(no_folder(folder))
     if not path.is_file():
         inside = next((p.parent.parent for p in sorted(folder.glob(f"*/encoder/{CONFIG}"))), None)
         hint = f"; did you mean {inside}?" if inside else ", such as save_pretrained and the runs of `rlpjepa train` write"

@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..core import package
-from ..core.files import disk_errors, existing_parent, parse_json, partial_folder, tensor_bytes
+from ..core.files import disk_errors, existing_parent, hash_tensors, parse_json, partial_folder, tensor_bytes
 from ..data.preprocess import Preprocess
 from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
 from ..hub import card
@@ -89,13 +89,17 @@ class PublishedModel(nn.Module):
 
     @torch.no_grad()
     def size_problem(self, height: int, width: int) -> str | None:
-        """Why the backbone does not take images of this size, in one line; None if it does. One black image is tried."""
-        first = next(self.parameters())
+        """Why the backbone does not take images of this size, as it says itself; None if it does.
+
+        One black image is tried; on the meta device nothing is computed.
+        """
         try:
             with self.evaluating():
-                self(torch.zeros(1, 3, height, width, device=first.device))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            return f"the backbone does not take images of {height} x {width} pixels ({first_line(error)})"
+                self(torch.zeros(1, 3, height, width, device=self.device))
+        except Exception as error:  # backbones refuse in their own ways
+            if isinstance(error, MemoryError) or "allocate" in str(error):
+                raise
+            return first_line(error)
         return None
 
     def _check_size(self, source: Any) -> None:
@@ -106,17 +110,16 @@ class PublishedModel(nn.Module):
             and source.dim() == 4
             and source.shape[2:] != self.config.preprocess.size
         ):
-            problem = self.size_problem(*source.shape[2:])
-            if problem is not None:
-                height, width = self.config.preprocess.size
-                raise DataError(f"{problem}; preprocess images with .transform, which gives {height} x {width}")
+            reason = self.size_problem(*source.shape[2:])
+            if reason is not None:
+                given, wanted = (f"{height} x {width}" for height, width in (source.shape[2:], self.config.preprocess.size))
+                fix = f"preprocess images with .transform, which gives {wanted}"
+                raise DataError(f"the backbone does not take images of {given} pixels ({reason}); {fix}")
 
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two models with equal fingerprints give equal outputs."""
         digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        hash_tensors(digest, self.state_dict())
         if (dial := getattr(self.config, "dial", None)) is not None:
             digest.update(repr(dial).encode())
         return digest.hexdigest()

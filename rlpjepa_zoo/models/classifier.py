@@ -130,14 +130,14 @@ class Classifier(PublishedModel):
         return self.head(as_weights(features, self.head))
 
     def predict(
-        self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise",
+        self, source: Any, batch_size: int | None = None, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise",
         failures: list[tuple[Any, str]] | None = None,
     ) -> Prediction:  # fmt: skip
         """Classify images, in evaluation mode. `probabilities` does it batch by batch; `rlpjepa predict` writes a file.
 
         Args:
             source: as of `SparseEncoder.embed`: a folder, paths, PIL images, a Hugging Face dataset, a preprocessed float tensor (B, 3, H, W), ...
-            batch_size: images in a batch, >= 1.
+            batch_size: images in a batch, >= 1; None chooses by the image size.
             num_workers: threads that decode images; 0 decodes in the calling thread.
             progress: show a progress bar on stderr.
             on_error: at an unreadable image, ``raise``, or ``skip`` it and append (id, reason) to `failures`.
@@ -160,8 +160,9 @@ class Classifier(PublishedModel):
         return Prediction(ids, [self.classes[i] for i in probabilities.argmax(1).tolist()], probabilities.numpy())
 
     def probabilities(
-        self, source: Any, batch_size: int = 256, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise", fix: str = ""
-    ) -> Generator[tuple[Batch[Any], Tensor], None, None]:
+        self, source: Any, batch_size: int | None = None, num_workers: int = 0, progress: bool = False, on_error: OnError = "raise",
+        fix: str = "",
+    ) -> Generator[tuple[Batch[Any], Tensor], None, None]:  # fmt: skip
         """Batches of images and the class probabilities (n, C) float32 of their n readable images, on the CPU.
 
         Args:

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..data.images import ImageRows, Row
+from ..data.images import Row
 from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
@@ -25,7 +25,7 @@ from ..sparse.columns import columns_of
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
 from .base import Layers, PublishedModel, check_float_batch
-from .inference import OnError, OutputOptions, default_batch_size, source_batches
+from .inference import OnError, OutputOptions, source_batches
 
 __all__ = ["EncoderConfig", "Output", "SparseEncoder", "make_projector"]
 
@@ -238,7 +238,7 @@ class SparseEncoder(PublishedModel):
                 `rlpjepa_zoo.data.sources.open_images`), a float tensor (B, 3, H, W) of any precision that is already preprocessed, or a uint8
                 tensor (B, 3, H, W) of RGB pixels.
             batch_size: images in a batch, >= 1; None chooses by the image size, see `rlpjepa_zoo.models.inference.default_batch_size`.
-                Embeddings are equal up to rounding.
+                Embeddings of other batches are equal up to rounding.
             num_workers: threads that decode images; 0 decodes in the calling thread.
             max_active: keep only this many largest values of each row.
             progress: show a progress bar on stderr.
@@ -275,12 +275,8 @@ class SparseEncoder(PublishedModel):
                 f"{batch_size}, {max_active}, {num_workers}, {on_error!r}"
             )
         options = OutputOptions(max_active, min_value, precision, normalize)
-        if not isinstance(images, Tensor | ImageRows):
-            images = open_images(images)
-        height, width = images.shape[-2:] if isinstance(images, Tensor) else self.config.preprocess.size
-        batch_size = batch_size or default_batch_size((height, width), self.device)
-        if image_column is not None or allow_paths:
-            images = open_images(images, image_column=image_column, allow_paths=allow_paths)
+        if not isinstance(images, Tensor):
+            images = open_images(images, image_column=image_column, allow_paths=allow_paths, on_error=on_error)
         self._check_size(images)
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         if classes := getattr(images, "classes", None):

@@ -156,7 +156,7 @@ def source_batches(
     preprocess: Preprocess,
     device: torch.device,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     num_workers: int = 0,
     on_error: OnError = "raise",
     fix: str = "",
@@ -167,7 +167,7 @@ def source_batches(
     Args:
         source: a float tensor (B, 3, H, W) that is already preprocessed, a uint8 tensor (B, 3, H, W) of RGB pixels in 0..255, which are
             preprocessed as images are, or a source of `rlpjepa_zoo.data.sources.open_images`.
-        batch_size: images in a batch.
+        batch_size: images in a batch; chosen by `default_batch_size` when None.
         progress: label of a progress bar on stderr; None shows none.
         preprocess, device, num_workers, on_error, fix: those of `image_batches`.
 
@@ -179,6 +179,7 @@ def source_batches(
         source = Images(lambda i: Image.fromarray(pixels[i].cpu().numpy()), range(len(pixels)))
     if isinstance(source, Tensor):
         check_float_batch(source, DataError, "preprocess images with .transform, or pass RGB pixels as uint8")
+        batch_size = batch_size or default_batch_size((source.shape[2], source.shape[3]), device)
         with progress_bar(progress or "", len(source), hidden=progress is None) as bar:
             for start in range(0, len(source), batch_size):
                 x = source[start : start + batch_size]
@@ -187,6 +188,7 @@ def source_batches(
                 bar.update(len(ids))
         return
     images = source if isinstance(source, ImageRows) else open_images(source, on_error=on_error)
+    batch_size = batch_size or default_batch_size(preprocess.size, device)
     with progress_bar(progress or "", images.length, hidden=progress is None) as bar:
         rows = batched(images.rows(0), batch_size)
         yield from image_batches(rows, preprocess, device, num_workers=num_workers, on_error=on_error, fix=fix, progress=bar.update)

@@ -23,13 +23,13 @@ from ..core.files import atomic_file
 from ..core.rng import generator
 from ..data.images import Images
 from ..data.sources import open_source
+from ..data.sources.classes import with_class_numbers
 from ..errors import DataError, HubError, ModelError, NonFiniteError, OutputError, UsageError, did_you_mean
 from ..evaluation.intervals import mean_interval, share_interval
 from ..evaluation.metrics import alarms
-from ..models.inference import default_batch_size
 from ..models.pretrained import load_classifier, load_encoder
 from ..training.run_dir import RunFiles, is_number, read_run
-from ..training.tasks.accuracy import classify, with_class_numbers
+from ..training.tasks.accuracy import classify
 from .classifier_sections import ClassifiedSample, classes_section, confusions_section, mistakes_section
 from .encoder_sections import Sample, law_section, neighbours_section, rates_section, units_section
 from .page import Header, Section, render
@@ -71,9 +71,9 @@ def write_report(
         OutputError: the page cannot be written.
 
     Example:
-        >>> write_report("no/such/run")
+        >>> write_report("run", images=1)
         Traceback (most recent call last):
-        rlpjepa_zoo.errors.UsageError: no/such/run: no such folder; expected the folder of a run, which `rlpjepa train --out` writes
+        rlpjepa_zoo.errors.UsageError: images: expected at least 2, as a neighbour is another image, got 1
     """
     if images < 2:
         raise UsageError(f"images: expected at least 2, as a neighbour is another image, got {images}")
@@ -158,8 +158,7 @@ def _embed(run: RunFiles[Recipe], recipe: Recipe, how: _How) -> Sample:
     chosen, available, split = _drawn(recipe, how.images)
     failures: list[tuple[Any, str]] = []
     numbered = Images(chosen.read, range(len(chosen)))  # row numbers as ids, whatever the names of the images
-    size = how.batch_size or default_batch_size(encoder.config.preprocess.size, encoder.device)
-    embeddings = encoder.embed(numbered, size, how.num_workers, progress=how.progress, on_error="skip", failures=failures)
+    embeddings = encoder.embed(numbered, how.batch_size, how.num_workers, progress=how.progress, on_error="skip", failures=failures)
     if len(embeddings) < 2:
         raise DataError(f"{len(embeddings)} of {len(chosen)} evaluation images can be read; a report needs two")
     return Sample(embeddings.to_dense(), chosen.take(embeddings.ids), available, split, len(failures), encoder.config.info)

@@ -7,7 +7,7 @@
     DIR/README.md                      a data set card
     DIR/.lock                          held by the run that writes
 
-Other programs leave files in any folder (`of_another_program`); they are not touched and do no harm.
+Other programs leave files in any folder (`rlpjepa_zoo.core.files.left_behind`); they are not touched and do no harm.
 """
 
 from __future__ import annotations
@@ -27,24 +27,13 @@ from .parquet import HEADER
 
 __all__ = [
     "CARD", "FAILED", "MANIFEST", "EncoderRecord", "Manifest", "Options", "Summary", "Totals", "empty_part_path", "is_ours", "is_partial",
-    "listed_names", "listed_parts", "of_another_program", "part_number", "part_path", "part_paths", "read_manifest", "read_summary", "verified_parts", "write_manifest",
+    "listed_names", "listed_parts", "part_number", "part_path", "part_paths", "read_manifest", "read_summary", "verified_parts", "write_manifest",
 ]  # fmt: skip
 
 MANIFEST, FAILED, CARD = "embeddings.json", "failed.jsonl", "README.md"
 _PART = re.compile(r"part-(\d{6,12})\.parquet")
 _EMPTY = re.compile(r"\.part-(\d{6,12})\.json")
-_PARTIAL = re.compile(r"\.(\.?part-\d{6,12}|embeddings|failed|README)\.\d+\.partial\.\w+")
-_DROPPINGS = {
-    "thumbs.db",
-    "ehthumbs.db",
-    "desktop.ini",
-    "icon\r",
-    "__macosx",
-    "@eadir",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-}
+_STEM = re.compile(r"\.?part-\d{6,12}|embeddings|failed|README")
 _MOST_BYTES = 1 << 26
 """Largest manifest that is read: that of a billion images has 25 MB."""
 
@@ -156,12 +145,8 @@ def part_paths(out: Path) -> list[Path]:
 
 def is_partial(path: Path) -> bool:
     """Whether a killed run left this file half written."""
-    return _PARTIAL.fullmatch(path.name) is not None
-
-
-def of_another_program(path: Path) -> bool:
-    """Whether a file or folder is one that desktops, editors, version control or upload tools leave anywhere: hidden, Thumbs.db, desktop.ini, ..."""
-    return path.name.startswith(".") or path.name.lower() in _DROPPINGS
+    name = files.unfinished(path.name)
+    return name is not None and _STEM.fullmatch(name) is not None
 
 
 def is_ours(path: Path, out: Path) -> bool:
@@ -301,7 +286,7 @@ def verified_parts(out: Path, dim: int | None) -> tuple[int | None, list[tuple[P
     Raises:
         DataError: another folder, or one that is not finished.
     """
-    paths = sorted(path for path in out.glob("data/*.parquet") if not of_another_program(path))
+    paths = sorted(path for path in out.glob("data/*.parquet") if not files.left_behind(path.name))
     if not paths:
         raise DataError(f"{out}: no data/*.parquet, so not a folder of embeddings; expected one that `rlpjepa embed --out DIR` wrote")
     manifest = read_manifest(out)

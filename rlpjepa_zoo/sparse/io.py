@@ -1,6 +1,6 @@
 """Files of sparse embeddings (.safetensors, .npz, .parquet) and Arrow tables, as plain arrays.
 
-Every file has a JSON header with format, dim and meta, and a checksum: .safetensors and .parquet the sha256 of the file (`rlpjepa_zoo.sparse.seal`), .npz
+Every file has a JSON header with format, dim and meta, and a checksum: .safetensors and .parquet the sha256 of the file (`rlpjepa_zoo.sparse.checksum`), .npz
 the CRC of its zip entries. `SparseEmbeddings` is the checked type that users see; this module knows only arrays.
 """
 
@@ -18,11 +18,11 @@ import numpy as np
 
 from ..core.files import atomic_file
 from ..errors import DataError, ModelError, UsageError, first_line
+from .checksum import BLANK, KEY, add_checksum, is_intact
 from .columns import columns_to_arrow, pack_columns, unpack_columns
 from .csr import number_array
 from .ids import pack_text, unpack_text
 from .parquet import HEADER, NO_HEADER, read_parquet, too_large, write_table
-from .seal import BLANK, KEY, intact, seal
 
 __all__ = ["SUFFIXES", "Arrays", "Values", "arrow_table", "read", "write"]
 
@@ -145,7 +145,7 @@ def _write_safetensors(path: Path, rows: Arrays, encoded: dict[str, np.ndarray[A
 
     arrays = {"indptr": rows.indptr, **encoded, **_packed(rows)}
     path.write_bytes(save(arrays, metadata={HEADER: json.dumps(_header(rows) | {KEY: BLANK})}))
-    seal(path)
+    add_checksum(path)
 
 
 def _write_npz(path: Path, rows: Arrays, encoded: dict[str, np.ndarray[Any, Any]], values: Values) -> None:
@@ -229,7 +229,7 @@ def _decoded(header: Any, arrays: dict[str, Any], columns: dict[str, Any]) -> Ar
 def _read_safetensors(file: BinaryIO) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     from safetensors.numpy import load
 
-    if intact(file) is False:
+    if is_intact(file) is False:
         raise DataError("damaged: its bytes are not those of its checksum; make it again")
     file.seek(0)
     content = file.read()

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import DataError
+from .checksum import BLANK, KEY, add_checksum, is_intact
 from .columns import columns_from_arrow, python_objects
-from .seal import BLANK, KEY, intact, seal
 
 __all__ = ["HEADER", "NO_HEADER", "read_parquet", "write_table"]
 
@@ -39,7 +39,7 @@ def write_table(table: Any, path: Path, dense: bool = False) -> None:
     with open(path, "wb") as file, pq.ParquetWriter(file, table.schema, write_page_checksum=True, **how) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata({KEY: BLANK})
-    seal(path)
+    add_checksum(path)
 
 
 def read_parquet(file: BinaryIO, most_bytes: int) -> tuple[Any, dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
@@ -62,7 +62,7 @@ def read_parquet(file: BinaryIO, most_bytes: int) -> tuple[Any, dict[str, Any], 
         metadata, schema = opened.metadata, opened.schema_arrow
     if missing := [name for name in ("id", "indices", "values") if name not in schema.names]:
         raise DataError(f"no column '{missing[0]}' (columns: {', '.join(schema.names[:20])}); expected id, indices and values")
-    if not _written_again(metadata) and intact(file) is False:
+    if not _written_again(metadata) and is_intact(file) is False:
         raise DataError("damaged: its bytes are not those of its checksum; make it again")
     _check_size(metadata, most_bytes)
     text = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]

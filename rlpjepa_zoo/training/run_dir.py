@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ..config.finetune import TuningRecipe, load_any
 from ..config.pretrain import Recipe
 from ..core import distributed, files
-from ..errors import DataError, OutputError, UsageError
+from ..errors import DataError, OutputError, UsageError, no_folder
 from ..progress import progress_bar
 
 __all__ = ["BadImages", "RunFiles", "RunLog", "history", "is_number", "read_metrics", "read_run", "run_id"]
@@ -251,7 +251,7 @@ def read_run(path: Path) -> RunFiles[Any]:
         UsageError: no run directory, or one without any measurement.
     """
     if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; expected the folder of a run, which `rlpjepa train --out` writes")
+        raise UsageError(f"{no_folder(path)}; expected the folder of a run, which `rlpjepa train --out` writes")
     for name in ("recipe.yaml", "metrics.jsonl"):
         if not (path / name).is_file():
             inside = next((p.parent for p in sorted(path.glob("*/metrics.jsonl"))), None)

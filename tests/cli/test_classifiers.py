@@ -58,6 +58,7 @@ def test_predict_writes_a_table_and_lists_unreadable_images(
         (["predict", "FOLDER", "IMAGES", "--out", "/no/such/p.csv"], 6, "/no/such"),
         (["predict", "FOLDER", "IMAGES", "--out", "OUT.csv", "--top", "4"], 2, "1 to 3"),
         (["predict", "FOLDER", "/no/such.png", "--out", "OUT.csv"], 3, "no such file"),
+        (["predict", "FOLDER", "IMAGES", "--out", "OUT.csv", "--split", "test"], 2, "has no split"),
         (["predict", "FOLDER", "CORRUPT", "--out", "OUT.csv"], 3, "--skip-bad"),
         (["predict", "FOLDER", "CORRUPT", "--out", "OUT.csv", "--skip-bad"], 3, "none of the images"),
         (["predict", "test_resnet.digits", "IMAGES", "--out", "OUT.csv"], 4, "rlpjepa finetune"),

@@ -10,13 +10,20 @@ from images import png
 
 from rlpjepa_zoo import SparseEmbeddings
 from rlpjepa_zoo.cli.app import run
+from rlpjepa_zoo.models.classifier import make_classifier
 from rlpjepa_zoo.models.factory import create_encoder
+from rlpjepa_zoo.models.pretrained import load_encoder
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     return create_encoder("test_resnet", dim=24).save_pretrained(tmp_path_factory.mktemp("saved") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def classifier(encoder: Path) -> Path:
+    return make_classifier(load_encoder(encoder), ["a", "b"]).save_pretrained(encoder.with_name("classifier"))
 
 
 @pytest.fixture
@@ -33,13 +40,14 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def test_files_elsewhere_are_opened_with_allow_paths(
-    encoder: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encoder: Path, classifier: Path, elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "e.parquet"
     threshold = ["--density", "0.1", "--mode", "threshold", "--images", elsewhere, "--out", tmp_path / "dial"]
     for command in (
         ["embed", encoder, elsewhere / "train.parquet", "--out", out],
         ["dial", encoder, *threshold],
+        ["predict", classifier, elsewhere / "train.parquet", "--out", tmp_path / "p.csv"],
         ["eval", encoder, "--data", elsewhere, "--probes", "knn", "--no-pixels"],
     ):
         arguments = [*map(str, command), "--quiet"]

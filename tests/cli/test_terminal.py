@@ -87,3 +87,16 @@ def test_streams_that_cannot_be_written(command: str, code: int, error: str) -> 
     done = shell(command)
     assert done.returncode == code and done.stderr.decode().strip().startswith(f"error: {error}" if error else ""), done.stderr
     assert len(done.stderr.splitlines()) == bool(error)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "x" * 300], ["eval", "test_resnet.digits", "--data", "a/" * 2500], ["demo", "--out", "x" * 300],
+        ["embed", "test_resnet.digits", "x", "--out", "x" * 300], ["card", "test_resnet.digits", "--notes", "/dev/zero"],
+    ],
+)  # fmt: skip
+def test_paths_that_no_system_takes_are_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command) in (2, 3, 6)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 501

@@ -567,7 +567,7 @@ def test_pushed_folder_opens_as_a_data_set_from_the_hub(
     enc, out = settled(), tmp_path / "out"
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     code, _, err = run("push", out, "owner/rows")
-    assert code == 4 and "no such folder" in err
+    assert code == 4 and "no such file or folder; " in err
     extract(enc, open_images(photos), out, HOW)
     (out / "data/part-000004.parquet").rename(tmp_path / "kept")
     code, _, err = run("push", out, "owner/rows")

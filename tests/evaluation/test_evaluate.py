@@ -20,7 +20,7 @@ from rlpjepa_zoo.data.sources import Source
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, ModelError, NonFiniteError, UsageError
 from rlpjepa_zoo.evaluation import encoding
-from rlpjepa_zoo.evaluation.encoding import Kept, encode
+from rlpjepa_zoo.evaluation.encoding import FrozenFeatures, encode
 from rlpjepa_zoo.evaluation.evaluate import _other_encoder, evaluate, with_results
 from rlpjepa_zoo.evaluation.probes.knn import knn_accuracy
 from rlpjepa_zoo.evaluation.training_eval import during_training
@@ -261,14 +261,14 @@ def test_images_are_read_once_for_all_representations(encoder: SparseEncoder, ha
 
 def test_features_of_a_frozen_backbone_are_encoded_once(halves: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.load("digits", ["probe.bank=15", "probe.eval_images=12", "encoder.freeze_backbone=true"])
-    encoder, source, kept = settled(), Source(*halves, 20, 2), Kept()
-    first, again = (during_training(encoder, source, recipe, kept=kept) for _ in range(2))
+    encoder, source, cache = settled(), Source(*halves, 20, 2), FrozenFeatures()
+    first, again = (during_training(encoder, source, recipe, cache=cache) for _ in range(2))
     assert first == again == during_training(encoder, source, recipe)
     with torch.no_grad():
         encoder.projector[0].weight.mul_(-1)
     changed = during_training(encoder, source, recipe)
     monkeypatch.setattr(encoder, "both", lambda x: pytest.fail("the backbone ran again"))
-    assert during_training(encoder, source, recipe, kept=kept) == changed and changed["l0_eval"] != first["l0_eval"]
+    assert during_training(encoder, source, recipe, cache=cache) == changed and changed["l0_eval"] != first["l0_eval"]
 
 
 # --- the card -----------------------------------------------------------------------------------------------------------------------

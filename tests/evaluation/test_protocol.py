@@ -14,7 +14,7 @@ from rlpjepa_zoo.core.measures import MEASURES, measure_label
 from rlpjepa_zoo.errors import DataError, UsageError
 from rlpjepa_zoo.evaluation.probes import PROBES, base
 from rlpjepa_zoo.evaluation.probes.clustering import clustering
-from rlpjepa_zoo.evaluation.protocol import Protocol, Watch, default_probes, measure, probe_names
+from rlpjepa_zoo.evaluation.protocol import ProbeBar, Protocol, default_probes, measure, probe_names
 
 
 def test_sparse_and_dense_rows_give_the_same_scores(rng: np.random.Generator) -> None:
@@ -172,6 +172,6 @@ def test_every_measurement_is_named_in_the_log_where_there_is_no_terminal(caplog
     protocol = Protocol(("knn", "retrieval"))
     for shown, names in ((True, ["knn of z", "retrieval of z"]), (False, [])):
         caplog.clear()
-        with caplog.at_level("INFO", "rlpjepa_zoo"), Watch(2, shown) as watch:
-            measure(x, y, x, y, protocol, watch, "z")
+        with caplog.at_level("INFO", "rlpjepa_zoo"), ProbeBar(2, not shown) as bar:
+            measure(x, y, x, y, protocol, bar, "z")
         assert [record.message.removeprefix("measured ").partition(" in ")[0] for record in caplog.records] == names

@@ -233,7 +233,7 @@ def test_encoder_that_does_not_load_is_not_pushed(hub_server, local, run, monkey
     code, _, err = run("push", local, REPO)
     assert code == 4 and "codes differ" in err and hub_server.requests == []
     code, _, err = run("push", local / "nothing", REPO)
-    assert code == 4 and "no such folder" in err
+    assert code == 4 and "no such file or folder; " in err
     assert run("push", "owner/typo", REPO)[0] == 4 and hub_server.requests == []
     assert run("push", local, "owner/a--b", "--dry-run")[0] == 2
 

@@ -4,6 +4,8 @@ import io
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn as nn
@@ -505,6 +507,24 @@ def test_unreadable_images_can_be_skipped_and_are_listed(partly_damaged, batch_s
     assert e.ids.tolist() == [name for c in ("blue", "red") for i in range(20) if (name := f"{c}/{i:02d}.png") not in damaged]
     np.testing.assert_allclose(e.to_dense(), dense_codes(enc, [Image.open(partly_damaged / name) for name in e.ids]), rtol=1e-4, atol=1e-5)
     assert len(enc.embed(partly_damaged, batch_size=batch_size, on_error="skip")) == 37
+
+
+def test_a_missing_file_of_a_list_can_be_skipped(image_folder):
+    failures = []
+    e = make().embed([image_folder / "red/01.png", image_folder / "gone.png"], on_error="skip", failures=failures)
+    assert len(e) == 1 and "gone.png" in failures[0][1]
+
+
+def test_embed_takes_the_options_of_a_table(image_folder):
+    (image_folder / "table").mkdir()
+    cells = [{"bytes": None, "path": str(image_folder / "red" / "01.png")}]
+    pq.write_table(pa.table({"left": cells, "right": cells}), image_folder / "table" / "t.parquet")
+    assert make().embed(image_folder / "table", image_column="left", allow_paths=True).shape == (1, 24)
+    for options, words in (({"image_column": "left"}, "allow_paths"), ({"allow_paths": True}, "image_column")):
+        with refused(DataError, match=words):
+            make().embed(image_folder / "table", **options)
+    with refused(UsageError, match="columns"):
+        make().embed([Image.open(image_folder / "red" / "01.png")], image_column="left")
 
 
 def test_no_readable_image_gives_no_rows(tmp_path):

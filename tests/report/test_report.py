@@ -380,7 +380,7 @@ def test_missing_data_give_one_warning_line(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["NOWHERE"], 2, ["no such folder", "rlpjepa train"]),
+        (["NOWHERE"], 2, ["no such file or folder", "rlpjepa train"]),
         (["EMPTY"], 2, ["no recipe.yaml"]),
         (["PARENT"], 2, ["did you mean", "/run"]),
         (["UNSTARTED"], 2, ["no measurement yet"]),

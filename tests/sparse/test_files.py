@@ -21,8 +21,8 @@ from safetensors.numpy import save as pack
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.errors import DataError, UsageError, ZooError
+from rlpjepa_zoo.sparse.checksum import BLANK, KEY, add_checksum, is_intact
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
-from rlpjepa_zoo.sparse.seal import BLANK, KEY, intact, seal
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
 N, D = 12, 17
@@ -87,13 +87,13 @@ def test_text_of_the_user_that_looks_like_a_checksum_is_no_checksum(tmp_path, de
 def test_seal_covers_every_byte_but_its_own_digits(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(pack({"x": np.arange(5)}, metadata={"rlpjepa_zoo": json.dumps({KEY: BLANK})}))
-    seal(path)
+    add_checksum(path)
     content = path.read_bytes()
-    assert intact(io.BytesIO(content)) is True
+    assert is_intact(io.BytesIO(content)) is True
     at = content.index(b"sha256-of-this-file:") + 20
-    assert intact(io.BytesIO(content[:at] + b"0" * 64 + content[at + 64 :])) is False
+    assert is_intact(io.BytesIO(content[:at] + b"0" * 64 + content[at + 64 :])) is False
     for other in (b"", b"PAR1", b"\0" * 40, content[:20], b"PAR1" + b"\xff" * 20):
-        assert intact(io.BytesIO(other)) is None
+        assert is_intact(io.BytesIO(other)) is None
 
 
 def old_files(folder, dense):

@@ -15,15 +15,13 @@ from typing import Any
 from PIL import Image
 
 from ...config.sections import Data
-from ...errors import DataError, did_you_mean
+from ...core.files import left_behind
+from ...core.source import expanded
+from ...errors import DataError, no_folder, no_such
 from ..decode import image_format, suffixes, unreadable_format
 
 log = logging.getLogger("rlpjepa_zoo")
 
-_OF_SYSTEMS = frozenset(
-    {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
-)
-"""Folders and files that operating systems and storage devices leave behind. Some hold small copies of images."""
 _COPIES = ("~", ".bak", ".tmp", ".part", ".crdownload")
 """Endings of backup copies and of unfinished downloads."""
 _IMAGE_ENDINGS = frozenset(".avif .heic .heif .hif .jxl .webp .psd .arw .cr2 .cr3 .dng .nef .orf .pef .raf .rw2 .srw".split())
@@ -40,11 +38,11 @@ def is_hidden(path: str) -> bool:
         >>> [is_hidden(path) for path in ("a/b.jpg", "./a.jpg", "a/._b.jpg", ".ipynb_checkpoints/a.parquet", "__MACOSX/a.jpg")]
         [False, False, True, True, True]
     """
-    return any(part in _OF_SYSTEMS or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
+    return any(map(left_behind, path.split("/")))
 
 
 class LeftOut:
-    """Images and other things of one source that are left out, by reason.
+    """Files and members of one source that are left out, by reason.
 
     Example:
         >>> left = LeftOut()
@@ -157,7 +155,7 @@ def list_images(folder: str | Path) -> list[Path]:
     """
     root, left = Path(folder), LeftOut()
     if not root.is_dir():
-        raise DataError(f"{root} is a file; expected a folder of images" if root.exists() else no_such(root))
+        raise DataError(no_folder(root))
     images = sorted(path for name, path in _walk(root, left) if _is_image(path, left, name))
     if not images:
         raise DataError(f"{root}: no images found in it and its sub-folders" + (f"; {left}" if left else ""))
@@ -175,34 +173,6 @@ def files_below(root: Path, endings: tuple[str, ...]) -> list[Path]:
 # --- paths that are given -------------------------------------------------------------------------------------------------------------
 
 
-def expanded(path: str | Path) -> Path:
-    """The path with ``~`` and ``~user`` expanded; unchanged if there is no such user.
-
-    Example:
-        >>> str(expanded("~no-such-user/a.png"))
-        '~no-such-user/a.png'
-    """
-    return Path(os.path.expanduser(path))
-
-
-def no_such(path: Path, more: int = 0) -> str:
-    """What is said of a path that does not exist: what is missing, and where to look.
-
-    Args:
-        path: the path.
-        more: number of other paths that do not exist either.
-    """
-    parent = path.parent
-    text = f"{path}: no such file or folder" + (f" (and {more} more)" if more else "")
-    if not os.path.isdir(parent):
-        return f"{text}; there is no folder {parent} either"
-    try:
-        hint = did_you_mean(path.name, os.listdir(parent))
-    except OSError:
-        hint = ""
-    return text + (f".{hint}" if hint else "; check the path" if path.is_absolute() else f"; check the path, which starts in {Path.cwd()}")
-
-
 def data_path(data: Data, noun: str) -> Path:
     """The path of a recipe's data section.
 
@@ -217,13 +187,18 @@ def data_path(data: Data, noun: str) -> Path:
     return root
 
 
+def is_of_split(file: Path, split: str) -> bool:
+    """Whether a file's name starts with a split, or its folder is named so."""
+    return file.name.startswith(split) or file.parent.name == split
+
+
 def files_of_split(files: Sequence[Path], split: str, eval_split: str | None, root: Path, noun: str) -> list[Path]:
     """The files whose name starts with the split, or whose folder is named so. A single file is the training split.
 
     Raises:
         DataError: there is none.
     """
-    chosen = [f for f in files if f.name.startswith(split) or f.parent.name == split or (len(files) == 1 and split != eval_split)]
+    chosen = [file for file in files if is_of_split(file, split) or (len(files) == 1 and split != eval_split)]
     if not chosen:
         names = ", ".join(f.name for f in files[:4])
         fix = "set data.split and data.eval_split to how the names start"

@@ -12,9 +12,6 @@ from ...core.registry import Registry
 from ...errors import UsageError
 from ..images import ImageRows, Images
 
-RESERVED = ("id", "indices", "values", "scale")
-"""Names of columns that embeddings have themselves."""
-
 
 class Options(NamedTuple):
     """What to read: columns of a table, split and revision of a data set."""

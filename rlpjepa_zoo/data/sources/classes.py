@@ -1,11 +1,11 @@
-"""Class numbers: of the labels of one part of a data set, and of its evaluation part beside the training part."""
+"""Class numbers: of the labels of one part of a data set, of its evaluation part beside the training part, and of a classifier."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -109,7 +109,7 @@ def match_classes(evaluation: Images | None, train: ImageRows, part: str) -> Ima
     number = {name: k for k, name in enumerate(classes)}
     warn_of_unknown_classes(part, {names[k] for k in np.unique(evaluation.labels) if k >= 0} - number.keys(), classes)
     matched = copy.copy(evaluation)
-    matched.labels = np.array([number.get(names[k], -1) if k >= 0 else -1 for k in evaluation.labels], dtype=np.int64)
+    matched.labels = _renumbered(evaluation.labels, dict(enumerate(names)), number)
     matched.classes = train.classes
     return matched
 
@@ -119,3 +119,58 @@ def _numbers(images: ImageRows, others: Sequence[str] | None) -> list[str] | Non
     if not isinstance(images, Images) or images.labels is None or not all(name.isdecimal() for name in others or ()):
         return None
     return [str(number) for number in range(int(images.labels.max(initial=-1)) + 1)]
+
+
+def _renumbered(labels: np.ndarray[Any, Any], names: Mapping[int, str], number: Mapping[str, int]) -> np.ndarray[Any, Any]:
+    """Labels with the numbers that other images or a classifier give to the names of their classes; -1 for unknown names and no label."""
+    return np.array([number.get(names[k], -1) if k >= 0 else -1 for k in labels.tolist()], dtype=np.int64)
+
+
+def with_class_numbers(images: Images, classes: Sequence[str]) -> Images:
+    """The labelled images of classes that a classifier knows, with its class numbers and names.
+
+    Classes are matched by name; where the images have no class names, their numbers are the names. If no name matches and one of the two has
+    only numbers, classes are matched by number, provided that there are equally many.
+
+    Args:
+        images: the images.
+        classes: names, in the order of the logits.
+
+    Raises:
+        DataError: no labels, or no class in common.
+
+    Example:
+        >>> images = Images([].__getitem__, ["a", "b", "c"], [0, 1, 2], ["bee", "ant", "cow"])
+        >>> matched = with_class_numbers(images, ["ant", "bee"])
+        >>> matched.ids, matched.labels.tolist()
+        (['a', 'b'], [1, 0])
+    """
+    if images.labels is None or not (images.labels >= 0).any():
+        raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
+    present = [int(k) for k in np.unique(images.labels) if k >= 0]
+    names = {k: images.classes[k] if images.classes else str(k) for k in present}
+    number = {name: k for k, name in enumerate(classes)}
+    if not number.keys() & set(names.values()):
+        count = len(images.classes) if images.classes else present[-1] + 1
+        only_numbers = not images.classes or list(classes) == [str(k) for k in range(len(classes))]
+        if not only_numbers or count != len(classes):
+            ours = _some(images.classes or [*names.values()])
+            raise DataError(f"no class in common: the images have {ours}, the classifier {_some(classes)}; name the classes of both alike")
+        log.info("only one side has class names, so the %d classes of the images and of the classifier are matched by number", count)
+        number = {name: k for k, name in names.items()}
+    labels = _renumbered(images.labels, names, number)
+    if unknown := sorted({names[int(k)] for k in images.labels[(labels < 0) & (images.labels >= 0)]}):
+        count = int(((labels < 0) & (images.labels >= 0)).sum())
+        log.warning("%d of %d test images are left out: the classifier does not know %s", count, len(labels), _some(unknown))
+    if without := int((images.labels < 0).sum()):
+        log.info("%d of %d test images have no label and are left out", without, len(labels))
+    if not (labels >= 0).any():
+        raise DataError(f"none of the {len(images)} test images is of a class of the classifier ({_some(classes)})")
+    rows = np.flatnonzero(labels >= 0)
+    chosen = images.take(rows)
+    return Images(chosen.read, chosen.ids, labels[rows], classes)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Number of classes and the first names."""
+    return f"{len(names)} classes: {', '.join(map(str, names[:5]))}{' ...' if len(names) > 5 else ''}"

@@ -15,9 +15,10 @@ from PIL import Image
 
 from ...errors import DataError, UsageError, first_line
 from ...hub.retry import trouble
+from ...sparse.columns import RESERVED
 from ..decode import decode
 from ..images import Row
-from .base import RESERVED, Options
+from .base import Options
 
 log = logging.getLogger("rlpjepa_zoo")
 

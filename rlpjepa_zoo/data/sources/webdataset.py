@@ -18,11 +18,12 @@ from PIL import Image
 
 from ...config.sections import Data
 from ...errors import DataError, UsageError, first_line
+from ...sparse.columns import RESERVED
 from ..decode import decode
 from ..files.archives import MAX_MEMBER_BYTES, TAR_SUFFIXES, Archives, content, is_compressed, member_at, open_archive
 from ..files.listing import LeftOut, data_path, files_below, files_identity, files_of_split
 from ..images import ImageRows, Images, Row, label_feature
-from .base import RESERVED, SOURCES, ImageSource, Options
+from .base import SOURCES, ImageSource, Options
 from .classes import match_classes, number_classes
 
 _TEXT = {"dtype": "string", "_type": "Value"}

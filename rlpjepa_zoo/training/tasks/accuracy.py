@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from ...core import distributed
 from ...data.images import Images
 from ...data.preprocess import batched
+from ...data.sources.classes import with_class_numbers
 from ...errors import DataError, NonFiniteError
 from ...evaluation.intervals import share_interval
 from ...models.classifier import Classifier
 from ...models.inference import default_batch_size, image_batches
 from ...progress import progress_bar
 
-__all__ = ["TOP", "Classified", "accuracy", "classify", "evaluate_classifier", "with_class_numbers"]
+__all__ = ["TOP", "Classified", "accuracy", "classify", "evaluate_classifier"]
 
 log = logging.getLogger("rlpjepa_zoo")
 
@@ -82,7 +83,7 @@ def classify(
 
     Args:
         classifier: the classifier.
-        images: with class numbers of the classifier, see `with_class_numbers`.
+        images: with class numbers of the classifier, see `rlpjepa_zoo.data.sources.classes.with_class_numbers`.
         batch_size: images of a forward pass; chosen by the size of the input when None.
         num_workers: threads that decode.
         progress: show a progress bar on a terminal.
@@ -135,7 +136,7 @@ def evaluate_classifier(
 
     Args:
         classifier: used in evaluation mode.
-        images: labelled test images; classes are matched by name, see `with_class_numbers`.
+        images: labelled test images; classes are matched by name, see `rlpjepa_zoo.data.sources.classes.with_class_numbers`.
         batch_size, num_workers, progress: as of `classify`.
         note: where the images come from, for the protocol.
 
@@ -169,53 +170,3 @@ def _share(name: str, right: np.ndarray[Any, Any], prefix: str | None = None) ->
     share, prefix = float(right.mean()), f"{name}_" if prefix is None else prefix
     low, high = share_interval(share, len(right))
     return {name: share, f"{prefix}low": low, f"{prefix}high": high}
-
-
-def with_class_numbers(images: Images, classes: Sequence[str]) -> Images:
-    """The labelled images of classes that a classifier knows, with its class numbers and names.
-
-    Classes are matched by name; where the images have no class names, their numbers are the names. If no name matches and one of the two has
-    only numbers, classes are matched by number, provided that there are equally many.
-
-    Args:
-        images: the images.
-        classes: names, in the order of the logits.
-
-    Raises:
-        DataError: no labels, or no class in common.
-
-    Example:
-        >>> images = Images([].__getitem__, ["a", "b", "c"], [0, 1, 2], ["bee", "ant", "cow"])
-        >>> matched = with_class_numbers(images, ["ant", "bee"])
-        >>> matched.ids, matched.labels.tolist()
-        (['a', 'b'], [1, 0])
-    """
-    if images.labels is None or not (images.labels >= 0).any():
-        raise DataError("evaluation needs labels; put the images of each class into a folder of its own, or name data.label_column")
-    present = [int(k) for k in np.unique(images.labels) if k >= 0]
-    names = {k: images.classes[k] if images.classes else str(k) for k in present}
-    number = {name: k for k, name in enumerate(classes)}
-    if not number.keys() & set(names.values()):
-        count = len(images.classes) if images.classes else present[-1] + 1
-        only_numbers = not images.classes or list(classes) == [str(k) for k in range(len(classes))]
-        if not only_numbers or count != len(classes):
-            ours = _some(images.classes or [*names.values()])
-            raise DataError(f"no class in common: the images have {ours}, the classifier {_some(classes)}; name the classes of both alike")
-        log.info("only one side has class names, so the %d classes of the images and of the classifier are matched by number", count)
-        number = {name: k for k, name in names.items()}
-    labels = np.array([number.get(names[k], -1) if k >= 0 else -1 for k in images.labels.tolist()], np.int64)
-    if unknown := sorted({names[int(k)] for k in images.labels[(labels < 0) & (images.labels >= 0)]}):
-        count = int(((labels < 0) & (images.labels >= 0)).sum())
-        log.warning("%d of %d test images are left out: the classifier does not know %s", count, len(labels), _some(unknown))
-    if without := int((images.labels < 0).sum()):
-        log.info("%d of %d test images have no label and are left out", without, len(labels))
-    if not (labels >= 0).any():
-        raise DataError(f"none of the {len(images)} test images is of a class of the classifier ({_some(classes)})")
-    rows = np.flatnonzero(labels >= 0)
-    chosen = images.take(rows)
-    return Images(chosen.read, chosen.ids, labels[rows], classes)
-
-
-def _some(names: Sequence[str]) -> str:
-    """Number of classes and the first names."""
-    return f"{len(names)} classes: {', '.join(map(str, names[:5]))}{' ...' if len(names) > 5 else ''}"

@@ -14,7 +14,7 @@ from ...config.pretrain import Recipe
 from ...config.sections import ADOPTED
 from ...core import rng
 from ...data.preprocess import Preprocess
-from ...errors import RecipeError, ZooError, first_line
+from ...errors import RecipeError, ZooError
 from ...models.classifier import Classifier
 from ...models.encoder import EncoderConfig, SparseEncoder
 from ...models.factory import create_encoder, fresh_copy, refused_arguments
@@ -148,22 +148,9 @@ def check_sizes(model: SparseEncoder | Classifier, sizes: Mapping[str, int | Non
     config = model.config.encoder if isinstance(model, Classifier) else model.config
     given = {key: size for key, size in sizes.items() if size is not None}
     for key, size in given.items():
-        if (reason := _refusal(model, size)) is not None:
+        if (reason := model.size_problem(size, size)) is not None:
             fix = _fix(config, given, key, arguments)
             raise RecipeError(f"{key}: {config.architecture} does not take images of {size} pixels ({reason}); {fix}")
-
-
-@torch.no_grad()
-def _refusal(model: SparseEncoder | Classifier, size: int) -> str | None:
-    """Why the backbone does not take images of a size; None if it does."""
-    try:
-        with model.evaluating():
-            model.features(torch.zeros(1, 3, size, size, device=model.device))
-    except Exception as error:  # backbones refuse in their own ways
-        if isinstance(error, MemoryError) or "allocate" in str(error):
-            raise
-        return first_line(error)
-    return None
 
 
 def _fix(config: EncoderConfig, sizes: Mapping[str, int], key: str, arguments: str | None) -> str:
@@ -173,7 +160,7 @@ def _fix(config: EncoderConfig, sizes: Mapping[str, int], key: str, arguments: s
         try:
             with torch.device("meta"):
                 model = create_encoder(config.architecture, 1, 1, projector_depth=1, **{**config.model_args, **more})
-                return all(_refusal(model, size) is None for size in tried)
+                return all(model.size_problem(size, size) is None for size in tried)
         except ZooError:
             return False
 

@@ -187,16 +187,13 @@ def _key(encoder: Any, source: Source, recipe: Recipe, chunk: int, dtype: torch.
         "images": [fingerprint(source), source.images.identity], "backbone": [encoder.config.architecture, encoder.config.model_args],
     }  # fmt: skip
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(encoder.backbone.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    files.hash_tensors(digest, encoder.backbone.state_dict())
     return digest.hexdigest()[:32]
 
 
 def _digest(features: Tensor, labels: Tensor) -> str:
     digest = hashlib.sha256()
-    for tensor in (features, labels):
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    files.hash_tensors(digest, {"features": features, "labels": labels})
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from ...core import distributed, package, rng
 from ...data.images import Images
 from ...data.sources import Source
 from ...errors import RecipeError
-from ...evaluation.encoding import Kept
+from ...evaluation.encoding import FrozenFeatures
 from ...evaluation.metrics import alarms, batch_metrics
 from ...evaluation.training_eval import during_training, has_labels
 from ...models.encoder import SparseEncoder
@@ -88,10 +88,10 @@ class PretrainTask(Task):
         self.cached_views = recipe.encoder.cached_views
         self.every_epochs = recipe.probe.every_epochs
         self.all_zero = 0
+        """Logged steps in a row with all embeddings zero."""
         self.warned = False
         """Whether the share of dead dimensions was looked at."""
-        """Logged steps in a row with all embeddings zero."""
-        self.kept = Kept() if recipe.encoder.freeze_backbone else None
+        self.frozen_features = FrozenFeatures() if recipe.encoder.freeze_backbone else None
         """Features of the images that measure a frozen backbone's projector."""
 
     def setup(self, source: Source) -> None:
@@ -169,7 +169,7 @@ class PretrainTask(Task):
         return f"a lower rate, such as optim.lr={optim.lr / 4:.2g}, and more epochs"
 
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
-        return during_training(artifact, self.source, self.recipe, autocast, self.kept)
+        return during_training(artifact, self.source, self.recipe, autocast, self.frozen_features)
 
     def describe(
         self, metrics: Mapping[str, float], training: Mapping[str, Any] | None = None, log_file: Path | None = None, final: bool = True

@@ -12,10 +12,11 @@ from refusals import refused
 from scipy.stats import binomtest
 
 from rlpjepa_zoo.data.images import Images
+from rlpjepa_zoo.data.sources.classes import with_class_numbers
 from rlpjepa_zoo.data.sources.folder import labelled_folder
 from rlpjepa_zoo.errors import DataError, NonFiniteError
 from rlpjepa_zoo.models.classifier import Classifier, make_classifier
-from rlpjepa_zoo.training.tasks.accuracy import accuracy, evaluate_classifier, with_class_numbers
+from rlpjepa_zoo.training.tasks.accuracy import accuracy, evaluate_classifier
 
 
 @pytest.fixture

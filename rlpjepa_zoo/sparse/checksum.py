@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["BLANK", "KEY", "intact", "seal"]
+__all__ = ["BLANK", "KEY", "add_checksum", "is_intact"]
 
 _MARK = b"sha256-of-this-file:"
 _DIGITS = 64
 BLANK = _MARK.decode() + "0" * _DIGITS
-"""Text that a writer puts under a key into the header; `seal` fills it in."""
+"""Text that a writer puts under a key into the header; `add_checksum` fills it in."""
 KEY = "rlpjepa_zoo.sha256"
 """The key: in safetensors, of the JSON header; in parquet, of the metadata."""
 _PLACES = (rb"\"%b\": \"%b" % (KEY.encode(), _MARK), b"%b\x18%c%b" % (KEY.encode(), len(BLANK), _MARK))
@@ -26,7 +26,7 @@ _MOST_HEADER = 1 << 27
 _CHUNK = 1 << 20
 
 
-def seal(path: Path) -> None:
+def add_checksum(path: Path) -> None:
     """Fill in the checksum of a file that holds `BLANK`."""
     with open(path, "r+b") as file:
         place = _place(file)
@@ -37,8 +37,8 @@ def seal(path: Path) -> None:
         file.write(digest)
 
 
-def intact(file: BinaryIO) -> bool | None:
-    """Return whether a file has the bytes that were sealed; None if it holds no checksum. The file is read from its start to its end."""
+def is_intact(file: BinaryIO) -> bool | None:
+    """Return whether a file has the bytes of its checksum; None if it holds no checksum. The file is read from its start to its end."""
     place = _place(file)
     if place is None:
         return None

@@ -67,9 +67,14 @@ def arrow_text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def arrow_id(id: str | int) -> str | int:
+    """Return an id that Arrow can hold: row numbers stay, names as by `arrow_text`."""
+    return id if isinstance(id, int) else arrow_text(id)
+
+
 def with_arrow_ids(e: SparseEmbeddings) -> SparseEmbeddings:
     """The same rows with ids that Arrow can hold."""
-    ids = [name if isinstance(name, int) else arrow_text(name) for name in e.ids.tolist()]
+    ids = [arrow_id(id) for id in e.ids.tolist()]
     return SparseEmbeddings(e.indptr, e.indices, e.values, e.dim, ids, e.meta, e.columns)
 
 

@@ -19,6 +19,7 @@ from .options import (
     Revision,
     SourceName,
     Workers,
+    check_file,
     choose_device,
     list_failures,
     print_values,
@@ -86,8 +87,8 @@ def embed(
     from ..models.inference import OutputOptions
     from ..models.pretrained import load_encoder
 
-    to_file = out.suffix.lower() in SUFFIXES and not out.is_dir()
-    if out.suffix.lower() in OTHER_FILES and not out.is_dir():
+    to_file = out.suffix.lower() in SUFFIXES and not os.path.isdir(out)
+    if out.suffix.lower() in OTHER_FILES and not os.path.isdir(out):
         raise UsageError(f"--out {out}: expected a file ending in .safetensors, .npz or .parquet, or a folder")
     how = Extraction(values, part_rows, OutputOptions(max_active, min_value, precision, normalize), batch_size, num_workers, skip_bad)  # type: ignore[arg-type]
     _check_out(out, to_file, overwrite)
@@ -121,12 +122,11 @@ def embed(
 
 def _check_out(out: Path, to_file: bool, overwrite: bool) -> None:
     """Refuse an --out that cannot be written, before anything is loaded."""
-    if not out.parent.is_dir():
-        raise OutputError(f"--out {out}: no folder {out.parent}")
     if not to_file:
+        if not os.path.isdir(out.parent):
+            raise OutputError(f"--out {out}: no folder {out.parent}")
         return
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
+    check_file("--out", out, overwrite)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
 
@@ -184,7 +184,7 @@ def dial(
         raise UsageError("--density and --budget: give one of them")
     if budget is not None and (mode != "top_k" or images is not None):
         raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
-    if out.exists() and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise UsageError(f"--out {out}: exists; choose another folder, or add --overwrite")
     encoder = load_encoder(source, revision=revision, device=choose_device(device))
     if budget is not None:

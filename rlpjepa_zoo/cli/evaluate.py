@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OutputError, UsageError
+from ..errors import UsageError
 from .options import (
     AllowPaths,
     AsJson,
     BatchSize,
     Device,
+    ImageColumn,
     Overrides,
     Quiet,
     Revision,
     SourceName,
     Workers,
     card_name,
+    check_file,
     choose_device,
     list_failures,
     own_folder,
@@ -90,9 +92,9 @@ def evaluate(
     protocol = Protocol(names, seeds, shots=images_per_class, queries=queries)  # refuses wrong values before anything is read
     if plot is not None and not {"knn", "linear", "few_shot" if 1 in images_per_class else ""} & set(protocol.probes):
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
-    for file in (out, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise OutputError(f"{file}: no folder {file.parent}")
+    for option, file in (("--out", out), ("--plot", plot)):
+        if file is not None:
+            check_file(option, file)
     folder = own_folder(source, "--card") if on_card else None
     encoder, progress = load_published(source, revision=revision, device=choose_device(device)), not (quiet or as_json)
     if isinstance(encoder, Classifier):
@@ -188,7 +190,8 @@ def predict(
     batch_size: BatchSize = None,
     num_workers: Workers = 4,
     id_column: Annotated[str | None, typer.Option(help="Column that holds the ids; row numbers if not given.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column that holds the images; the first of that type if not given.")] = None,
+    image_column: ImageColumn = None,
+    allow_paths: AllowPaths = False,
     split: Annotated[str | None, typer.Option(help="Split of a data set on the Hub; train if not given.")] = None,
     data_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a data set on the Hub.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out and list images that cannot be read.")] = False,
@@ -206,11 +209,11 @@ def predict(
 
     if out.suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(SUFFIXES)}")
-    if not out.absolute().parent.is_dir():
-        raise OutputError(f"--out {out}: no folder {out.parent}")
-    if out.exists() and not overwrite:
-        raise UsageError(f"--out {out}: exists; add --overwrite to replace it")
-    feed = open_images(images, split=split, id_column=id_column, image_column=image_column, revision=data_revision)
+    check_file("--out", out, overwrite)
+    feed = open_images(
+        images, split=split, id_column=id_column, image_column=image_column, revision=data_revision, allow_paths=allow_paths, prefix="--",
+        on_error="skip" if skip_bad else "raise",
+    )  # fmt: skip
     model = load_classifier(classifier, revision=revision, device=choose_device(device))
     size = batch_size or default_batch_size(model.config.preprocess.size, model.device)
     count, failures = write_predictions(model, feed, out, top, size, num_workers, skip_bad, not (quiet or as_json))
@@ -234,6 +237,8 @@ def bench(
     """
     from ..report.bench_loss import compare, markdown_table
 
+    if out is not None:
+        check_file("--out", out)
     times = compare(batch, dim, directions, repeats, choose_device(device))
     if out is not None:
         write_file(out, (json.dumps(times, indent=1) + "\n").encode())

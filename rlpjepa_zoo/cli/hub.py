@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..hub.push import Kind
 
 T = TypeVar("T")
+_MOST_NOTES = 1 << 20
+"""Largest text for a card, in bytes."""
 PUSH_THREAD = "hub-push"
 """Name of the thread that pushes; `rlpjepa_zoo.cli.app.main` does not wait for it."""
 
@@ -146,8 +148,14 @@ def _files_to_push(source: str, repo: str, license: str | None, notes: str | Non
 
 
 def _read_notes(path: Path | None) -> str | None:
+    if path is None:
+        return None
     try:
-        return None if path is None else path.read_text("utf-8")
+        with open(path, "rb") as file:  # also a pipe, as of `--notes <(command)`
+            text = file.read(_MOST_NOTES + 1).decode("utf-8")
+        if len(text) > _MOST_NOTES:
+            raise UsageError(f"--notes {path}: more than {_MOST_NOTES:,} characters; expected a Markdown text for a card")
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--notes {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import OutputError, UsageError, ZooError
 from ..text import printable
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
@@ -103,6 +103,25 @@ def card_name(path: Path) -> str:
     from ..hub.folder import read_folder
 
     return read_folder(path).name
+
+
+def check_file(option: str, path: Path, overwrite: bool = True) -> None:
+    """Refuse a file that cannot be written, before anything is loaded.
+
+    Raises:
+        OutputError: its folder does not exist, or it is no regular file.
+        UsageError: it exists, without `overwrite`.
+    """
+    from ..core.files import check_replaceable
+
+    if not os.path.isdir(path.absolute().parent):
+        raise OutputError(f"{option} {path}: no folder {path.parent}")
+    try:
+        check_replaceable(path)
+    except ZooError as error:
+        raise type(error)(f"{option} {error}") from error
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{option} {path}: exists; add --overwrite to replace it")
 
 
 def write_file(path: Path, content: bytes) -> None:

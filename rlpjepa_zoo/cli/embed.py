@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, OutputError, UsageError
 from .options import (
     AllowPaths,
     AsJson,
@@ -25,8 +25,7 @@ from .options import (
     SkipBad,
     SourceName,
     Workers,
-    check_new_file,
-    check_parent,
+    check_file,
     choose_device,
     list_failures,
     print_values,
@@ -124,9 +123,10 @@ def embed(
 def _check_out(out: Path, to_file: bool, overwrite: bool) -> None:
     """Refuse an --out that cannot be written, before anything is loaded."""
     if not to_file:
-        check_parent("--out", out)
+        if not os.path.isdir(out.parent):
+            raise OutputError(f"--out {out}: no folder {out.parent}")
         return
-    check_new_file(out, overwrite)
+    check_file("--out", out, overwrite)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"--out {out}: several processes write a folder, not a file; give --out DIR")
 
@@ -184,7 +184,7 @@ def dial(
         raise UsageError("--density and --budget: give one of them")
     if budget is not None and (mode != "top_k" or images is not None):
         raise UsageError("--budget keeps the largest values of any image; --mode and --images belong to --density")
-    if os.path.exists(out) and not overwrite:
+    if os.path.lexists(out) and not overwrite:
         raise UsageError(f"--out {out}: exists; choose another folder, or add --overwrite")
     encoder = load_encoder(source, revision=revision, device=choose_device(device))
     if budget is not None:

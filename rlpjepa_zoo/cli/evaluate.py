@@ -27,8 +27,7 @@ from .options import (
     SourceName,
     Workers,
     card_name,
-    check_new_file,
-    check_parent,
+    check_file,
     choose_device,
     list_failures,
     own_folder,
@@ -101,7 +100,7 @@ def evaluate(
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
     for option, file in (("--out", out), ("--plot", plot)):
         if file is not None:
-            check_parent(option, file)
+            check_file(option, file)
     folder = own_folder(source, "--card") if on_card else None
     encoder, progress = load_published(source, revision=revision, device=choose_device(device)), not (quiet or as_json)
     if isinstance(encoder, Classifier):
@@ -209,7 +208,7 @@ def predict(
 
     if out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a file ending in {', '.join(SUFFIXES)}")
-    check_new_file(out, overwrite)
+    check_file("--out", out, overwrite)
     feed = open_images(
         images, split=split, id_column=id_column, image_column=image_column, revision=data_revision, allow_paths=allow_paths, prefix="--",
         on_error="skip" if skip_bad else "raise",
@@ -236,6 +235,8 @@ def bench(
     """
     from ..report.bench_loss import compare, markdown_table
 
+    if out is not None:
+        check_file("--out", out)
     times = compare(batch, dim, directions, repeats, choose_device(device))
     if out is not None:
         write_file(out, (json.dumps(times, indent=1) + "\n").encode())

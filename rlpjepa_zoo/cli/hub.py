@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -152,10 +151,11 @@ def _read_notes(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a device has no end, and a pipe may have no writer
-            raise OSError("no regular file")
-        with open(path, encoding="utf-8") as file:
-            return file.read(MOST_NOTES + 1)  # more is refused with the card
+        with open(path, "rb") as file:  # also a pipe, as of `--notes <(command)`
+            text = file.read(MOST_NOTES + 1).decode("utf-8")
+        if len(text) > MOST_NOTES:
+            raise UsageError(f"--notes {path}: more than {MOST_NOTES:,} characters; expected a Markdown text for a card")
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--notes {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
 

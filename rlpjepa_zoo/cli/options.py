@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import OutputError, UsageError
+from ..errors import OutputError, UsageError, ZooError
 from ..text import printable
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
@@ -115,34 +115,31 @@ def card_name(path: Path) -> str:
     return read_folder(path).name
 
 
+def check_file(option: str, path: Path, overwrite: bool = True) -> None:
+    """Refuse a file that cannot be written, before anything is loaded.
+
+    Raises:
+        OutputError: its folder does not exist, or it is no regular file.
+        UsageError: it exists, without `overwrite`.
+    """
+    from ..core.files import check_replaceable
+
+    if not os.path.isdir(path.absolute().parent):
+        raise OutputError(f"{option} {path}: no folder {path.parent}")
+    try:
+        check_replaceable(path)
+    except ZooError as error:
+        raise type(error)(f"{option} {error}") from error
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{option} {path}: exists; add --overwrite to replace it")
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under its final name only when it is complete."""
     from ..core.files import atomic_file
 
     with atomic_file(path) as aside:
         aside.write_bytes(content)
-
-
-def check_parent(option: str, path: Path) -> None:
-    """Refuse a file whose folder does not exist, before anything is loaded.
-
-    Raises:
-        OutputError: names the folder.
-    """
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"{option} {path}: no folder {path.parent}")
-
-
-def check_new_file(path: Path, overwrite: bool) -> None:
-    """Refuse a file --out that exists, or whose folder does not, before anything is loaded.
-
-    Raises:
-        OutputError: names the folder.
-        UsageError: the file exists.
-    """
-    check_parent("--out", path)
-    if os.path.exists(path) and not overwrite:
-        raise UsageError(f"--out {path}: exists; add --overwrite to replace it")
 
 
 def list_failures(out: Path, failures: list[tuple[Any, str]], read: int) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -168,13 +169,26 @@ def partial_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse to replace what is no regular file. A rename over /dev/null would remove the device, for all programs, if root does it.
+
+    Raises:
+        OutputError: a device, a pipe, a folder, a link to one of them, or a link to a stream of a process, such as /dev/stdout.
+    """
+    with disk_errors(path), suppress(FileNotFoundError):
+        stream = path.is_symlink() and os.readlink(path).startswith("/proc/")
+        if stream or not stat.S_ISREG(os.stat(path).st_mode):
+            raise OutputError(f"{path}: exists and is not a regular file; expected the name of a file to write")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path in the same folder, which is renamed to `path` on success and removed on error.
 
     Raises:
-        OutputError: disk full, no permission, no such folder.
+        OutputError: disk full, no permission, no such folder, or something other than a file is in the place of `path`.
     """
+    check_replaceable(path)
     remove_partials(path.parent, path.stem)
     temporary = _partial(path, path.suffix)
     try:
@@ -248,7 +262,7 @@ def disk_reason(error: Exception, path: Path, needed: int | None = None) -> str:
 
 def existing_parent(path: Path) -> Path:
     """The path itself or its nearest parent that is a folder."""
-    return next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    return next(p for p in (path, *path.absolute().parents) if os.path.isdir(p))
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..sparse.folder import empty_part_path, part_path
 from ..sparse.io import Values
 from ..sparse.parquet import HEADER, write_table
 
-__all__ = ["arrow_id", "arrow_text", "with_arrow_ids", "write_part"]
+__all__ = ["arrow_text", "with_arrow_ids", "write_part"]
 
 
 def write_part(
@@ -68,13 +68,14 @@ def arrow_text(name: str) -> str:
 
 
 def arrow_id(id: str | int) -> str | int:
-    """Return an id that Arrow can hold; integers stay as they are."""
+    """Return an id that Arrow can hold: row numbers stay, names as by `arrow_text`."""
     return id if isinstance(id, int) else arrow_text(id)
 
 
 def with_arrow_ids(e: SparseEmbeddings) -> SparseEmbeddings:
     """The same rows with ids that Arrow can hold."""
-    return SparseEmbeddings(e.indptr, e.indices, e.values, e.dim, [arrow_id(id) for id in e.ids.tolist()], e.meta, e.columns)
+    ids = [arrow_id(id) for id in e.ids.tolist()]
+    return SparseEmbeddings(e.indptr, e.indices, e.values, e.dim, ids, e.meta, e.columns)
 
 
 def _arrow_type(feature: dict[str, Any]) -> Any:

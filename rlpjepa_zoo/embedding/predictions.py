@@ -16,7 +16,7 @@ from ..core.files import atomic_file
 from ..data.images import ImageRows
 from ..errors import DataError, UsageError
 from ..models.classifier import Classifier
-from .parts import arrow_id
+from .parts import arrow_id, arrow_text
 
 __all__ = ["SUFFIXES", "write_predictions"]
 
@@ -86,7 +86,7 @@ def _rows(ids: list[Any], probabilities: Tensor, classes: tuple[str, ...], top: 
     """Rows of a batch; among equally probable classes the first comes first."""
     values, order = probabilities.sort(dim=1, descending=True, stable=True)
     return [
-        (arrow_id(id), classes[number], value)
+        (arrow_id(id), arrow_text(classes[number]), value)
         for id, numbers, of_image in zip(ids, order[:, :top].tolist(), values[:, :top].numpy(), strict=True)
         for number, value in zip(numbers, _decimals(of_image), strict=True)
     ]

@@ -68,7 +68,7 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
     """
     if data in SETS:
         return data_section(SETS[data], overrides)
-    if Path(data).is_dir():
+    if os.path.isdir(data):
         kind, files = folder_contents(Path(data))
         values = {"source": kind, "path": data}
         if kind != "folder":  # its own rule finds the evaluation images of a folder of images
@@ -77,7 +77,7 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
                 values["eval_split"] = split
         return data_section(values, overrides)
     known = [*SETS, *list_recipes()]
-    if not Path(data).is_file() and data not in known:
+    if not os.path.isfile(data) and data not in known:
         if os.sep in data or data.startswith((".", "~")):
             raise DataError(f"--data {no_such(Path(data))}")
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."

@@ -30,6 +30,8 @@ __all__ = ["PAPER_ERROR", "RectifiedLpJEPALoss", "RectifiedLpJEPAOptions"]
 
 PAPER_ERROR = 0.45
 """Gradient error of the paper's 8192 random directions at a batch of 256 and a width of 512, where embeddings are a sample of the target."""
+_WIDEST_FLOOR = 1 << 14
+"""Largest width at which the floor of a run is simulated. Projections of this many coordinates are normal, so wider ones have the same floor."""
 
 
 class RectifiedLpJEPAOptions(Options):
@@ -213,8 +215,11 @@ class RectifiedLpJEPALoss(Objective):
 
     @cached_property
     def run_floor(self) -> float | None:
-        """`floor` at the batch size and width of the run; None if not built for a run."""
-        return None if self.shape is None else self.floor(*self.shape)
+        """`floor` at the batch size and width of the run, or at 2^14 dimensions if it is wider; None if not built for a run."""
+        if self.shape is None:
+            return None
+        batch, dim = self.shape
+        return self.floor(batch, min(dim, _WIDEST_FLOOR))
 
     def monitor(self, parts: Mapping[str, float]) -> dict[str, float]:
         """`floor`, and the excess of the matching term above it."""

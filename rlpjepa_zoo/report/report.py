@@ -8,6 +8,7 @@ run that continues, of one without a model, or of one whose images are not avail
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 
 from ..config.finetune import TuningRecipe, load_any
 from ..config.pretrain import Recipe
-from ..core.files import atomic_file
+from ..core.files import atomic_file, check_replaceable
 from ..core.rng import generator
 from ..data.images import Images
 from ..data.sources import open_source
@@ -80,8 +81,9 @@ def write_report(
     files = read_run(Path(run))
     recipe = _with_overrides(files, overrides)
     path = files.path / "report.html" if out is None else Path(out)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"{path}: no folder {path.parent}")
+    check_replaceable(path)
     how = _How(images, batch_size, num_workers, device, progress)
     page = _classifier_page(files, recipe, how) if isinstance(recipe, TuningRecipe) else _encoder_page(files, recipe, how)
     command = shlex.join(["rlpjepa", "report", str(run), *overrides, *(["--images", str(images)] if images != 2000 else [])])

@@ -55,7 +55,6 @@ def read_parquet(file: BinaryIO, most_bytes: int) -> tuple[Any, dict[str, Any], 
     Raises:
         DataError: damaged, or not embeddings. pyarrow's own errors come through.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as opened:
@@ -65,10 +64,12 @@ def read_parquet(file: BinaryIO, most_bytes: int) -> tuple[Any, dict[str, Any], 
     if not _written_again(metadata) and is_intact(file) is False:
         raise DataError("damaged: its bytes are not those of its checksum; make it again")
     _check_size(metadata, most_bytes)
-    text = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
     file.seek(0)
-    with pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=text) as opened:  # equal texts are held once
-        table = opened.read()
+    with pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=_text_columns(metadata)) as opened:
+        table = opened.read()  # equal texts are held once
+    nested = sum(_expanded(chunk) for column in table.columns if not _is_dictionary(column) for chunk in column.chunks)
+    if nested > most_bytes:
+        raise DataError(_too_much(nested, most_bytes))
     stored = metadata.metadata or {}
     header = json.loads(stored[HEADER.encode()]) if HEADER.encode() in stored else NO_HEADER
     return header, _arrays(table), columns_from_arrow(table)
@@ -94,9 +95,47 @@ def _check_size(metadata: Any, most_bytes: int) -> None:
     chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
     size = sum(max(8 * chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks)
     if size > most_bytes:
-        raise DataError(
-            f"asks for {size:,} bytes of memory, the limit for a file of this size is {most_bytes:,}; split it, or load it with pyarrow"
-        )
+        raise DataError(_too_much(size, most_bytes))
+
+
+def _too_much(size: int, most_bytes: int) -> str:
+    return f"asks for {size:,} bytes of memory, the limit for a file of this size is {most_bytes:,}; split it, or load it with pyarrow"
+
+
+def _text_columns(metadata: Any) -> list[str]:
+    """Paths of the columns of texts and bytes, also inside lists and structs."""
+    columns = (metadata.schema.column(i) for i in range(metadata.num_columns))
+    return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.converted_type in ("NONE", "UTF8")]
+
+
+def _is_dictionary(array: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_dictionary(array.type))
+
+
+def _expanded(array: Any) -> int:
+    """Bytes of the texts of an array, each counted as often as it occurs: inside lists and structs Python does not share equal ones."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if _is_dictionary(array):
+        if not _is_text(array.dictionary.type):
+            return 0
+        return int(pc.sum(pc.binary_length(array.dictionary).cast(pa.int64()).take(array.indices)).as_py() or 0)
+    if pa.types.is_struct(array.type):
+        return sum(map(_expanded, array.flatten()))
+    if pa.types.is_map(array.type):
+        return _expanded(array.keys) + _expanded(array.items)
+    if hasattr(array.type, "value_type"):
+        return _expanded(array.flatten())
+    return 0
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _written_again(metadata: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -250,7 +251,7 @@ def read_run(path: Path) -> RunFiles[Any]:
     Raises:
         UsageError: no run directory, or one without any measurement.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UsageError(f"{no_folder(path)}; expected the folder of a run, which `rlpjepa train --out` writes")
     for name in ("recipe.yaml", "metrics.jsonl"):
         if not (path / name).is_file():

@@ -89,14 +89,48 @@ def test_streams_that_cannot_be_written(command: str, code: int, error: str) -> 
     assert len(done.stderr.splitlines()) == bool(error)
 
 
+_LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["dial", "test_resnet.digits", "--budget", "4", "--out", _LONG], 6),
+        (["dial", "test_resnet.digits", "--budget", "4", "--out", "a/" * 3000], 6),
+        (["embed", "test_resnet.digits", ".", "--out", f"{_LONG}.npz"], 6),
+        (["embed", "test_resnet.digits", ".", "--out", "a/" * 3000], 6),
+        (["eval", "test_resnet.digits", "--data", _LONG], 2),
+        (["eval", "test_resnet.digits", "--data", "digits", "--out", "a/" * 3000], 6),
+        (["report", _LONG], 2),
+    ],
+)
+def test_names_that_are_too_long_for_the_system_are_refused(capsys: pytest.CaptureFixture[str], command: list[str], code: int) -> None:
+    assert run(command) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) <= 500
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        ["report", "x" * 300], ["eval", "test_resnet.digits", "--data", "a/" * 2500], ["demo", "--out", "x" * 300],
-        ["embed", "test_resnet.digits", "x", "--out", "x" * 300], ["card", "test_resnet.digits", "--notes", "/dev/zero"],
+        ["eval", "test_resnet.digits", "--data", "digits", "--out", "PLACE"],
+        ["eval", "test_resnet.digits", "--data", "digits", "--plot", "PLACE"],
+        ["embed", "test_resnet.digits", ".", "--overwrite", "--out", "PLACE"],
+        ["predict", "gone", ".", "--overwrite", "--out", "PLACE"],
+        ["bench", "--out", "PLACE"],
     ],
-)  # fmt: skip
-def test_paths_that_no_system_takes_are_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command) in (2, 3, 6)
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and len(err) <= 501
+)
+def test_devices_and_pipes_are_not_replaced_by_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]) -> None:
+    """Told before anything is loaded or measured."""
+    place = tmp_path / {"--plot": "p.png", "embed": "p.npz", "predict": "p.csv"}.get(
+        "--plot" if "--plot" in command else command[0], "p.json"
+    )
+    os.mkfifo(place)
+    assert run([str(place) if word == "PLACE" else word for word in command]) == 6
+    assert "not a regular file" in capsys.readouterr().err
+    assert place.is_fifo()
+
+
+def test_notes_without_an_end_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["card", "test_resnet.digits", "--notes", "/dev/zero"]) == 2
+    assert "--notes /dev/zero: more than" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """open_source: every source of a recipe opens, or is refused in one line."""
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,11 @@ def test_fingerprint_depends_on_number_names_and_pixels() -> None:
         return fingerprint(Source(Images(lambda i: encoded[i], [f"{name}-{i}" for i in range(n)]), None, n, 0))
 
     assert of() == of() and len({of(), of(23), of(shift=1), of(name="picture")}) == 4
+
+
+def test_fingerprint_of_names_that_are_not_utf8(tmp_path: Path) -> None:
+    for name in (b"a/\x80.png", b"b/1.png"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        path.parent.mkdir()
+        Image.new("RGB", (8, 8)).save(path)
+    assert len(fingerprint(open_source(Data(source="folder", path=str(tmp_path))))) == 64

@@ -76,3 +76,10 @@ def test_row_numbers_are_ids_of_images_in_memory(classifier: Classifier, tmp_pat
     write_predictions(classifier, images, tmp_path / "p.parquet", batch_size=2)
     table = pq.read_table(tmp_path / "p.parquet")
     assert str(table.schema.field("id").type) == "int64" and table["id"].to_pylist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_classes_whose_names_are_not_utf8_are_written_escaped(image_folder: Path, tmp_path: Path, suffix: str) -> None:
+    classifier = make_classifier(settled(), ["c\udc80", "dog"]).eval()
+    write_predictions(classifier, open_images(image_folder / "red"), tmp_path / f"p{suffix}", 2)
+    assert {name for _, name, _ in rows(tmp_path / f"p{suffix}")} == {"c\\x80", "dog"}

@@ -186,3 +186,10 @@ def test_floor_method_equals_the_reference_values(batch: int, expected: float) -
     loss = RectifiedLpJEPALoss(target())
     assert loss.floor(batch, 512, repeats=6) == pytest.approx(expected, rel=0.05)
     assert loss.floor(16, 8, n=32) == loss.floor(16, 8, n=32)
+
+
+def test_floor_of_a_very_wide_run_is_that_of_a_narrower_one() -> None:
+    """A million dimensions would take gigabytes and minutes before the first step; beyond some thousand the floor no longer changes."""
+    loss = RectifiedLpJEPALoss(target())
+    loss.shape = (64, 1 << 20)
+    assert loss.run_floor == pytest.approx(loss.floor(64, 4096), rel=0.05)

@@ -406,3 +406,32 @@ def test_no_warning_without_need(tmp_path, e, caplog):
     caplog.set_level(logging.INFO)
     SparseEmbeddings.load(e.save(tmp_path / "e.parquet"))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("nest", ["list", "struct", "map"])
+def test_long_text_repeated_inside_lists_and_structs_is_counted_before_it_is_expanded(tmp_path, nest):
+    """The file has 50 kB. Arrow holds the text once; Python would hold it for each row."""
+    n = 20_000
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([200_000 * "x"]))
+    offsets, ones = pa.array(np.arange(n + 1, dtype=np.int32)), pa.array(np.ones(n, np.int32))
+    nested = {
+        "list": lambda: pa.ListArray.from_arrays(offsets, text),
+        "struct": lambda: pa.StructArray.from_arrays([text], ["s"]),
+        "map": lambda: pa.MapArray.from_arrays(offsets, pa.array(n * ["k"]), text),
+    }[nest]()
+    lists = {name: pa.ListArray.from_arrays(offsets, ones) for name in ("indices", "values")}
+    pq.write_table(pa.table({"id": pa.array(range(n)), **lists, "copied": nested}), tmp_path / "e.parquet", compression="zstd")
+    with refused(DataError, match="asks for 4,0.* bytes of memory"):
+        SparseEmbeddings.load(tmp_path / "e.parquet")
+
+
+def test_lists_and_structs_of_texts_are_read_as_written(tmp_path):
+    copied = {
+        "tags": [["a", "b"], ["a"], []],
+        "about": [{"s": "a", "n": 1}, {"s": "a", "n": 2}, {"s": "b", "n": 3}],
+        "raw": [b"\xff", b"\xff", None],
+    }
+    table = pa.table({"id": ["x", "y", "z"], "indices": [[0], [1], []], "values": [[1.0], [2.0], []], **copied})
+    pq.write_table(table, tmp_path / "e.parquet")
+    e = SparseEmbeddings.load(tmp_path / "e.parquet", dim=4)
+    assert {name: column.tolist() for name, column in e.columns.items()} == copied

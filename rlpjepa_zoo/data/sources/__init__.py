@@ -93,7 +93,7 @@ def fingerprint(source: Source, verify: str = "sample") -> str:
     if not isinstance(source.train, Images):
         digest.update(f"{source.train.stream.dataset.num_shards} {source.train.stream.dataset.features}".encode())
         return digest.hexdigest()
-    digest.update(b"".join(str(name).encode() + b"\0" for name in source.train.ids))
+    digest.update(b"".join(str(name).encode("utf-8", "surrogatepass") + b"\0" for name in source.train.ids))
     for _, pixels in verified_pixels(source.train, verify):
         digest.update(pixels)
     return digest.hexdigest()
@@ -106,7 +106,7 @@ def verified_pixels(images: Images, verify: str = "sample") -> Iterator[tuple[in
         try:
             yield i, images.read(i).tobytes()
         except DataError as error:
-            yield i, str(error).encode()
+            yield i, str(error).encode("utf-8", "surrogatepass")
 
 
 # --- anything that can be embedded ----------------------------------------------------------------------------------------------------

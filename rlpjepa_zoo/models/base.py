@@ -114,12 +114,24 @@ class PublishedModel(nn.Module):
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two models with equal fingerprints give equal outputs."""
         digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(self._tensors().items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         if (dial := getattr(self.config, "dial", None)) is not None:
             digest.update(repr(dial).encode())
         return digest.hexdigest()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """`state_dict`; refuses what holds no numbers that could be hashed or saved."""
+        state: dict[str, Tensor] = self.state_dict()
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.is_quantized:
+                raise UsageError(
+                    f"{key} is not a plain tensor, as in quantised layers; a {self.noun} of such layers cannot be hashed or saved"
+                )
+            if value.is_meta:
+                raise UsageError(f"{key} is on the device meta, so it has no values; load weights into the {self.noun} first")
+        return state
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
@@ -200,7 +212,7 @@ class PublishedModel(nn.Module):
 
     def _checked_state(self) -> dict[str, Tensor]:
         """The tensors to save; refuses what is not finite or not float32."""
-        state: dict[str, Tensor] = self.state_dict()
+        state = self._tensors()
         for key, value in state.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise NonFiniteError(f"{key} holds NaN or infinity; the {self.noun} is not saved")

@@ -20,7 +20,7 @@ from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
-from ..ops.modules import as_weights, unwrapped
+from ..ops.modules import as_weights, contents_key, unwrapped
 from ..sparse.columns import columns_of
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
@@ -140,8 +140,7 @@ class SparseEncoder(PublishedModel):
 
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two encoders with equal fingerprints give equal codes."""
-        tensors = sorted(self.state_dict().items())
-        now = (self.config.preprocess, self.config.dial, *((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors))
+        now = (self.config.preprocess, self.config.dial, contents_key(self._tensors().values()))
         if self._hashed is None or self._hashed[0] != now:  # hashing takes longer than embedding one image
             self._hashed = now, super().fingerprint()
         return self._hashed[1]

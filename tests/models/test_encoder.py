@@ -103,6 +103,19 @@ def test_fingerprint_depends_on_weights_buffers_and_preprocessing():
     assert len(set(prints)) == 4
 
 
+def test_fingerprint_notices_weights_that_are_changed_through_data(pictures, tmp_path):
+    encoder = make()
+    before = encoder.embed(pictures)
+    for weight in encoder.parameters():
+        weight.data.mul_(1.5)  # torch counts no new version
+    after = encoder.embed(pictures)
+    assert before.meta["model"] != after.meta["model"]
+    with pytest.raises(UsageError, match="different encoders"):
+        SparseEmbeddings.concat([before, after])
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert rz.load_encoder(tmp_path / "encoder").fingerprint() == encoder.fingerprint() == after.meta["model"]
+
+
 # --- projector -----------------------------------------------------------------------------------------------------------------------
 
 

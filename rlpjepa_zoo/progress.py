@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .text import printable
 
-__all__ = ["progress_bar"]
+__all__ = ["on_terminal", "progress_bar"]
 
 _SECONDS = {True: 0.5, False: 30.0}
 """Seconds between two updates, by whether the bar can be redrawn."""
@@ -29,19 +29,25 @@ class _Lines:
         self.file.flush()
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal; False where there is no stderr (`pythonw`, services)."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress_bar(title: str, total: int | None, *, hidden: bool = False, unit: str = "image", done: int = 0, leave: bool = True) -> Any:
     """A context with a tqdm bar.
 
     Args:
         title: what is going on.
         total: number of items; None if it is not known.
-        hidden: show nothing.
+        hidden: show nothing, as where there is no stderr.
         unit: what the bar counts.
         done: items that were done before.
         leave: keep the finished bar in the terminal.
     """
     notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-    redrawn = notebook or sys.stderr.isatty()
+    hidden = hidden or sys.stderr is None
+    redrawn = notebook or on_terminal()
     seconds = _SECONDS[redrawn]
     return tqdm(
         total=total, initial=done, unit=unit, unit_scale=(total or 0) > 9999, desc=printable(title, 40), disable=hidden, leave=leave,

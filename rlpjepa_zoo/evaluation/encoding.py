@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ from ..data.preprocess import Preprocess, batched
 from ..errors import DataError, NonFiniteError
 from ..models.encoder import SparseEncoder
 from ..models.inference import default_batch_size, pixel_batches
-from ..progress import progress_bar
+from ..progress import on_terminal, progress_bar
 from ..sparse.embeddings import SparseEmbeddings
 
 __all__ = ["PIXEL_SIDE", "Encoded", "EncodedBatch", "Kept", "encode", "encode_sparse", "pixel_size"]
@@ -169,7 +168,7 @@ def encode_sparse(
         raise DataError(f"none of the images can be read{f'; the first: {failures[0]}' if failures else ''}")
     if failures:
         log.warning("%d of %d %s images cannot be read and are left out; the first: %s", len(failures), len(images), role, failures[0])
-    if progress and not sys.stderr.isatty():  # where no bar is shown
+    if progress and not on_terminal():  # where no bar is shown
         log.info("encoded %d %s images in %.1f s", len(labels), role, time.monotonic() - start)
     raw = torch.cat(pixels).numpy() if pixels else None
     return Encoded(torch.cat(features).numpy(), SparseEmbeddings.concat(codes), np.array(labels, np.int64), raw)

@@ -434,6 +434,11 @@ def test_weights_that_are_not_finite_are_reported(pictures, where, value):
         enc.embed(pictures)
 
 
+def test_embed_works_where_there_is_no_stderr(pictures, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # pythonw, services
+    assert len(make().embed(pictures, progress=True)) == len(pictures)
+
+
 def test_progress_is_shown_on_stderr_only_when_asked(pictures, capfd):
     enc = make()
     enc.embed(pictures)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["ModelSource", "is_repository", "shareable_path"]
+from ..errors import UsageError
+
+__all__ = ["ModelSource", "expanded", "is_repository", "shareable_path"]
 
 _RUNS = "runs"
 """Folder of all runs in the documents."""
@@ -53,7 +56,7 @@ class ModelSource:
             return cls(text, "folder", text)
         if name.startswith("local-dir:"):
             return cls(text, "folder", name.removeprefix("local-dir:"), timm=timm)
-        if look_for_folders and not timm and _exists(_expand(name), folder=True):
+        if look_for_folders and name and not timm and _exists(expanded(name), folder=True):
             return cls(text, "folder", name)
         repo, _, revision = name.removeprefix("hf-hub:").partition("@")
         if name.startswith("hf-hub:") or (is_repository(repo) and not timm):
@@ -118,7 +121,7 @@ class ModelSource:
         """
         if self.kind != "folder":
             raise ValueError(f"'{self.text}' is not a folder")
-        return _expand(self.value)
+        return expanded(self.value)
 
     @property
     def has_prefix(self) -> bool:
@@ -132,7 +135,7 @@ class ModelSource:
             return True
         if self.timm or self.kind == "hub" and self.has_prefix:
             return False
-        return self.text.startswith(("/", "~", "./", "../")) or _exists(_expand(self.text))
+        return self.text.startswith(("/", "~", "./", "../")) or (bool(self.text) and _exists(expanded(self.text)))
 
     @property
     def missing_folder(self) -> bool:
@@ -145,7 +148,7 @@ class ModelSource:
         """
         if self.kind == "folder" or self.timm or self.has_prefix or self.revision or not re.search(r"[/\\]|^~", self.text):
             return False
-        path = _expand(self.text)
+        path = expanded(self.text)
         as_path = self.text.startswith(("/", "~", "./", "../")) or self.text.endswith("/") or "\\" in self.text or self.text.count("/") > 1
         return as_path or path.parts[0] == _RUNS or (bool(path.parent.name) and _exists(path.parent, folder=True))
 
@@ -203,15 +206,22 @@ def shareable_path(path: str | None, name: str | None) -> str | None:
 def _last_part(path: str) -> str:
     """Name of a folder without its parents; of ``.`` or ``..`` that of the folder it stands for."""
     name = Path(path).name
-    return _expand(path).resolve().name if name in ("", "..") or name.startswith("~") else name
+    return expanded(path).resolve().name if name in ("", "..") or name.startswith("~") else name
 
 
-def _expand(text: str) -> Path:
-    """Path with ``~`` expanded; unchanged if there is no such user."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
+def expanded(path: str | Path) -> Path:
+    """A path that was given: ``~`` and ``~user`` expanded; unchanged if there is no such user.
+
+    Raises:
+        UsageError: no text; `Path("")` would be the working folder.
+
+    Example:
+        >>> str(expanded("~no-such-user/a.png"))
+        '~no-such-user/a.png'
+    """
+    if path == "":
+        raise UsageError("an empty path; expected a name (is a variable of the shell empty?)")
+    return Path(os.path.expanduser(path))
 
 
 def _exists(path: Path, folder: bool = False) -> bool:

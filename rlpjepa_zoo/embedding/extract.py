@@ -23,6 +23,7 @@ import torch
 
 from ..core import distributed, files
 from ..core.signals import Interrupts
+from ..core.source import expanded
 from ..data.images import ImageRows, Row, spans
 from ..data.preprocess import batched
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
@@ -128,7 +129,7 @@ def extract(
         ...     totals["rows"], rlpjepa_zoo.SparseEmbeddings.load(scratch).shape
         (2, (2, 16))
     """
-    how, out, model = how or Extraction(), Path(out), model or provenance(encoder, encoder.config.architecture)
+    how, out, model = how or Extraction(), expanded(out), model or provenance(encoder, encoder.config.architecture)
     batch_size = how.batch_size or default_batch_size(encoder.config.preprocess.size, encoder.device)
     how = replace(how, batch_size=batch_size)
     check_names(feed.columns)

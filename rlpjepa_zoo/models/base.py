@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core import package
 from ..core.files import disk_errors, existing_parent, parse_json, partial_folder, tensor_bytes
+from ..core.source import expanded
 from ..data.preprocess import Preprocess
 from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
 from ..hub import card
@@ -151,7 +152,7 @@ class PublishedModel(nn.Module):
             NonFiniteError: a weight is NaN or infinite.
             UsageError: weights that are not float32, or an info that the card cannot show.
         """
-        return write_folder(path, self.contents(recipe, info, name, existing_parent(Path(path).parent)))
+        return write_folder(path, self.contents(recipe, info, name, existing_parent(expanded(path).parent)))
 
     def push_to_hub(
         self,

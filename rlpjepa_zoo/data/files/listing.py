@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ...config.sections import Data
+from ...core.source import expanded
 from ...errors import DataError, did_you_mean
 from ..decode import image_format, suffixes, unreadable_format
 
@@ -173,16 +174,6 @@ def files_below(root: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 # --- paths that are given -------------------------------------------------------------------------------------------------------------
-
-
-def expanded(path: str | Path) -> Path:
-    """The path with ``~`` and ``~user`` expanded; unchanged if there is no such user.
-
-    Example:
-        >>> str(expanded("~no-such-user/a.png"))
-        '~no-such-user/a.png'
-    """
-    return Path(os.path.expanduser(path))
 
 
 def no_such(path: Path, more: int = 0) -> str:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from ...config.sections import Data
 from ...core.rng import generator
-from ...core.source import is_repository
+from ...core.source import expanded, is_repository
 from ...errors import DataError
-from ..files.listing import expanded, files_below, list_images, no_such
+from ..files.listing import files_below, list_images, no_such
 from ..images import ImageRows, Images
 from .base import SOURCES, Options
 from .huggingface import is_saved_dataset

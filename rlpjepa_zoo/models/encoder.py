@@ -263,23 +263,11 @@ class SparseEncoder(PublishedModel):
             >>> enc.embed([Image.new("RGB", (80, 60)), Image.new("L", (40, 40))], max_active=4).shape
             (2, 16)
         """
-        if (
-            (batch_size is not None and batch_size < 1)
-            or (max_active is not None and max_active < 1)
-            or on_error not in ("raise", "skip")
-            or num_workers < 0
-        ):
-            raise UsageError(
-                f"embed: expected batch_size >= 1, max_active >= 1, num_workers >= 0, on_error 'raise' or 'skip', got "
-                f"{batch_size}, {max_active}, {num_workers}, {on_error!r}"
-            )
         options = OutputOptions(max_active, min_value, precision, normalize)
-        if not isinstance(images, Tensor | ImageRows):
-            images = open_images(images)
+        if image_column is not None or allow_paths or not isinstance(images, Tensor | ImageRows):
+            images = open_images(images, image_column=image_column, allow_paths=allow_paths, on_error=on_error)
         height, width = images.shape[-2:] if isinstance(images, Tensor) else self.config.preprocess.size
-        batch_size = batch_size or default_batch_size((height, width), self.device)
-        if image_column is not None or allow_paths:
-            images = open_images(images, image_column=image_column, allow_paths=allow_paths)
+        batch_size = default_batch_size((height, width), self.device) if batch_size is None else batch_size
         self._check_size(images)
         meta = {"model": self.fingerprint(), "architecture": self.config.architecture}
         if classes := getattr(images, "classes", None):

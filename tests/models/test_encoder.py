@@ -14,6 +14,7 @@ import rlpjepa_zoo as rz
 from rlpjepa_zoo import create_encoder
 from rlpjepa_zoo.data.preprocess import Preprocess
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, UsageError
+from rlpjepa_zoo.models.classifier import make_classifier
 from rlpjepa_zoo.models.encoder import make_projector
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
@@ -411,10 +412,40 @@ def test_max_active_keeps_the_largest(pictures, k):
     assert np.diff(full.indptr).max() > 3
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -3}, {"max_active": 0}, {"on_error": "ignore"}], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0}, {"batch_size": -3}, {"batch_size": 2.0}, {"batch_size": "2"}, {"batch_size": True}, {"max_active": 0},
+        {"max_active": 1.5}, {"num_workers": None}, {"num_workers": -1}, {"on_error": "ignore"},
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_bad_options_are_refused(pictures, options):
-    with refused(UsageError, match="embed"):
+    with refused(UsageError, match=f"{next(iter(options))}: expected"):
         make().embed(pictures, **options)
+    if "max_active" not in options:  # which a classifier does not have
+        with refused(UsageError, match=f"{next(iter(options))}: expected"):
+            make_classifier(make(), ["a", "b"]).predict(pictures, **options)
+
+
+def test_numbers_of_numpy_are_numbers(pictures):
+    enc = make()
+    assert enc.embed(pictures, batch_size=np.int64(2), num_workers=np.int32(1), max_active=np.int8(4)) == enc.embed(pictures, 2, 1, 4)
+
+
+def test_embed_opens_its_source_with_the_options_of_the_caller(pictures, tmp_path):
+    enc = make()
+    table = datasets.Dataset.from_dict({"left": pictures, "right": pictures[::-1]}).cast(
+        datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
+    )
+    table.to_parquet(tmp_path / "t.parquet")
+    for source in (table, tmp_path / "t.parquet"):
+        rows = [enc.embed(source, image_column=name).to_dense() for name in ("left", "right")]
+        assert (rows[0] == rows[1][::-1]).all()
+    pictures[0].save(tmp_path / "a.png")
+    failures = []
+    assert len(enc.embed([tmp_path / "a.png", tmp_path / "gone.png"], on_error="skip", failures=failures)) == 1
+    assert [name for name, _ in failures] == [str(tmp_path / "gone.png")]
 
 
 def test_meta_names_the_encoder_and_other_encoders_are_refused(pictures):

@@ -31,7 +31,8 @@ class _Lines:
 
 def is_redrawn() -> bool:
     """Whether bars are redrawn in place, as in a terminal and in a notebook, rather than written line after line."""
-    return sys.stderr.isatty() or any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    return notebook or (sys.stderr is not None and sys.stderr.isatty())  # pythonw and services have no stderr
 
 
 def progress_bar(title: str, total: int | None, *, hidden: bool = False, unit: str = "image", done: int = 0, leave: bool = True) -> Any:
@@ -40,11 +41,12 @@ def progress_bar(title: str, total: int | None, *, hidden: bool = False, unit: s
     Args:
         title: what is going on.
         total: number of items; None if it is not known.
-        hidden: show nothing.
+        hidden: show nothing, as where there is no stderr.
         unit: what the bar counts.
         done: items that were done before.
         leave: keep the finished bar in the terminal.
     """
+    hidden = hidden or sys.stderr is None
     redrawn = is_redrawn()
     seconds = _SECONDS[redrawn]
     return tqdm(

@@ -28,6 +28,7 @@ from .options import (
     check_file,
     choose_device,
     list_failures,
+    path_option,
     print_values,
 )
 
@@ -48,7 +49,7 @@ def embed(
     source: SourceName,
     images: ImagesToRead,
     out: Annotated[
-        Path, typer.Option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to start or to continue.")
+        Path, path_option(help="File to write (.safetensors, .npz, .parquet), or a folder of parquet files to start or to continue.")
     ],
     batch_size: BatchSize = None,
     num_workers: Workers = 4,
@@ -157,7 +158,7 @@ def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extr
 
 def dial(
     source: SourceName,
-    out: Annotated[Path, typer.Option(help="Folder for the encoder with the dial. Its weights do not change.")],
+    out: Annotated[Path, path_option(help="Folder for the encoder with the dial. Its weights do not change.")],
     density: Annotated[float | None, typer.Option(help="Fraction of active dimensions to reach.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Or: largest number of active dimensions.")] = None,
     mode: Annotated[

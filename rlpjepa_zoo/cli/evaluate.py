@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.source import expanded
 from ..errors import UsageError
 from .options import (
     AllowPaths,
@@ -31,6 +32,7 @@ from .options import (
     choose_device,
     list_failures,
     own_folder,
+    path_option,
     print_values,
     write_file,
 )
@@ -71,9 +73,9 @@ def evaluate(
     pixels: Annotated[bool, typer.Option(help="Also measure raw pixels, of larger images shrunk to 32 x 32.")] = True,
     batch_size: BatchSize = None,
     num_workers: Workers = 4,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of accuracy against active dimensions (budgets: auto).")] = None,
+    plot: Annotated[Path | None, path_option(help="PNG file for a plot of accuracy against active dimensions (budgets: auto).")] = None,
     on_card: Annotated[bool, typer.Option("--card", help="Write the results into the card of SOURCE, a folder.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
+    out: Annotated[Path | None, path_option(help="Also write the report to this JSON file.")] = None,
     revision: Revision = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -158,11 +160,11 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, finished or not.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", parser=expanded, help="Folder of a run, finished or not.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[data.KEY=VALUE]...", help="Where the images are now, such as data.path=DIR.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="HTML file to write; RUN/report.html if not given.")] = None,
+    out: Annotated[Path | None, path_option(help="HTML file to write; RUN/report.html if not given.")] = None,
     images: Annotated[int, typer.Option(help="Largest number of evaluation images to measure; 2 or more.")] = 2000,
     batch_size: BatchSize = None,
     num_workers: Workers = 4,
@@ -185,7 +187,7 @@ def predict(
         str, typer.Argument(metavar="CLASSIFIER", help="owner/repo[@revision] on the Hub, or the folder of a classifier or its run.")
     ],
     images: ImagesToRead,
-    out: Annotated[Path, typer.Option(help="File to write (.csv, .jsonl, .parquet), with the columns id, class, probability.")],
+    out: Annotated[Path, path_option(help="File to write (.csv, .jsonl, .parquet), with the columns id, class, probability.")],
     top: Annotated[int, typer.Option(min=1, help="Most probable classes of each image, one row for each.")] = 1,
     batch_size: BatchSize = None,
     num_workers: Workers = 4,
@@ -226,7 +228,7 @@ def bench(
     directions: Annotated[int, typer.Option(min=1, help="Directions of the minimal example.")] = 8192,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians are reported.")] = 9,
     device: Device = "cpu",
-    out: Annotated[Path | None, typer.Option(help="JSON file for all measurements.")] = None,
+    out: Annotated[Path | None, path_option(help="JSON file for all measurements.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time the loss beside the minimal example of the paper, in alternation, at equal directions and at equal gradient error.

@@ -21,6 +21,7 @@ from .options import (
     card_name,
     format_value,
     own_folder,
+    path_option,
     print_table,
     print_values,
 )
@@ -177,7 +178,7 @@ def _interruptible(work: Callable[[], T]) -> T:
 def card(
     source: SourceName,
     name: Annotated[str | None, typer.Option(help="Name that the examples load, such as owner/name; unchanged if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write README.md and its pictures into this folder instead of printing.")] = None,
+    out: Annotated[Path | None, path_option(help="Write README.md and its pictures into this folder instead of printing.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Rewrite the card of SOURCE, a folder.")] = False,
     license: License = None,
     notes: Notes = None,
@@ -212,7 +213,7 @@ def card(
 
 def export(
     source: SourceName,
-    out: Annotated[Path, typer.Option(help="File to write: .onnx or .pt2 (torch.export).")],
+    out: Annotated[Path, path_option(help="File to write: .onnx or .pt2 (torch.export).")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -252,7 +253,7 @@ zoo_app = typer.Typer(help="Check the encoders of the zoo.", no_args_is_help=Tru
 @zoo_app.command()
 def verify(
     pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*",
-    root: Annotated[Path | None, typer.Option("--folder", help="Check FOLDER/NAME instead of the shipped files.")] = None,
+    root: Annotated[Path | None, path_option("--folder", help="Check FOLDER/NAME instead of the shipped files.")] = None,
     online: Annotated[bool, typer.Option("--hub", help="Check the pinned commit of the repository on the Hub.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -14,13 +14,20 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.source import expanded
 from ..errors import OutputError, UsageError, ZooError
 from ..text import printable
+
+
+def path_option(*names: str, help: str) -> Any:
+    """An option that is a path, see `rlpjepa_zoo.core.source.expanded`; shells do not expand ``~`` in ``--out=~/embeddings``."""
+    return typer.Option(*names, parser=expanded, metavar="PATH", help=help)
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace those of the recipe.")]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe (see rlpjepa list --recipes), or a YAML file.")]
 SourceName = Annotated[str, typer.Argument(metavar="SOURCE", help="Zoo name, owner/repo[@revision] on the Hub, or a folder.")]
-RunFolder = Annotated[Path, typer.Option(help="Folder of the run.")]
+RunFolder = Annotated[Path, path_option(help="Folder of the run.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in --out, if there is one.")]
 AllowChange = Annotated[list[str] | None, typer.Option(metavar="KEY", help="Recipe key that may differ from the resumed run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -48,7 +55,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence of the weights on the card, such as apache-2.0.")]
-Notes = Annotated[Path | None, typer.Option(help="Markdown file with your own text for the card.")]
+Notes = Annotated[Path | None, path_option(help="Markdown file with your own text for the card.")]
 Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Module to import first, for backbones or objectives of yours that it registers."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, RunFolder, format_value, print_values
+from .options import AllowChange, AsJson, Overrides, Quiet, RecipeName, Resume, RunFolder, format_value, path_option, print_values
 
 if TYPE_CHECKING:
     from ..config.finetune import TuningRecipe
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for all results of the demo.")] = Path("rlpjepa-demo"),
+    out: Annotated[Path, path_option(help="Folder for all results of the demo.")] = Path("rlpjepa-demo"),
     density: Annotated[float, typer.Option(help="Expected fraction of non-zero values, between 0 and 1.")] = 0.12,
     epochs: Annotated[float, typer.Option(help="Epochs over the 1437 training digits.")] = 50,
     as_json: AsJson = False,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import UsageError
+
 __all__ = ["ModelSource", "expanded", "is_repository", "shareable_path"]
 
 _RUNS = "runs"
@@ -54,7 +56,7 @@ class ModelSource:
             return cls(text, "folder", text)
         if name.startswith("local-dir:"):
             return cls(text, "folder", name.removeprefix("local-dir:"), timm=timm)
-        if look_for_folders and not timm and _exists(expanded(name), folder=True):
+        if look_for_folders and name and not timm and _exists(expanded(name), folder=True):
             return cls(text, "folder", name)
         repo, _, revision = name.removeprefix("hf-hub:").partition("@")
         if name.startswith("hf-hub:") or (is_repository(repo) and not timm):
@@ -133,7 +135,7 @@ class ModelSource:
             return True
         if self.timm or self.kind == "hub" and self.has_prefix:
             return False
-        return self.text.startswith(("/", "~", "./", "../")) or _exists(expanded(self.text))
+        return self.text.startswith(("/", "~", "./", "../")) or (bool(self.text) and _exists(expanded(self.text)))
 
     @property
     def missing_folder(self) -> bool:
@@ -208,12 +210,17 @@ def _last_part(path: str) -> str:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ``~`` and ``~user`` expanded; unchanged if there is no such user.
+    """A path that was given: ``~`` and ``~user`` expanded; unchanged if there is no such user.
+
+    Raises:
+        UsageError: no text; `Path("")` would be the working folder.
 
     Example:
         >>> str(expanded("~no-such-user/a.png"))
         '~no-such-user/a.png'
     """
+    if path == "":
+        raise UsageError("an empty path; expected a name (is a variable of the shell empty?)")
     return Path(os.path.expanduser(path))
 
 

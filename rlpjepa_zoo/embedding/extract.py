@@ -23,11 +23,12 @@ import torch
 
 from ..core import distributed, files
 from ..core.signals import Interrupts
+from ..core.source import expanded
 from ..data.images import ImageRows, Row, spans
 from ..data.preprocess import batched
 from ..errors import DataError, HubError, StoppedBySignal, UsageError, first_line
 from ..models.encoder import SparseEncoder
-from ..models.inference import OutputOptions, default_batch_size, image_batches
+from ..models.inference import OutputOptions, check_count, default_batch_size, image_batches
 from ..progress import progress_bar
 from ..sparse import folder
 from ..sparse.columns import check_names
@@ -70,8 +71,8 @@ class Extraction:
         if self.values not in ("float32", "float16", "uint8"):
             raise UsageError(f"values: expected float32, float16 or uint8, got {self.values}")
         for name, least in (("part_rows", 1), ("batch_size", 1), ("num_workers", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UsageError(f"{name}: expected >= {least}, got {value}")
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
 
     def fixed(self) -> Options:
         """Return the options that must not change when a folder is continued."""
@@ -128,7 +129,7 @@ def extract(
         ...     totals["rows"], rlpjepa_zoo.SparseEmbeddings.load(scratch).shape
         (2, (2, 16))
     """
-    how, out, model = how or Extraction(), Path(out), model or provenance(encoder, encoder.config.architecture)
+    how, out, model = how or Extraction(), expanded(out), model or provenance(encoder, encoder.config.architecture)
     batch_size = how.batch_size or default_batch_size(encoder.config.preprocess.size, encoder.device)
     how = replace(how, batch_size=batch_size)
     check_names(feed.columns)

@@ -14,6 +14,7 @@ from ..config.plan import data_section
 from ..config.pretrain import Recipe
 from ..config.sections import Data
 from ..core.files import parse_json
+from ..core.source import expanded
 from ..data.files.listing import is_of_split
 from ..data.images import Images
 from ..data.sources import Source, folder_contents, open_source
@@ -68,8 +69,9 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
     """
     if data in SETS:
         return data_section(SETS[data], overrides)
-    if os.path.isdir(data):
-        kind, files = folder_contents(Path(data))
+    path = expanded(data)
+    if os.path.isdir(path):
+        kind, files = folder_contents(path)
         values = {"source": kind, "path": data}
         if kind != "folder":  # its own rule finds the evaluation images of a folder of images
             values = {"source": "hf" if kind == "parquet" else kind, "path": data}  # hf reads rows of parquet files in any order
@@ -77,12 +79,12 @@ def data_section_of(data: str, overrides: Sequence[str] = ()) -> Data:
                 values["eval_split"] = split
         return data_section(values, overrides)
     known = [*SETS, *list_recipes()]
-    if not os.path.isfile(data) and data not in known:
+    if not os.path.isfile(path) and data not in known:
         if os.sep in data or data.startswith((".", "~")):
-            raise DataError(f"--data {no_such(Path(data))}")
+            raise DataError(f"--data {no_such(path)}")
         hint = did_you_mean(data, known) or f" Known sets: {', '.join(SETS)}."
         raise UsageError(f"--data {data}: neither a named set, a folder, a recipe nor a file.{hint}")
-    return Recipe.load(data, overrides).data
+    return Recipe.load(path if os.path.isfile(path) else data, overrides).data
 
 
 def _test_split(files: Sequence[Path]) -> str | None:

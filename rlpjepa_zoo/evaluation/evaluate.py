@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,14 @@ MOST_FEATURES = 1 << 30
 """Numbers of dense features (4 GB as float32) above which their memory is logged."""
 
 
+@contextmanager
+def _tensors_on_cpu() -> Iterator[None]:
+    """The CPU as the device of new tensors inside the block, whatever `torch.set_default_device` says: features and codes lie there."""
+    with torch.device("cpu"):
+        yield
+
+
+@_tensors_on_cpu()
 def evaluate(
     encoder: SparseEncoder, train: Images, test: Images, batch_size: int | None = None, num_workers: int = 0, progress: bool = False,
     with_pixels: bool = True, limit: int | None = None, *, probes: Sequence[str] | Mapping[str, Mapping[str, Any]] | str | None = None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import MAX_JSON, disk_errors, partial_folder, sha256, sync_folder, write_durably
+from ..core.source import expanded
 from ..errors import ModelError, UsageError, no_folder
 from .format import CONFIG, NAMES, RECIPE, Published, is_card, listed_files, parse
 
@@ -24,7 +25,7 @@ def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
         OutputError: no permission, disk full, or the path is a file.
         UsageError: the folder holds a file with a name of this format (a README.md, say) and no config.json.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if folder.name in ("", ".."):
         folder = folder.resolve()
     with disk_errors(folder, sum(map(len, contents.values())), "cannot write the model"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core import package
 from ..core.files import disk_errors, existing_parent, hash_tensors, parse_json, partial_folder, tensor_bytes
+from ..core.source import expanded
 from ..data.preprocess import Preprocess
 from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
 from ..hub import card
@@ -119,10 +120,22 @@ class PublishedModel(nn.Module):
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two models with equal fingerprints give equal outputs."""
         digest = hashlib.blake2b(repr(self.config.preprocess).encode(), digest_size=16)
-        hash_tensors(digest, self.state_dict())
+        hash_tensors(digest, self._tensors())
         if (dial := getattr(self.config, "dial", None)) is not None:
             digest.update(repr(dial).encode())
         return digest.hexdigest()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """`state_dict`; refuses what holds no numbers that could be hashed or saved."""
+        state: dict[str, Tensor] = self.state_dict()
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.is_quantized:
+                raise UsageError(
+                    f"{key} is not a plain tensor, as in quantised layers; a {self.noun} of such layers cannot be hashed or saved"
+                )
+            if value.is_meta:
+                raise UsageError(f"{key} is on the device meta, so it has no values; load weights into the {self.noun} first")
+        return state
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
@@ -142,7 +155,7 @@ class PublishedModel(nn.Module):
             NonFiniteError: a weight is NaN or infinite.
             UsageError: weights that are not float32, or an info that the card cannot show.
         """
-        return write_folder(path, self.contents(recipe, info, name, existing_parent(Path(path).parent)))
+        return write_folder(path, self.contents(recipe, info, name, existing_parent(expanded(path).parent)))
 
     def push_to_hub(
         self,
@@ -203,7 +216,7 @@ class PublishedModel(nn.Module):
 
     def _checked_state(self) -> dict[str, Tensor]:
         """The tensors to save; refuses what is not finite or not float32."""
-        state: dict[str, Tensor] = self.state_dict()
+        state = self._tensors()
         for key, value in state.items():
             if value.is_floating_point() and not value.isfinite().all():
                 raise NonFiniteError(f"{key} holds NaN or infinity; the {self.noun} is not saved")

@@ -20,7 +20,7 @@ from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
-from ..ops.modules import as_weights, unwrapped
+from ..ops.modules import as_weights, contents_key, unwrapped
 from ..sparse.columns import columns_of
 from ..sparse.embeddings import SparseEmbeddings
 from ..sparse.topk import Dial, keep_largest
@@ -140,8 +140,7 @@ class SparseEncoder(PublishedModel):
 
     def fingerprint(self) -> str:
         """Hex digest of weights, buffers, preprocessing and dial: two encoders with equal fingerprints give equal codes."""
-        tensors = sorted(self.state_dict().items())
-        now = (self.config.preprocess, self.config.dial, *((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in tensors))
+        now = (self.config.preprocess, self.config.dial, contents_key(self._tensors().values()))
         if self._hashed is None or self._hashed[0] != now:  # hashing takes longer than embedding one image
             self._hashed = now, super().fingerprint()
         return self._hashed[1]
@@ -264,16 +263,6 @@ class SparseEncoder(PublishedModel):
             >>> enc.embed([Image.new("RGB", (80, 60)), Image.new("L", (40, 40))], max_active=4).shape
             (2, 16)
         """
-        if (
-            (batch_size is not None and batch_size < 1)
-            or (max_active is not None and max_active < 1)
-            or on_error not in ("raise", "skip")
-            or num_workers < 0
-        ):
-            raise UsageError(
-                f"embed: expected batch_size >= 1, max_active >= 1, num_workers >= 0, on_error 'raise' or 'skip', got "
-                f"{batch_size}, {max_active}, {num_workers}, {on_error!r}"
-            )
         options = OutputOptions(max_active, min_value, precision, normalize)
         if not isinstance(images, Tensor):
             images = open_images(images, image_column=image_column, allow_paths=allow_paths, on_error=on_error)

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from ..core import files, rng
 from ..core.package import versions
 from ..core.registry import Registry
+from ..core.source import expanded
 from ..errors import ModelError, NonFiniteError, UsageError, ZooError, first_line
 from ..ops.modules import plain_copy, unwrapped
 from . import golden
@@ -78,7 +79,7 @@ def export(model: SparseEncoder | Classifier, path: str | Path, *, overwrite: bo
         >>> {name: tuple(value.shape) for name, value in program(torch.zeros(5, 3, *enc.config.preprocess.size)).items()}
         {'z': (5, 16), 'features': (5, 96)}
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix not in EXPORT_FORMATS:
         raise UsageError(f"{path}: expected a file ending in {' or '.join(EXPORT_FORMATS)}")
     model = unwrapped(model)

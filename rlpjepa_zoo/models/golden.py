@@ -35,7 +35,7 @@ def make(encoder: Any) -> dict[str, Tensor]:
     height, width = (s + s // SHARE for s in encoder.config.preprocess.size)
     rows, columns = np.mgrid[0:height, 0 : width + MARGIN] / max(height, width)
     smooth = np.stack([rows, columns, (np.sin(9 * rows) * np.cos(7 * columns) + 1) / 2], -1) * 200
-    noise = torch.rand(height, width + MARGIN, 3, generator=rng.generator(0, "golden")).numpy() * 255
+    noise = torch.rand(height, width + MARGIN, 3, generator=rng.generator(0, "golden"), device="cpu").numpy() * 255
     pixels = torch.from_numpy(np.stack([smooth, noise]).round().clip(0, 255).astype(np.uint8))
     inputs = torch.stack([encoder.transform(Image.fromarray(p.numpy())) for p in pixels])
     features, z = _evaluate(encoder, inputs)

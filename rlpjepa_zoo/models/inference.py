@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
@@ -21,7 +22,7 @@ from ..errors import DataError, UsageError
 from ..progress import progress_bar
 from .base import check_float_batch
 
-__all__ = ["Batch", "OnError", "OutputOptions", "default_batch_size", "image_batches", "pixel_batches", "source_batches"]
+__all__ = ["Batch", "OnError", "OutputOptions", "check_count", "default_batch_size", "image_batches", "pixel_batches", "source_batches"]
 
 T = TypeVar("T")
 PIXELS = 32 * 224 * 224
@@ -51,8 +52,8 @@ class OutputOptions:
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_active is not None and self.max_active < 1:
-            raise UsageError(f"max_active: expected >= 1, got {self.max_active}")
+        if self.max_active is not None:
+            check_count("max_active", self.max_active, 1)
         if not 0 <= self.min_value < float("inf"):
             raise UsageError(f"min_value: expected a number >= 0, got {self.min_value}")
         if self.precision not in ("float32", "bf16"):
@@ -75,6 +76,18 @@ def default_batch_size(size: tuple[int, int], device: torch.device) -> int:
     """
     pixels = PIXELS * (1 if device.type == "cpu" else 8)
     return max(1, min(256, pixels // (size[0] * size[1])))
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise UsageError unless a number of images, threads or values is an integer (numpy's are) and large enough.
+
+    Example:
+        >>> check_count("batch_size", 2.0, 1)
+        Traceback (most recent call last):
+        rlpjepa_zoo.errors.UsageError: batch_size: expected an integer >= 1, got 2.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UsageError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -173,7 +186,12 @@ def source_batches(
 
     Raises:
         DataError: no such images, an unreadable one, or a tensor of another shape or type.
+        UsageError: numbers that are not integers or out of range.
     """
+    check_count("batch_size", batch_size, 1)
+    check_count("num_workers", num_workers, 0)
+    if on_error not in ("raise", "skip"):
+        raise UsageError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
     if isinstance(source, Tensor) and source.dtype == torch.uint8 and source.dim() == 4 and source.shape[1] == 3:
         pixels = source.permute(0, 2, 3, 1)
         source = Images(lambda i: Image.fromarray(pixels[i].cpu().numpy()), range(len(pixels)))

@@ -158,7 +158,7 @@ def _load(path: Path, published: Published, build: Callable[[], Model]) -> Model
     """Build a model and load its weights from a verified folder; a skeleton without memory is compared with the file headers first."""
     headers = {name: tensor_shapes(path / name) for name in published.tensor_files}
     places = skeleton(published, headers, path, build)
-    with BUILDING, rng.seeded(0, "load"), float32_default():  # the caller's random numbers and default type are not touched
+    with BUILDING, rng.seeded(0, "load"), float32_default(), torch.device("cpu"):  # whatever the caller's defaults are
         model = build()
     contents = {name: _read(path / name) for name in published.tensor_files}
     for name, place in places.values():

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..core.source import expanded
 from ..errors import DataError, UsageError
 from . import io
 from .columns import column_dict
@@ -305,8 +306,7 @@ class SparseEmbeddings:
             UsageError: another suffix.
             OutputError: the folder is missing, full or read-only.
         """
-        path = Path(path)
-        io.write(self._arrays(), path, values)
+        io.write(self._arrays(), path := expanded(path), values)
         return path
 
     @classmethod
@@ -327,7 +327,7 @@ class SparseEmbeddings:
         """
         if str(path).startswith("hf-hub:"):
             raise UsageError(f"{path}: SparseEmbeddings.load reads local files; rlpjepa_zoo.load_embeddings('{path}') reads from the Hub")
-        path = Path(path)
+        path = expanded(path)
         parts: list[tuple[Path, str | None]] = [(path, None)]
         if path.is_dir():
             from . import folder

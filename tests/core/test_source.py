@@ -24,7 +24,7 @@ from rlpjepa_zoo.core.source import ModelSource, is_repository, shareable_path
         ("timm:local-dir:/some/vit", "folder", "/some/vit", None, True),
         ("timm:owner/repo", "name", "owner/repo", None, True),
         ("a/b/c", "name", "a/b/c", None, False),
-        ("", "folder", "", None, False),
+        ("", "name", "", None, False),
     ],
 )
 def test_source_text_is_parsed(text: str, kind: str, value: str, revision: str | None, timm: bool) -> None:

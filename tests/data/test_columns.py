@@ -80,6 +80,8 @@ def test_label_column_is_told_by_its_name(tmp_path: Path, source: str) -> None:
 
     for name in ("label", "fine_label", "Class", "target"):
         assert labels(**{name: [1, 0], "n": [5, 5]}) == [1, 0]
+    for text in (pa.string(), pa.large_string(), pa.string_view()):
+        assert labels(label=pa.array(["b", "a"], text)) == [1, 0]
     assert labels(target=[0.5, 0.7], n=[1, 0]) is None
     with refused_with("several columns may hold class labels: label, class; choose one with data.label_column, or set it to none"):
         labels(label=[1, 0], **{"class": ["a", "b"]})

@@ -209,6 +209,15 @@ def test_evaluation_leaves_unreadable_images_out(small: SparseEncoder, halves: t
     assert (report["n_train"], report["n_test"]) == (19, 19) and report["linear_pixels"] == 1.0
 
 
+def test_default_device_of_the_caller_does_not_matter(small: SparseEncoder, halves: tuple[Images, Images], tmp_path: Path) -> None:
+    expected = evaluate(small, *halves, with_pixels=False)
+    with torch.device("meta"):  # stands for the GPU of torch.set_default_device("cuda")
+        small.save_pretrained(tmp_path / "encoder")
+        loaded = rz.load_encoder(tmp_path / "encoder")
+        assert loaded.device.type == "cpu" and loaded.fingerprint() == small.fingerprint()
+        assert evaluate(loaded, *halves, with_pixels=False) == expected
+
+
 def test_evaluation_without_labels_is_refused(small: SparseEncoder, halves: tuple[Images, Images]) -> None:
     train, test = halves
     bare = Images(lambda i: Image.new("RGB", (8, 8)), range(4))

@@ -16,6 +16,7 @@ import rlpjepa_zoo as rz
 from rlpjepa_zoo import create_encoder
 from rlpjepa_zoo.data.preprocess import Preprocess
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, UsageError
+from rlpjepa_zoo.models.classifier import make_classifier
 from rlpjepa_zoo.models.encoder import make_projector
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
@@ -103,6 +104,19 @@ def test_fingerprint_depends_on_weights_buffers_and_preprocessing():
     buffer.projector[1].running_var[3] += 1e-6
     prints = [reference, weight.fingerprint(), buffer.fingerprint(), make(preprocess=Preprocess((32, 32))).fingerprint()]
     assert len(set(prints)) == 4
+
+
+def test_fingerprint_notices_weights_that_are_changed_through_data(pictures, tmp_path):
+    encoder = make()
+    before = encoder.embed(pictures)
+    for weight in encoder.parameters():
+        weight.data.mul_(1.5)  # torch counts no new version
+    after = encoder.embed(pictures)
+    assert before.meta["model"] != after.meta["model"]
+    with pytest.raises(UsageError, match="different encoders"):
+        SparseEmbeddings.concat([before, after])
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert rz.load_encoder(tmp_path / "encoder").fingerprint() == encoder.fingerprint() == after.meta["model"]
 
 
 # --- projector -----------------------------------------------------------------------------------------------------------------------
@@ -400,10 +414,40 @@ def test_max_active_keeps_the_largest(pictures, k):
     assert np.diff(full.indptr).max() > 3
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -3}, {"max_active": 0}, {"on_error": "ignore"}], ids=repr)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 0}, {"batch_size": -3}, {"batch_size": 2.0}, {"batch_size": "2"}, {"batch_size": True}, {"max_active": 0},
+        {"max_active": 1.5}, {"num_workers": None}, {"num_workers": -1}, {"on_error": "ignore"},
+    ],
+    ids=repr,
+)  # fmt: skip
 def test_bad_options_are_refused(pictures, options):
-    with refused(UsageError, match="embed"):
+    with refused(UsageError, match=f"{next(iter(options))}: expected"):
         make().embed(pictures, **options)
+    if "max_active" not in options:  # which a classifier does not have
+        with refused(UsageError, match=f"{next(iter(options))}: expected"):
+            make_classifier(make(), ["a", "b"]).predict(pictures, **options)
+
+
+def test_numbers_of_numpy_are_numbers(pictures):
+    enc = make()
+    assert enc.embed(pictures, batch_size=np.int64(2), num_workers=np.int32(1), max_active=np.int8(4)) == enc.embed(pictures, 2, 1, 4)
+
+
+def test_embed_opens_its_source_with_the_options_of_the_caller(pictures, tmp_path):
+    enc = make()
+    table = datasets.Dataset.from_dict({"left": pictures, "right": pictures[::-1]}).cast(
+        datasets.Features({"left": datasets.Image(), "right": datasets.Image()})
+    )
+    table.to_parquet(tmp_path / "t.parquet")
+    for source in (table, tmp_path / "t.parquet"):
+        rows = [enc.embed(source, image_column=name).to_dense() for name in ("left", "right")]
+        assert (rows[0] == rows[1][::-1]).all()
+    pictures[0].save(tmp_path / "a.png")
+    failures = []
+    assert len(enc.embed([tmp_path / "a.png", tmp_path / "gone.png"], on_error="skip", failures=failures)) == 1
+    assert [name for name, _ in failures] == [str(tmp_path / "gone.png")]
 
 
 def test_meta_names_the_encoder_and_other_encoders_are_refused(pictures):
@@ -421,6 +465,11 @@ def test_weights_that_are_not_finite_are_reported(pictures, where, value):
     next(getattr(enc, where).parameters()).data.view(-1)[0] = value
     with refused(NonFiniteError, match="NaN or infinity"):
         enc.embed(pictures)
+
+
+def test_embed_works_where_there_is_no_stderr(pictures, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # pythonw, services
+    assert len(make().embed(pictures, progress=True)) == len(pictures)
 
 
 def test_progress_is_shown_on_stderr_only_when_asked(pictures, capfd):

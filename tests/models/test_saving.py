@@ -26,6 +26,27 @@ def pictures(n=3):
     return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 52, 3), dtype=np.uint8)) for i in range(n)]
 
 
+# --- weights -------------------------------------------------------------------------------------------------------------------------
+
+
+class Packed(torch.nn.Linear):
+    """Has an entry in `state_dict` that is not a tensor, as torch's quantised layers have."""
+
+    def get_extra_state(self):
+        return ("packed",)
+
+
+def test_weights_without_values_and_quantised_ones_are_refused(tmp_path):
+    empty, quantised = make(), make()
+    empty.to("meta")
+    quantised.projector[0] = Packed(quantised.projector[0].in_features, quantised.projector[0].out_features)
+    for encoder, reason in ((empty, "device meta"), (quantised, "quantised layers")):
+        for use in (lambda e: e.save_pretrained(tmp_path / "encoder"), lambda e: e.embed(pictures()), lambda e: e.fingerprint()):
+            with refused(UsageError, match=reason):
+                use(encoder)
+    assert not (tmp_path / "encoder").exists()
+
+
 # --- architectures -------------------------------------------------------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def label_column(features: Mapping[str, Any], options: Options, stream: bool = F
 
 def _may_hold_labels(feature: Any) -> bool:
     kind = str(getattr(feature, "dtype", "")) if type(feature).__name__ == "Value" else ""
-    return kind.startswith(("int", "uint")) or kind in ("bool", "string", "large_string")
+    return kind.startswith(("int", "uint")) or kind in ("bool", "string", "large_string", "string_view")
 
 
 def _existing(name: str, features: Mapping[str, Any], unknown: Mapping[str, str] | None = None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from ...config.sections import Data
 from ...errors import DataError, HubError, UsageError, first_line
 from ...hub.download import dataset_commit
 from ...hub.retry import trouble
+from ...progress import is_redrawn
 from ..files.listing import common_folder, data_path, files_below, files_of_split
 from ..images import ImageRows, Images, Row
 from .base import SOURCES, ImageSource, Options
@@ -200,7 +200,7 @@ def _quiet() -> Iterator[None]:
 
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if not is_redrawn():
         datasets.disable_progress_bars()
     try:
         yield

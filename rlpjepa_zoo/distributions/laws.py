@@ -47,6 +47,7 @@ class GeneralizedGaussian(Distribution):
         ValueError: a parameter out of its range.
 
     Example:
+        >>> from rlpjepa_zoo.distributions import sigma_gn
         >>> law = GeneralizedGaussian(0.0, sigma_gn(1.0), 1.0)
         >>> round(float(law.variance), 6)
         1.0
@@ -171,6 +172,7 @@ class RectifiedGeneralizedGaussian(GeneralizedGaussian):
         l0: P(Y > 0), the expected density (fraction of non-zeros) in (0, 1); one half at loc = 0 for every p and scale.
 
     Example:
+        >>> from rlpjepa_zoo.distributions import sigma_gn
         >>> law = RectifiedGeneralizedGaussian(-1.0, sigma_gn(1.0), 1.0)
         >>> round(float(law.l0), 4), round(float(law.mean), 4), round(float(law.variance), 4), round(float(law.entropy()), 3)
         (0.1216, 0.086, 0.1142, 0.449)

@@ -26,6 +26,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,9 +87,9 @@ def export(model: SparseEncoder | Classifier, path: str | Path, *, overwrite: bo
     format, state = EXPORT_FORMATS[path.suffix], model.state_dict()
     _check_weights(state)
     format.check(path, state)
+    if os.path.lexists(path) and not (overwrite and os.path.isfile(path)):
+        raise UsageError(f"{path}: exists; choose another name, or overwrite a file (--overwrite)")
     with files.atomic_file(path) as temporary, torch.no_grad(), torch.autocast("cpu", enabled=False):
-        if path.exists() and not (overwrite and path.is_file()):
-            raise UsageError(f"{path}: exists; choose another name, or overwrite a file (--overwrite)")
         temporary.touch()  # a read-only folder fails here, before the minutes of tracing
         with _as_model_error(f"architecture '{_architecture(model)}' cannot be exported to {path.suffix}"):
             graph = _graph(plain_copy(model).eval().requires_grad_(False).cpu().to(memory_format=torch.contiguous_format))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +78,12 @@ def test_scaling_measures_every_size_and_ranks() -> None:
         (s, f) for s in ("directions", "dim", "batch", "ranks") for f in ("random", "hadamard")
     }
     assert [row["directions"] for row in rows if row["sweep"] == "ranks" and row["family"] == "random"] == [2048, 1024, 512, 256]
+
+
+@pytest.mark.slow
+def test_bench_writes_no_lines_of_the_profiler() -> None:
+    """As a process, because the profiler's own log goes past sys.stderr."""
+    tiny = ["--batch", "8", "--dim", "16", "--directions", "32", "--repeats", "1"]
+    ended = subprocess.run([sys.executable, "-m", "rlpjepa_zoo", "bench", *tiny], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert "| hadamard |" in ended.stdout and ended.stderr == ""

@@ -1,4 +1,4 @@
-"""Files: atomic writes, errors of the disk, digests, strict JSON, safetensors, folder locks."""
+"""Files: atomic writes, errors of the disk, digests, strict JSON, folder locks."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ import re
 import shutil
 import socket
 import stat
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..errors import ModelError, OutputError, UsageError, ZooError, first_line
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 MAX_JSON = 1 << 20
 """Largest JSON file that is read, in bytes."""
 MAX_DEPTH = 64
 """Deepest nesting of JSON that is read."""
-MAX_HEADER = 1 << 22
-"""Largest header of a safetensors file that is read, in bytes."""
 
 
 def parse_json(text: bytes, name: str, limit: int = MAX_JSON) -> Any:
@@ -263,62 +257,6 @@ def disk_reason(error: Exception, path: Path, needed: int | None = None) -> str:
 def existing_parent(path: Path) -> Path:
     """The path itself or its nearest parent that is a folder."""
     return next(p for p in (path, *path.absolute().parents) if os.path.isdir(p))
-
-
-# --- safetensors -----------------------------------------------------------------------------------------------------------------------
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Content of a safetensors file. Tensors that share memory, as in layers that a model uses twice, are each written in full."""
-    import safetensors.torch
-
-    contents: dict[str, Tensor] = {}
-    memory = set()
-    for name, tensor in tensors.items():
-        contents[name] = tensor.detach().cpu().contiguous()
-        place = contents[name].untyped_storage().data_ptr()
-        if place in memory:
-            contents[name] = contents[name].clone()
-        memory.add(place)
-    return safetensors.torch.save(contents, metadata=metadata)
-
-
-def hash_tensors(digest: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Add names, shapes, types and bits of tensors to a digest of hashlib, in the order of the names."""
-    import torch
-
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtypes and shapes in a safetensors file by tensor name, from its header only.
-
-    Raises:
-        ModelError: not a safetensors file, or a header of more than 4 MiB.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= MAX_HEADER:
-                raise ModelError(f"{path}: not a safetensors file (its header has {length} bytes, the limit is {MAX_HEADER})")
-            header = parse_json(file.read(length), str(path), MAX_HEADER)
-        return {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, AttributeError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Torch tensors of a safetensors file by name."""
-    import safetensors.torch
-
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:  # safetensors maps only files whose names are UTF-8
-        return dict(safetensors.torch.load(path.read_bytes()))
-    return dict(safetensors.torch.load_file(path))
 
 
 @contextmanager

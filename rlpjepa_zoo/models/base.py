@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from ..core import package
-from ..core.files import disk_errors, existing_parent, hash_tensors, parse_json, partial_folder, tensor_bytes
+from ..core.files import disk_errors, existing_parent, parse_json, partial_folder
 from ..core.source import expanded
 from ..data.preprocess import Preprocess
 from ..errors import DataError, NonFiniteError, UsageError, ZooError, first_line
@@ -26,6 +26,7 @@ from ..hub.folder import write_folder
 from ..hub.format import CONFIG, GOLDEN, RECIPE, LinearLayer, Projector, Published, pack, tensor_place
 from ..hub.push import push
 from ..ops import modules
+from ..ops.tensors import hash_tensors, tensor_bytes
 from ..sparse.topk import Dial
 from . import golden
 from .small_resnet import SMALL_RESNETS

@@ -17,13 +17,14 @@ import timm
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 
-from ..core.files import MAX_JSON, parse_json, tensor_shapes
+from ..core.files import MAX_JSON, parse_json
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from ..hub.card import Start, pretraining_data
 from ..hub.download import fetch
 from ..hub.format import BACKBONE, CONFIG, Projector
+from ..ops.tensors import tensor_shapes
 from .encoder import EncoderConfig, SparseEncoder, make_projector
 
 __all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "fresh_copy", "refused_arguments", "validate_arguments"]

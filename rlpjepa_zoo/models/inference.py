@@ -188,7 +188,8 @@ def source_batches(
         DataError: no such images, an unreadable one, or a tensor of another shape or type.
         UsageError: numbers that are not integers or out of range.
     """
-    check_count("batch_size", batch_size, 1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
     check_count("num_workers", num_workers, 0)
     if on_error not in ("raise", "skip"):
         raise UsageError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")

@@ -14,7 +14,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..core import rng
-from ..core.files import load_tensors, tensor_shapes
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, first_line
@@ -22,6 +21,7 @@ from ..hub import zoo
 from ..hub.download import resolve
 from ..hub.folder import read_folder, read_recipe, verify_folder
 from ..hub.format import CONFIG, GOLDEN, LinearLayer, Projector, Published, tensor_place
+from ..ops.tensors import load_tensors, tensor_shapes
 from . import golden
 from .classifier import Classifier, ClassifierConfig, head_name, plain_timm
 from .encoder import SparseEncoder

@@ -24,15 +24,14 @@ from ..core import distributed
 from ..core.files import (
     disk_reason,
     existing_parent,
-    load_tensors,
     parse_json,
     remove_partials,
     sha256,
     sync_folder,
-    tensor_bytes,
     write_durably,
 )
 from ..errors import ModelError, OutputError
+from ..ops.tensors import load_tensors, tensor_bytes
 
 __all__ = ["Checkpoint", "check_space", "latest", "optimizer_state", "remove_leftovers", "restore_optimizer", "save"]
 

@@ -15,10 +15,11 @@ from refusals import refused
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo import create_encoder
-from rlpjepa_zoo.core.files import remove_partials, tensor_bytes
+from rlpjepa_zoo.core.files import remove_partials
 from rlpjepa_zoo.data.images import ImageRows, Row
 from rlpjepa_zoo.errors import DataError, ModelError, OutputError, UsageError
 from rlpjepa_zoo.models.classifier import make_classifier
+from rlpjepa_zoo.ops.tensors import tensor_bytes
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
 

@@ -31,6 +31,7 @@ from ...data.loader import Batches, views_of
 from ...data.memory import decode_to_memory
 from ...data.sources import Source, fingerprint
 from ...errors import DataError, OutputError, RecipeError, UsageError, first_line
+from ...ops.tensors import hash_tensors
 from ...progress import progress_bar
 from ..resume import environment
 from .task import Autocast
@@ -187,13 +188,13 @@ def _key(encoder: Any, source: Source, recipe: Recipe, chunk: int, dtype: torch.
         "images": [fingerprint(source), source.images.identity], "backbone": [encoder.config.architecture, encoder.config.model_args],
     }  # fmt: skip
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    files.hash_tensors(digest, encoder.backbone.state_dict())
+    hash_tensors(digest, encoder.backbone.state_dict())
     return digest.hexdigest()[:32]
 
 
 def _digest(features: Tensor, labels: Tensor) -> str:
     digest = hashlib.sha256()
-    files.hash_tensors(digest, {"features": features, "labels": labels})
+    hash_tensors(digest, {"features": features, "labels": labels})
     return digest.hexdigest()
 
 

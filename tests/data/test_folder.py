@@ -83,7 +83,7 @@ def test_missing_empty_and_imageless_folders_are_refused_by_name(tmp_path):
     touch(tmp_path, "texts/a.txt")
     with refused(DataError, match="none: no such file or folder; check the path"):
         list_images(tmp_path / "none")
-    with refused(DataError, match="a.txt is a file; expected a folder"):
+    with refused(DataError, match="a.txt: is a file; expected a folder"):
         list_images(tmp_path / "texts" / "a.txt")
     for name in ("empty", "texts"):
         with refused(DataError, match=f"{name}: no images found in it and its sub-folders"):

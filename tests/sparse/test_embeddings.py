@@ -588,7 +588,7 @@ def test_unwritable_path_is_an_output_error(tmp_path, suffix, dense):
     (tmp_path / "file").touch()
     (tmp_path / f"folder{suffix}").mkdir()
     for path in (f"missing/e{suffix}", f"folder{suffix}", f"file/e{suffix}", f"{'x' * 250}{suffix}"):
-        with refused(OutputError, match="cannot write"):
+        with refused(OutputError, match="cannot write|not a regular file"):
             e.save(tmp_path / path)
     assert sorted(os.listdir(tmp_path)) == ["file", f"folder{suffix}"]
 

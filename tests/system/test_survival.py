@@ -281,6 +281,7 @@ def test_trackers_get_the_run_id_of_the_folder(tmp_path: Path, monkeypatch: pyte
 
     asked = []
     monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda names, *a: list(names or []))
+    monkeypatch.setattr("rlpjepa_zoo.training.setup.get_available_trackers", lambda: ["wandb", "trackio"])
     monkeypatch.setattr(Accelerator, "init_trackers", lambda self, project, config, options: asked.append(options))
     monkeypatch.setattr(Accelerator, "log", lambda self, values, step: (_ for _ in ()).throw(ConnectionError("server is down")))
     recipe, run = tiny("train.trackers=[wandb, trackio]"), tmp_path / "run"

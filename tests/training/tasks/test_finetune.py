@@ -506,7 +506,7 @@ def test_folder_with_foreign_golden_logits_is_refused(tmp_path: Path) -> None:
 
 
 def test_encoder_and_classifier_folders_are_told_apart(tmp_path: Path, finished: Path) -> None:
-    with refused(ModelError, match="holds a classifier, not an encoder; open it with rlpjepa_zoo.load_classifier"):
+    with refused(ModelError, match="holds a classifier, not an encoder; use load_classifier"):
         rz.load_encoder(finished)
     with refused(ModelError, match="holds an encoder, not a classifier"):
         rz.load_classifier("test_resnet.digits")

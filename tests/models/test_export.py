@@ -40,10 +40,9 @@ CASES = {
     "one layer and a dial": ("test_resnet", {"projector_depth": 1}),
 }
 SUFFIXES = (".onnx", ".pt2")
+BY_DEFAULT = {("resnet", ".onnx"), ("resnet", ".pt2"), ("vit", ".onnx"), ("one layer and a dial", ".pt2")}
 FILES = [
-    pytest.param(case, suffix, marks=[pytest.mark.slow] if (case, suffix) == ("small resnet", ".onnx") else [])
-    for case in CASES
-    for suffix in SUFFIXES
+    pytest.param(case, suffix, marks=[] if (case, suffix) in BY_DEFAULT else [pytest.mark.slow]) for case in CASES for suffix in SUFFIXES
 ]  # the test of autocast compares the numbers of a small resnet in .onnx
 TOLERANCE = 2e-5  # of the largest value; the worst of 41 architectures was 2e-6
 
@@ -460,7 +459,7 @@ def wide():
     return make("test_resnet", preprocess=Preprocess((32, 48), crop_pct=0.9))
 
 
-@pytest.mark.parametrize(("encoder_of", "height", "width"), [(small, 60, 151), (wide, 97, 61)])
+@pytest.mark.parametrize(("encoder_of", "height", "width"), [pytest.param(small, 60, 151, marks=pytest.mark.slow), (wide, 97, 61)])
 def test_example_of_the_documents_gives_the_embedding_of_the_encoder(tmp_path, monkeypatch, rng, encoder_of, height, width):
     """The example prepares a photograph that is not square without this package."""
     page = (Path(__file__).parents[2] / "docs/hub.md").read_text()
@@ -476,8 +475,14 @@ def test_example_of_the_documents_gives_the_embedding_of_the_encoder(tmp_path, m
     assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.999
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("layer", ["features", "z"])
+@pytest.mark.parametrize(
+    ("layer", "suffix"),
+    [
+        ("features", ".pt2"),
+        ("z", ".onnx"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("features", ".onnx"), ("z", ".pt2"))),
+    ],
+)
 def test_classifier_gives_logits_and_probabilities(tmp_path, layer, suffix):
     classifier = make_classifier(make(), ["cat", "dög", "hat"], layer)
     classifier.save_pretrained(tmp_path / "saved")

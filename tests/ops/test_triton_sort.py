@@ -74,6 +74,7 @@ def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_without_a_gpu_and_fit_the_registers(kernel_cache: None) -> None:
     match, project = triton_sort._kernels()

@@ -102,6 +102,7 @@ def job(number: int, folder: Path, out: Path, *more: str) -> subprocess.Popen[st
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_warned_slurm_job_saves_is_requeued_and_resumes(tmp_path: Path) -> None:
     number, run, more = job_number(), tmp_path / "run", ["probe.every_epochs=1000", "train.checkpoint_minutes=1000"]
     first = job(number, tmp_path / "bin", run, *more, "train.epochs=1000")
@@ -167,6 +168,7 @@ def launched(run: Path, launcher: list[str], *more: str, step: int = 2) -> Itera
             process.communicate(timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_ranks_of_a_killed_launcher_save_and_end(tmp_path: Path) -> None:
     with launched(tmp_path / "run", TORCHRUN, "train.checkpoint_minutes=1000", "probe.every_epochs=1", step=3) as run:
         ranks = run.ranks()

@@ -98,6 +98,7 @@ def close(a: Path, b: Path, steps: int = 1000) -> None:
     assert steps < 1000 or torch.allclose(codes(a / "encoder"), codes(b / "encoder"), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_like_unsharded_ones(tmp_path: Path) -> None:
     results = run_ranks(run_sharded, 2, str(tmp_path))
     assert all(result["dtypes"] == {torch.bfloat16} for result in results)

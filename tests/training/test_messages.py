@@ -98,7 +98,7 @@ def kill_worker(row: int) -> None:
         os.kill(os.getpid(), 9)
 
 
-@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_image_at_which_a_worker_dies_or_hangs_is_named(image_folder: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
     more = ["train.num_workers=1", "data.cache_gb=0", *(["train.loader_timeout_minutes=0.02"] if hangs else [])]
     recipe = of_folder(image_folder, "train.batch_size=8", *more)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from models import settled
+from outputs import contents
 from PIL import Image
 from refusals import refused
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli.app import run as run_command
 from rlpjepa_zoo.data.sources import open_images
 from rlpjepa_zoo.embedding.card import publishable
 from rlpjepa_zoo.embedding.extract import Extraction, extract
@@ -46,19 +46,6 @@ def enc() -> rz.SparseEncoder:
 def out(enc: rz.SparseEncoder, photos: Path, tmp_path: Path) -> Path:
     extract(enc, open_images(photos), tmp_path / "out", HOW)
     return tmp_path / "out"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def called(*words: Any) -> tuple[int, str, str]:
-        code = run_command([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return called
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 # --- strange manifests -------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from models import settled
+from outputs import contents
 from PIL import Image
 from processes import run_ranks
 from refusals import refused
@@ -21,7 +22,6 @@ from rows import N as FEW
 from rows import samples, table, tar
 
 import rlpjepa_zoo as rz
-from rlpjepa_zoo.cli.app import run as run_command
 from rlpjepa_zoo.core import files
 from rlpjepa_zoo.data.sources import open_images
 from rlpjepa_zoo.embedding.extract import Extraction, extract
@@ -41,20 +41,6 @@ def photos(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32 + i % 3, 3), dtype=np.uint8)).save(path)
     return tmp_path / "photos"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def called(*words: Any) -> tuple[int, str, str]:
-        code = run_command([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return called
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Contents of every file except the lock, by path."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 def test_rows_equal_embed_in_input_order(photos: Path, tmp_path: Path) -> None:

@@ -111,11 +111,12 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `read_yaml` and `parse_scalars` would take for a number."""
+    """Quotes text that `read_yaml` and `parse_scalars` would take for a number, and escapes the line breaks of Unicode, which YAML folds."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if parse_scalars(Plain(text)) == text else "'")
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None if parse_scalars(Plain(text)) == text else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)

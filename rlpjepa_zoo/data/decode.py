@@ -40,6 +40,14 @@ _UNREADABLE = (
     (rb"8BPS", "a Photoshop file; export it as PNG"),
 )
 """Formats that are recognised though they cannot be decoded: how the file begins, and what is said of it."""
+_OTHER_FILES = (
+    (rb"PK\x03\x04|Rar!|7z\xbc\xaf|\x1f\x8b|BZh|\xfd7zXZ", "an archive; unpack it, or make it a .tar file"),
+    (rb"\x93NUMPY", "an array; pass the array itself to embed"),
+    (rb"PAR1", "a table; its name must end in .parquet"),
+    (rb"%PDF", "a PDF document; export its pages as PNG"),
+    (rb"[\t\n\r -~]{16}", "a text file; a list of image paths ends in .txt, a table of images in .parquet"),
+)
+"""Files that are no images, but may be given by mistake: how they begin, and what is said of them."""
 MAX_PIXELS = 64_000_000
 """Largest number of pixels of one image."""
 
@@ -81,13 +89,18 @@ def unreadable_format(source: str | Path | bytes) -> str | None:
         >>> unreadable_format(b"8BPS" + bytes(20))
         'a Photoshop file; export it as PNG'
     """
+    return _described(source, _UNREADABLE)
+
+
+def _described(source: str | Path | bytes, table: tuple[tuple[bytes, str], ...]) -> str | None:
+    """What a table says of a file by its first bytes."""
     try:
         if not isinstance(source, bytes):
             with open(source, "rb") as file:
                 source = file.read(16)
     except (OSError, ValueError):
         return None
-    return next((text for pattern, text in _UNREADABLE if re.match(pattern, source)), None)
+    return next((text for pattern, text in table if re.match(pattern, source)), None)
 
 
 def decode(source: str | Path | bytes | Image.Image | Any, name: str = "image", mode: str | None = None) -> Image.Image:
@@ -129,7 +142,7 @@ def decode(source: str | Path | bytes | Image.Image | Any, name: str = "image", 
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ...
         reason = first_line(error)
         if isinstance(error, UnidentifiedImageError) and isinstance(source, str | Path | bytes):
-            reason = unreadable_format(source) or "of no known format"
+            reason = _described(source, _UNREADABLE + _OTHER_FILES) or "of no known format"
         raise DataError(f"{name}: cannot be read as an image ({reason})") from error
 
 

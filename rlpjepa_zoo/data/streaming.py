@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
@@ -46,6 +48,19 @@ def _records(dataset: Any) -> Iterator[dict[str, Any]]:
         yield {name: column[0] for name, column in block.items()}
 
 
+@contextmanager
+def _one_pause() -> Iterator[None]:
+    """`datasets` sleeps five seconds when a reader ends, so that no thread of Arrow is left when the process ends. Sleep once, after all readers."""
+    from datasets import config
+
+    pause, config.SLEEP_TIME_ON_THREADS_SHUTDOWN = config.SLEEP_TIME_ON_THREADS_SHUTDOWN, 0
+    try:
+        yield
+    finally:
+        config.SLEEP_TIME_ON_THREADS_SHUTDOWN = pause
+        time.sleep(pause)
+
+
 class StreamedBatches(IterableDataset[Batch]):
     """Batches of a streamed data set.
 
@@ -74,6 +89,10 @@ class StreamedBatches(IterableDataset[Batch]):
         self.mine = [mine[len(mine) * i // self.pieces : len(mine) * (i + 1) // self.pieces] for i in range(self.pieces)]
 
     def __iter__(self) -> Iterator[Batch]:
+        with _one_pause():
+            yield from self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         team, piece = divmod(worker.id, self.pieces) if worker else (0, 0)
         teams = worker.num_workers // self.pieces if worker else 1

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def test_image_column_among_several_is_told_by_its_name(tmp_path: Path) -> None:
     read(file, image_column="left")
     with refused_with("several columns may hold images: image, img"):
         open_images(written(tmp_path, image=IMAGES, img=IMAGES))
+
+
+def test_text_in_an_image_column_is_taken_only_when_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png(0)), (tmp_path / "1.png").write_bytes(png(1))
+    file = written(tmp_path, image=["0.png", "1.png"], n=[1, 2])
+    with refused_with("no image column among image, n; 'image' is text: if it holds paths of images, name it with --image-column"):
+        open_images(file, prefix="--")
+    read(file, image_column="image")
+
+
+@pytest.mark.parametrize(("label", "kind"), [([0.5, 0.7], "float64"), ([date(2020, 1, 1)] * 2, "date32"), ([[1], [2]], "List")])
+def test_label_column_that_is_not_copied_is_named(tmp_path: Path, label: list[Any], kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    file = written(tmp_path, image=IMAGES, label=label)
+    assert not read(file)[0].columns
+    assert [r.getMessage() for r in caplog.records] == [f"'label' ({kind}): not copied as a class label; name it with columns to copy it"]
+    caplog.clear()
+    read(file, columns=["label"])
+    assert not caplog.records
 
 
 def test_messages_name_the_option_of_the_caller(tmp_path: Path) -> None:

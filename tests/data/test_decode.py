@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import zlib
 
@@ -23,6 +24,20 @@ def chunk(kind, data):
 def png(width, height, bits=8, colour=0, pixels=b"", before=b""):
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "mend"),
+    [
+        (b"PK\x03\x04" + bytes(30), "unpack it"), (b"\x1f\x8b\x08" + bytes(30), ".tar"), (b"\x93NUMPY\x01\0" + bytes(30), "array itself"),
+        (b"PAR1" + bytes(30), ".parquet"), (b"image,label\r\na.png,1\r\n", ".txt"), (b"%PDF-1.7" + bytes(30), "PNG"), (bytes(30), "of no known format"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused_with_the_mend(tmp_path, content, mend):
+    (tmp_path / "x").write_bytes(content)
+    for source in (content, tmp_path / "x"):
+        with refused(DataError, match=re.escape(mend)):
+            decode(source, "x")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])

@@ -143,8 +143,8 @@ def test_missing_files_are_refused_before_reading(image_folder):
 
 @pytest.mark.parametrize(
     "source",
-    [["a.png", Image.new("L", (2, 2))], [np.zeros((4, 4, 3), np.uint8)], np.zeros((2, 4, 4, 3), np.uint8),
-     [b"bytes"], [None], 3, None, [1, 2], object()],
+    [["a.png", Image.new("L", (2, 2))], [np.zeros((4, 4, 3))], np.zeros((2, 4, 4, 3), np.float32),
+     [bytearray(3)], [None], 3, None, [1, 2], object()],
     ids=lambda s: type(s).__name__,
 )  # fmt: skip
 def test_mixed_and_foreign_types_are_refused(source):

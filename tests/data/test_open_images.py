@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hub_server import FakeHub
@@ -53,6 +54,13 @@ def test_files_lists_and_several_folders_keep_their_order(photos: Path, tmp_path
     assert [row.id for row in same(open_images(listing), [5, 0, 7])] == files
     both = open_images([photos / "b", photos / "a"])
     assert [row.id for row in same(both, [i for k in (1, 0) for i in range(k, N, 2)])][0] == str(photos / "b/01.png")
+
+
+def test_pictures_bytes_and_arrays_may_be_mixed() -> None:
+    same(open_images([picture(0), png(1), np.asarray(picture(2))]), [0, 1, 2])
+    same(open_images(np.stack([picture(3)])), [3])
+    with refused(DataError, match="only PIL images, encoded bytes and integer arrays of pixels, got BytesIO, str"):
+        open_images([picture(0), "a.png", io.BytesIO(png(1))])
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 9, N])

@@ -21,12 +21,10 @@ from rlpjepa_zoo.errors import DataError, HubError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet_and_quick() -> Iterator[None]:
-    pause, datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN, 0
+def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = pause
 
 
 def test_digits_split_is_fixed_disjoint_and_stratified() -> None:

@@ -1,7 +1,9 @@
 """Batches of a stream are a function of (seed, step) alone."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,12 +21,10 @@ from rlpjepa_zoo.data.streaming import shard_groups
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet_and_quick() -> Iterator[None]:
-    pause, datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN, 0
+def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = pause
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,24 @@ def test_shares_of_a_stream_make_the_batch_of_one_process(stream_files: Path) ->
 @pytest.mark.parametrize("start", [2, 5, 7])
 def test_resumed_stream_gives_the_same_batches(stream_files: Path, start: int) -> None:
     assert agree(stream_batches(stream_files, range(start, 10)), stream_batches(stream_files, range(10))[start:])
+
+
+def test_readers_that_end_are_waited_for_once(stream_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` sleeps five seconds whenever a reader ends: with 64 shard groups, five minutes an epoch."""
+    pauses: list[float] = []
+    for module in ("datasets.iterable_dataset", "rlpjepa_zoo.data.streaming"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 5)
+    stream_batches(stream_files, range(10))
+    assert pauses == [0, 0, 0, 0, 5]  # two groups, two epochs
+    pauses.clear()
+    source, recipe = streamed(stream_files)
+    batches_of_a_stopped_run = iter(make_loader(source, recipe, range(10)))
+    next(batches_of_a_stopped_run)
+    del batches_of_a_stopped_run
+    gc.collect()
+    assert pauses == [0, 0, 5]
+    assert datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN == 5
 
 
 def test_stream_that_ends_too_soon_is_refused(stream_files: Path) -> None:

@@ -147,7 +147,7 @@ FULL = {
     "crop_scale": (0.2, 1.0), "jitter": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale": 0.2, "blur": 0.5,
     "solarize": 0.1, "equalize": 0.1, "flip": 0.5,
 }  # fmt: skip
-N = 2400
+N = 1600
 
 
 @pytest.fixture(scope="module")

@@ -598,10 +598,12 @@ def test_batch_size_threads_and_part_size_change_no_row(photos: Path, tmp_path: 
 
 
 def test_no_file_or_thread_is_left_open(photos: Path, tmp_path: Path) -> None:
+    import gc
     import threading
 
     enc = settled()
     extract(enc, open_images(photos), tmp_path / "first", HOW)
+    gc.collect()  # files that earlier tests left to it
     held, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for i in range(3):
         extract(enc, open_images(photos), tmp_path / str(i), HOW)

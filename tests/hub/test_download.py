@@ -61,6 +61,7 @@ def test_cache_dir_is_used(published, tmp_path):
     assert {p.name for p in path.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_environment_variables_configure_a_new_process(published, encoder, tmp_path):
     script = (
         "import sys, torch; torch.set_num_threads(1)\nimport rlpjepa_zoo as rz\n"

@@ -294,6 +294,7 @@ def test_slow_hub_does_not_delay_training_steps():
     assert sent == ["step 0", "step 4"]  # what waited was replaced by the newest
 
 
+@pytest.mark.slow
 def test_resumed_complete_run_keeps_measured_results(hub_server, tmp_path, monkeypatch, run):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     from rlpjepa_zoo.config.pretrain import Recipe

@@ -148,6 +148,7 @@ def test_names_and_shapes_in_the_onnx_file(exported):
     onnx.checker.check_model(str(file), full_check=True)
 
 
+@pytest.mark.slow
 def test_pt2_file_runs_without_this_package_and_timm(exported):
     _, file = exported("vit", ".pt2")
     code = (
@@ -257,6 +258,7 @@ def test_export_changes_no_mode_weight_gradient_or_random_state(tmp_path, capfd,
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 def test_autocast_and_memory_format_do_not_change_the_file(tmp_path, encoder, plain_file, recwarn):
     x = images(encoder, 3)
     plain = run(plain_file, x)["z"]

@@ -81,7 +81,7 @@ def check(batch: int, dim: int, views: int) -> None:
     assert float((gradient.double().cpu() - exact.grad).norm() / exact.grad.norm()) < 5e-3
 
 
-@pytest.mark.parametrize(("batch", "views", "dim"), [(2, 3, 100), (64, 2, 2048), (256, 1, 8), (1000, 3, 512), (4096, 1, 8)])
+@pytest.mark.parametrize(("batch", "views", "dim"), [(2, 3, 100), (64, 2, 512), (256, 1, 8)])
 def test_value_and_gradient_match_the_oracle(batch: int, views: int, dim: int) -> None:
     check(batch, dim, views)
 
@@ -94,7 +94,7 @@ def test_value_and_gradient_match_the_oracle_at_every_size(batch: int, views: in
     check(batch, dim, views)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("batch", [1, 2, 7, 100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("state", ["few values", "rows twice", "rows of zeros", "constant", "axes"])
 def test_ties_are_ranked_in_batch_order_bit_for_bit(batch: int, state: str) -> None:
     z, y, c = dyadic(2, batch, 11, seed=1), dyadic(batch, 11, seed=2), dyadic(5, 11, seed=3)
@@ -114,7 +114,7 @@ def test_ties_are_ranked_in_batch_order_bit_for_bit(batch: int, state: str) -> N
     assert np.allclose(sums.cpu().numpy(), np.square(expected).sum((1, 2)), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 16, 17, 255, 512, 2049])
+@pytest.mark.parametrize("batch", [1, 2, 16, 17, 255, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (512, 2049))])
 def test_match_sorts_any_batch_and_treats_signed_zeros_as_equal(batch: int) -> None:
     projected = rand(6, 3, batch, seed=1) - 0.5
     projected[:, 1, ::2] = 0.0
@@ -150,7 +150,7 @@ def test_non_finite_embedding_reaches_value_and_gradient() -> None:
     assert bool(value.isnan()) and bool(gradient[1, 3].isnan().all()) and bool(gradient[0].isfinite().all())
 
 
-@pytest.mark.parametrize("batch", [33, 513])
+@pytest.mark.parametrize("batch", [33, pytest.param(513, marks=pytest.mark.slow)])
 def test_chunks_change_rounding_only_and_no_gradient_no_bit(batch: int) -> None:
     z, y, c = rand(2, batch, 10, seed=1), rand(batch, 10, seed=2), unit(5, 10)
     value, gradient = triton_sort.loss_and_gradient(z, y, c, 100, gradient=True)
@@ -160,7 +160,7 @@ def test_chunks_change_rounding_only_and_no_gradient_no_bit(batch: int) -> None:
     assert torch.equal(alone, again) and none is None
 
 
-@pytest.mark.parametrize("batch", [30, 100])
+@pytest.mark.parametrize("batch", [30, pytest.param(100, marks=pytest.mark.slow)])
 def test_tuner_choice_changes_no_bit(batch: int) -> None:
     projected, n, log = rand(9, 3, batch, seed=1), 9, max(4, (batch - 1).bit_length())
     results = []
@@ -175,6 +175,7 @@ def test_tuner_choice_changes_no_bit(batch: int) -> None:
         assert torch.equal(g, results[0][0]) and torch.equal(sums, results[0][1])
 
 
+@pytest.mark.slow
 def test_kernels_run_as_an_opaque_operator_under_compile() -> None:
     @torch.library.custom_op("rlpjepa_tests::value", mutates_args=())
     def value(z: Tensor, y: Tensor, c: Tensor) -> Tensor:
@@ -186,13 +187,13 @@ def test_kernels_run_as_an_opaque_operator_under_compile() -> None:
     assert torch.allclose(compiled(z), 2 * triton_sort.loss_and_gradient(z * 3, y, c, 4, gradient=False)[0])
 
 
-def test_autocast_changes_nothing() -> None:
-    for batch in (20, 513):
-        z, y, c = rand(2, batch, 6, seed=1), rand(batch, 6, seed=2), unit(5, 6)
-        plain = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            cast = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
-        assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+@pytest.mark.parametrize("batch", [20, pytest.param(513, marks=pytest.mark.slow)])
+def test_autocast_changes_nothing(batch: int) -> None:
+    z, y, c = rand(2, batch, 6, seed=1), rand(batch, 6, seed=2), unit(5, 6)
+    plain = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = triton_sort.loss_and_gradient(z, y, c, 4, gradient=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 def test_kernels_are_supported_here() -> None:
@@ -203,7 +204,12 @@ def test_kernels_are_supported_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "family", "n"), [(64, "random", 70), (64, "axes:20+hadamard", 120), (520, "hadamard", 70), (520, "random", 30)]
+    ("batch", "family", "n"),
+    [
+        (64, "random", 70),
+        (64, "axes:20+hadamard", 120),
+        *(pytest.param(520, *more, marks=pytest.mark.slow) for more in (("hadamard", 70), ("random", 30))),
+    ],
 )
 def test_distance_uses_the_kernels_and_agrees_with_float64(family: str, n: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlpjepa_zoo.ops.directions import direction_blocks

@@ -370,6 +370,7 @@ def test_command_prints_json(run: Path, undrawn: None, tmp_path: Path, capsys: p
     assert 0 <= figures["density_low"] < figures["density"] < figures["density_high"]
 
 
+@pytest.mark.slow
 def test_missing_data_give_one_warning_line(run: Path) -> None:
     arguments = [str(run), "data.source=folder", "data.path=/no/such/place", "--quiet", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "rlpjepa_zoo", "report", *arguments], capture_output=True, text=True, timeout=120)

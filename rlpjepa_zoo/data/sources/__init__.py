@@ -117,7 +117,7 @@ def open_images(
     revision: str | None = None, allow_paths: bool = False, prefix: str = "", on_error: Literal["raise", "skip"] = "raise",
 ) -> ImageRows:  # fmt: skip
     """Images of a folder (or several), files, a list of files (.txt), parquet or tar files, a Hugging Face data set (also saved, or by its id on
-    the Hub, which is streamed), PIL images, or `ImageRows` (returned as they are).
+    the Hub, which is streamed), PIL images, encoded bytes or arrays of pixels (as `decode` takes them), or `ImageRows` (returned as they are).
 
     Ids are paths (below a single folder, else as given), keys of a tar file, or row numbers.
 
@@ -166,14 +166,21 @@ def open_images(
     if isinstance(source, dict):
         raise DataError(f"expected one data set, got a {type(source).__name__} with the splits {', '.join(map(str, source))}; choose one")
     if not hasattr(source, "__iter__"):
-        raise DataError(f"expected a folder, files, PIL images, a float tensor (B, 3, H, W) or a dataset, got {type(source).__name__}")
+        raise DataError(
+            f"expected a folder, files, a list of PIL images, a float tensor (B, 3, H, W) or a dataset, got {type(source).__name__}"
+        )
     items = list(source)
     if all(isinstance(item, str | Path) for item in items):
         return _open_paths([expanded(item) for item in items], str(items[0]) if items else "an empty list", options)
-    if not all(isinstance(item, Image.Image) for item in items):
-        raise DataError(f"expected only paths or only PIL images, got {sorted({type(item).__name__ for item in items})}")
+    if other := sorted({type(item).__name__ for item in items if not _is_picture(item)}):
+        raise DataError(f"expected only paths, or only PIL images, encoded bytes and integer arrays of pixels, got {', '.join(other)}")
     options.refuse_columns("images in memory")
     return Images(items.__getitem__, range(len(items)))
+
+
+def _is_picture(item: Any) -> bool:
+    """Whether an item of a list is one picture. An array of floats may have been preprocessed, so it is none."""
+    return isinstance(item, Image.Image | bytes) or (isinstance(item, np.ndarray) and item.dtype.kind in "uib")
 
 
 def _open_object(source: Any, options: Options) -> ImageRows | None:

@@ -65,7 +65,9 @@ def image_column(features: Mapping[str, Any], options: Options, unknown: Mapping
     found = found or [n for n, f in features.items() if n.lower() in IMAGE_NAMES and _may_hold_images(f)]
     if not found:
         names = ", ".join([*features, *(unknown or ())])
-        raise DataError(f"no image column among {names}; name it with {options.name('image_column')}")
+        paths = [n for n, f in features.items() if n.lower() in IMAGE_NAMES and "string" in str(getattr(f, "dtype", ""))]
+        also = f"; '{paths[0]}' is text: if it holds paths of images" if paths else ""
+        raise DataError(f"no image column among {names}{also}{',' if paths else ';'} name it with {options.name('image_column')}")
     return _only(found, IMAGE_NAMES, "hold images", f"; choose one with {options.name('image_column')}")
 
 
@@ -97,6 +99,7 @@ def label_column(features: Mapping[str, Any], options: Options, stream: bool = F
     if not found and not stream:
         found = [n for n, f in features.items() if n.lower() in LABEL_NAMES and _may_hold_labels(f)]
     if not found:
+        _say_of_other_labels(features, options)
         return None
     if options.from_recipe:
         return _only(found, LABEL_NAMES, "hold class labels", f"; choose one with {options.name('label_column')}, or set it to none")
@@ -106,6 +109,14 @@ def label_column(features: Mapping[str, Any], options: Options, stream: bool = F
         if not set(found) <= set(options.columns):
             log.warning("%s; none is copied unless it is named with %s", error, options.name("columns"))
         return None
+
+
+def _say_of_other_labels(features: Mapping[str, Any], options: Options) -> None:
+    """Name columns that are called like labels and are not copied beside the embeddings."""
+    others = [name for name in features if name.lower() in LABEL_NAMES and name not in options.columns]
+    if others and not options.from_recipe:
+        what = ", ".join(f"'{name}' ({getattr(features[name], 'dtype', None) or type(features[name]).__name__})" for name in others)
+        log.warning("%s: not copied as a class label; name it with %s to copy it", what, options.name("columns"))
 
 
 def _may_hold_labels(feature: Any) -> bool:

@@ -386,7 +386,9 @@ def test_best_by_an_unusable_metric_is_refused(image_folder: Path, tmp_path: Pat
         "train.batch_size=8",
         "start.source=test_resnet.digits",
         "train.precision=no",
+        "data.image_size=32",
         "train.epochs=8",
+        "train.min_steps=1",
         "optim.lr=0.1",
     ]
     with refused(RecipeError, match="train.best: top1 needs evaluation images"):

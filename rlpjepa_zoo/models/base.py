@@ -156,7 +156,8 @@ class PublishedModel(nn.Module):
             NonFiniteError: a weight is NaN or infinite.
             UsageError: weights that are not float32, or an info that the card cannot show.
         """
-        return write_folder(path, self.contents(recipe, info, name, existing_parent(expanded(path).parent)))
+        target = expanded(path)
+        return write_folder(path, self.contents(recipe, info, name, existing_parent(target.parent) / target.name))
 
     def push_to_hub(
         self,
@@ -199,10 +200,10 @@ class PublishedModel(nn.Module):
 
         Args:
             recipe, info, name: those of `save_pretrained`.
-            scratch: folder in which timm writes a small file for a moment; the system's folder for temporary files when None.
+            scratch: path beside which timm writes a small file for a moment; in the system's folder for temporary files when None.
         """
         state = self._checked_state()
-        published, linear = self._description(info, name, scratch or Path(tempfile.gettempdir()))
+        published, linear = self._description(info, name, scratch or Path(tempfile.gettempdir()) / CONFIG)
         self._refuse_other_layers(published, state)
         tensors: dict[str, dict[str, Tensor]] = {file: {} for file in published.tensor_files}
         for key, value in state.items():
@@ -296,7 +297,7 @@ def _timm_config(model: nn.Module, preprocess: Preprocess, label_names: list[str
     """config.json as timm writes it."""
     extra: dict[str, Any] = {"pretrained_cfg": {"tag": "rlpjepa"}} | ({"label_names": label_names} if label_names else {})
     try:
-        with partial_folder(scratch / CONFIG) as folder, disk_errors(scratch):
+        with partial_folder(scratch) as folder, disk_errors(scratch.parent):
             save_config_for_hf(model, str(folder / CONFIG), data_config=preprocess.data_config(), model_config=extra)
             config: dict[str, Any] = parse_json((folder / CONFIG).read_bytes(), CONFIG)
     except ValueError as error:  # an argument such as act_layer=nn.GELU

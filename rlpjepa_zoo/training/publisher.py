@@ -48,7 +48,7 @@ class Publisher:
         """
         contents = self._published(model, step) if again else None
         if contents is None:
-            contents = model.contents(self.recipe, info, self.title, self.out)
+            contents = model.contents(self.recipe, info, self.title, self.path)
             write_folder(self.path, contents)
         if self.pusher is not None:
             self.pusher.submit(contents, f"Step {step} of {total}")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -356,6 +357,14 @@ def test_file_name_that_is_not_utf8_becomes_an_escaped_id(tmp_path: Path) -> Non
         Image.new("RGB", (32, 32)).save(os.fsdecode(os.path.join(os.fsencode(tmp_path / "photos"), name)))
     extract(settled(), open_images(tmp_path / "photos"), tmp_path / "out", HOW)
     assert SparseEmbeddings.load(tmp_path / "out").ids.tolist() == ["bad\\xff.png", "good.png"]
+
+
+def test_folder_whose_name_is_not_utf8_is_embedded(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    shutil.copytree(photos, folder)
+    extract(settled(), open_images(folder), tmp_path / "out", HOW)
+    assert SparseEmbeddings.load(tmp_path / "out") == settled().embed(folder)
+    assert json.loads((tmp_path / "out/embeddings.json").read_text())["input"]["folder"] == "\\xff"
 
 
 def test_very_long_image_is_skipped_without_using_memory(tmp_path: Path) -> None:

@@ -92,10 +92,12 @@ def test_kernels_compile_without_a_gpu_and_fit_the_registers(kernel_cache: None)
 @pytest.mark.parametrize("log", range(4, 13))
 def test_every_configuration_compiles(kernel_cache: None, capability: int, log: int) -> None:
     for kernel, largest, more in zip(triton_sort._kernels(), (triton_sort.LARGEST, triton_sort.FUSED), ({}, {"DIM": 100}), strict=True):
+        spilled = []
         for config in triton_sort._fitting(kernel.configs, {}, P=1 << log) if 1 << log <= largest else []:
             registers, stack, _ = compiled(kernel.fn, capability, config, VIEWS=2, WRITE=True, P=1 << log, LOG_P=log, **more)
             print(f"sm_{capability} {kernel.fn.__name__} P {1 << log} {config}: {registers} registers, {stack} bytes of stack")
-            assert stack <= 128
+            spilled.append(stack)
+        assert min(spilled, default=0) <= 128  # the tuner measures; it must have a configuration that keeps to the registers
 
 
 @needs_triton

@@ -73,7 +73,7 @@ RANGES = {
     "H": range(1, 31),
     "C": range(1, 13),
     "S": range(1, 8),
-    "B": range(1, 162),
+    "B": range(1, 163),
 }
 IDS = [f"{group}{number:02d}" for group, numbers in RANGES.items() for number in numbers]
 

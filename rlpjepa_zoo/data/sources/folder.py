@@ -81,6 +81,7 @@ class Folder(ImageSource):
         """Images of a folder, with their sub-folders as classes; else of the files, whose ids are their paths as given."""
         options.refuse_columns("image files")
         if folder is not None:
-            return labelled_folder(folder, files=files, identity={"folder": folder.resolve().name, **files_identity(files, folder)})
+            name = os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace")  # JSON holds no other bytes
+            return labelled_folder(folder, files=files, identity={"folder": name, **files_identity(files, folder)})
         names = [str(file) for file in files]
         return Images(partial(_listed_file, names), names, identity=files_identity(files))

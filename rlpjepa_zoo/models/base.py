@@ -157,7 +157,7 @@ class PublishedModel(nn.Module):
             UsageError: weights that are not float32, or an info that the card cannot show.
         """
         target = expanded(path)
-        return write_folder(path, self.contents(recipe, info, name, existing_parent(target.parent) / target.name))
+        return write_folder(path, self.contents(recipe, info, name, existing_parent(target.parent) / (target.name or CONFIG)))
 
     def push_to_hub(
         self,

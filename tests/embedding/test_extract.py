@@ -363,7 +363,8 @@ def test_folder_whose_name_is_not_utf8_is_embedded(photos: Path, tmp_path: Path)
     folder = tmp_path / os.fsdecode(b"\xff")
     shutil.copytree(photos, folder)
     extract(settled(), open_images(folder), tmp_path / "out", HOW)
-    assert SparseEmbeddings.load(tmp_path / "out") == settled().embed(folder)
+    loaded, expected = SparseEmbeddings.load(tmp_path / "out"), settled().embed(folder)
+    assert loaded.ids.tolist() == expected.ids.tolist() and np.array_equal(loaded.to_dense(), expected.to_dense())
     assert json.loads((tmp_path / "out/embeddings.json").read_text())["input"]["folder"] == "\\xff"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -257,9 +258,9 @@ class Target(Section):
 
     def law(self) -> tuple[float, float]:
         """Return (mu, sigma) before rectification."""
-        from scipy import optimize
+        import torch
 
-        from ..distributions import mu_for_density, sigma_gn, sigma_rgn
+        from ..distributions import RectifiedGeneralizedGaussian, mu_for_density, sigma_gn, sigma_rgn
 
         try:
             if self.sigma != "rgn":
@@ -268,9 +269,11 @@ class Target(Section):
                 return mu, sigma
             if self.mu is not None:
                 return self.mu, sigma_rgn(self.p, self.mu)
-            density = self.density or 0.5
-            mu = optimize.brentq(lambda m: m - mu_for_density(density, self.p, sigma_rgn(self.p, m)), -200.0, 10.0, xtol=1e-10)
-            return mu, sigma_rgn(self.p, mu)
+            ratio = mu_for_density(self.density or 0.5, self.p, 1.0)  # the density fixes mu / sigma, and the variance then sigma
+            variance = float(RectifiedGeneralizedGaussian(torch.tensor(ratio, dtype=torch.float64), 1.0, self.p).variance)
+            if variance <= 0:
+                raise ValueError(f"no scale gives unit variance at density {self.density} with p = {self.p:g}; use sigma: gn or a number")
+            return ratio / math.sqrt(variance), 1 / math.sqrt(variance)
         except ValueError as error:
             raise RecipeError(f"target: {error}") from error
 

@@ -613,12 +613,14 @@ def test_mu_of_a_density_matches_the_table(p: float, density: float, mu: float) 
 
 @pytest.mark.parametrize("sigma", ["gn", "rgn", "0.7"])
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("density", [0.05, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("density", [1e-4, 0.05, 0.25, 0.5, 0.9, 0.999])
 def test_density_is_inverted_for_every_scale(sigma: str, p: float, density: float) -> None:
     target = base("target.mu=null", f"target.density={density}", f"target.p={p}", f"target.sigma={sigma}").target
     mu, scale = target.law()
     assert target.density_in_theory() == pytest.approx(density, abs=1e-8)
     assert 1 - float(oracles.law(p, mu, scale).cdf(0)) == pytest.approx(density, abs=1e-8)
+    if sigma == "rgn":
+        assert float(target.distribution().variance) == pytest.approx(1, rel=1e-5)
 
 
 # --- directions ----------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from images import write_two_classes
 from models import settled
 from outputs import contents
-from PIL import Image
 from refusals import refused
 
 import rlpjepa_zoo as rz
@@ -30,11 +30,7 @@ HOW = Extraction(part_rows=3, batch_size=3, num_workers=0)
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for i in range(N):
-        path = tmp_path / "photos" / ("blue", "red")[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "photos"
+    return write_two_classes(tmp_path / "photos", N)
 
 
 @pytest.fixture(scope="module")

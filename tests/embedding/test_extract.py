@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from images import write_two_classes
 from models import settled
 from outputs import contents
 from PIL import Image
@@ -37,11 +38,7 @@ HOW = Extraction(part_rows=7, batch_size=3, num_workers=2)
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for i in range(N):
-        path = tmp_path / "photos" / ("blue", "red")[i % 2] / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32 + i % 3, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "photos"
+    return write_two_classes(tmp_path / "photos", N, widths=3)
 
 
 def test_rows_equal_embed_in_input_order(photos: Path, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def write_images(folder: Path, n: int = 3, first: int = 0) -> None:
         (folder / f"{first + i:02d}.png").write_bytes(png(first + i))
 
 
+def write_two_classes(root: Path, n: int, widths: int = 1) -> Path:
+    """Write n PNG files of noise, by turns into blue/ and red/, 32 pixels high and 32 to 31 + widths wide."""
+    for i in range(n):
+        path = root / ("blue", "red")[i % 2] / f"{i:0{len(str(n - 1))}d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32 + i % widths, 3), dtype=np.uint8)).save(path)
+    return root
+
+
 def table(rows: range, broken: tuple[int, ...] = ()) -> datasets.Dataset:
     """A data set of images of three classes; those in `broken` cannot be decoded."""
     columns = {

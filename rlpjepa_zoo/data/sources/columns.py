@@ -64,10 +64,9 @@ def image_column(features: Mapping[str, Any], options: Options, unknown: Mapping
     found = [n for n, f in features.items() if type(f).__name__ == "Image" or (isinstance(f, dict) and "bytes" in f)]
     found = found or [n for n, f in features.items() if n.lower() in IMAGE_NAMES and _may_hold_images(f)]
     if not found:
-        names = ", ".join([*features, *(unknown or ())])
-        paths = [n for n, f in features.items() if n.lower() in IMAGE_NAMES and "string" in str(getattr(f, "dtype", ""))]
-        also = f"; '{paths[0]}' is text: if it holds paths of images" if paths else ""
-        raise DataError(f"no image column among {names}{also}{',' if paths else ';'} name it with {options.name('image_column')}")
+        texts = [n for n, f in features.items() if n.lower() in IMAGE_NAMES and "string" in str(getattr(f, "dtype", ""))]
+        hint = f"'{texts[0]}' is text: if it holds paths of images, name it" if texts else "name it"
+        raise DataError(f"no image column among {', '.join([*features, *(unknown or ())])}; {hint} with {options.name('image_column')}")
     return _only(found, IMAGE_NAMES, "hold images", f"; choose one with {options.name('image_column')}")
 
 

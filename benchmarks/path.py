@@ -27,15 +27,15 @@ from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.report import bench_loss as bench
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
-from rlpjepa_zoo.training.tasks.online_probes import EncoderWithProbes
+from rlpjepa_zoo.training.tasks.heads import EncoderWithHeads
 from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, build_objective
 from rlpjepa_zoo.training.trainer import Trainer
 
 PARTS = {
     "waiting for images": (Trainer, "_next"),
     "views and forward": (Trainer, "_forward"),
-    "encoder, of that": (EncoderWithProbes, "_both"),
-    "online probes and encoder, of that": (EncoderWithProbes, "forward"),
+    "encoder, of that": (EncoderWithHeads, "_both"),
+    "online probes and encoder, of that": (EncoderWithHeads, "forward"),
     "loss": (RectifiedLpJEPALoss, "__call__"),
     "update": (Trainer, "_update"),
     "log": (Trainer, "_log_step"),
@@ -84,7 +84,7 @@ def watching(recipe: Recipe, repeats: int) -> dict[str, Any]:
     objective = build_objective(recipe)
 
     def step(classes: int, logged: bool) -> Callable[[], None]:
-        watched = EncoderWithProbes(build_encoder(recipe), classes).to(memory_format=torch.channels_last)
+        watched = EncoderWithHeads(build_encoder(recipe), classes).to(memory_format=torch.channels_last)
         task = PretrainTask(recipe)
         task.objective, task.floor, images = objective, 0.0, views.contiguous(memory_format=torch.channels_last)
 

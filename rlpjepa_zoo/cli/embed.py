@@ -158,13 +158,19 @@ def _embed_to_file(encoder: SparseEncoder, feed: ImageRows, out: Path, how: Extr
 
 def dial(
     source: SourceName,
-    out: Annotated[Path, path_option(help="Folder for the encoder with the dial. Its weights do not change.")],
+    out: Annotated[Path, path_option(help="Folder for the encoder with the other density.")],
     density: Annotated[float | None, typer.Option(help="Fraction of active dimensions to reach.")] = None,
     budget: Annotated[int | None, typer.Option(min=1, help="Or: largest number of active dimensions.")] = None,
     mode: Annotated[
-        str, typer.Option(help="top_k keeps the largest values of each image; threshold keeps values above one number.")
+        str,
+        typer.Option(
+            help="top_k keeps the largest values of each image; threshold keeps values above one number; shift lowers or raises all biases of "
+            "the last layer by one number."
+        ),
     ] = "top_k",
-    images: Annotated[str | None, typer.Option(help="Images to calibrate a threshold on: a folder, files, ... as for embed.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Images to calibrate a threshold or shift on: a folder, files, ... as for embed.")
+    ] = None,
     image_column: ImageColumn = None,
     allow_paths: AllowPaths = False,
     num_workers: Workers = 4,
@@ -175,7 +181,7 @@ def dial(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a trained encoder sparser without training, and save it with this setting."""
+    """Give a trained encoder another density without training, and save it. Only a shift can raise the density."""
     from ..core.source import ModelSource
     from ..data.sources import open_images
     from ..embedding.parts import arrow_text
@@ -200,5 +206,5 @@ def dial(
         sparser = encoder.with_density(density or 0.0, mode, feed, **options)  # type: ignore[arg-type]
     sparser.save_pretrained(out, name=arrow_text(ModelSource.folder(out).text))
     setting = sparser.config.dial
-    description = "" if setting is None else setting.describe(sparser.config.dim)
+    description = f"biases shifted for a density of {density:g}" if setting is None else setting.describe(sparser.config.dim)
     print_values({"encoder": str(out), "dial": description, "model": sparser.fingerprint()}, as_json)

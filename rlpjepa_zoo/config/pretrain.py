@@ -20,7 +20,7 @@ from ..objectives.base import Options
 from .errors import explain
 from .load import overrides_of
 from .plan import Plan
-from .sections import ADOPTED, Data, Encoder, ImageSize, Target, Views
+from .sections import ADOPTED, Data, Encoder, ImageSize, Reconstruction, Target, Views
 from .training_sections import Hub, Optim, Probe, Train
 
 __all__ = ["DEFAULT_OBJECTIVE", "Recipe"]
@@ -93,6 +93,8 @@ class Recipe(Plan):
     """Target distribution of z; needed if and only if the objective has one."""
     objective: Objective = Field(default_factory=dict, validate_default=True)
     """Training objective: `name` selects it, and the other keys are its options."""
+    reconstruction: Reconstruction | None = None
+    """Reconstruction of the features from z, a section of its own; null for none."""
     optim: Optim
     probe: Probe = Probe()
     train: Train
@@ -122,7 +124,13 @@ class Recipe(Plan):
         if self.target is not None and not objective.needs_target:
             raise ValueError(f"target: has no meaning for objective {name}; remove it")
         if self.target is not None:
-            self.target.law()
+            density = self.target.density_in_theory()
+            if (self.target.anneal or self.target.hold) and not 1e-6 <= density < 1:
+                raise ValueError(
+                    f"target: density {density:.3g} is out of reach for anneal and hold; expected 1e-6 to 1, so change mu or density"
+                )
+        if self.reconstruction is not None and (most := max(self.reconstruction.active)) > self.encoder.dim:
+            raise ValueError(f"reconstruction.active: {most} is more than encoder.dim = {self.encoder.dim}")
         if self.train.best == "excess" and "excess" not in objective.monitored:
             raise ValueError(f"train.best: objective {name} does not measure excess; choose knn_z or knn_features, or set it to null")
         try:

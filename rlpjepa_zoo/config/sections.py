@@ -230,6 +230,16 @@ class Encoder(Section):
     """Number of linear layers of the projector; 1 is a single linear layer and the ReLU."""
 
 
+class Reconstruction(Section):
+    """Reconstruction of the backbone's features from z by a linear decoder, which is trained along with the encoder and then dropped. It keeps in z what the
+    features tell of each image."""
+
+    weight: Positive = 5.0
+    """Weight of the term: mean squared error, where the features have mean 0 and variance 1 over the batch and all dimensions."""
+    active: Annotated[list[Count], Field(min_length=1)] = [8, 32]
+    """Numbers k: the features are reconstructed from the k largest values of z; mean over the numbers."""
+
+
 class Target(Section):
     """Target distribution of z: the rectified generalized Gaussian RGN_p(mu, sigma). Give mu or density. Needed if and only if the objective
     has a target."""
@@ -242,6 +252,12 @@ class Target(Section):
     """Expected fraction of non-zero values of z; mu is solved from it."""
     sigma: Literal["gn", "rgn"] | Positive = "gn"
     """Scale before rectification. gn: unit variance before rectification (default of the paper). rgn: unit variance after it. Or a number."""
+    anneal: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which the density of the target goes from 0.5 to its value, at a constant ratio from step to step; 0 for none. Units
+    stay alive at low densities."""
+    hold: bool = False
+    """Shift all biases of the last layer together, so that z has the density of the target: a little after every step, and exactly on training
+    images at every evaluation."""
 
     @classmethod
     def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:
@@ -283,6 +299,17 @@ class Target(Section):
 
         mu, sigma = self.law()
         return RectifiedGeneralizedGaussian(mu, sigma, self.p)
+
+    def at(self, progress: float) -> Target:
+        """Return the target at a point of the training, for `anneal`.
+
+        Args:
+            progress: share of the steps that are done, in [0, 1].
+        """
+        if progress >= self.anneal:
+            return self
+        density = 0.5 ** (1 - progress / self.anneal) * self.density_in_theory() ** (progress / self.anneal)
+        return self.model_copy(update={"density": density, "mu": None})
 
     def density_in_theory(self) -> float:
         """Return P(Y > 0) of the target."""

@@ -1,4 +1,4 @@
-"""The evaluation that a training run does between epochs: density of z, and kNN if there are labels."""
+"""The evaluation that a training run does between epochs: density of z, and kNN if there are labels; and the shift for an exact density."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ..data.images import Images
 from ..data.sources import Source
 from ..errors import DataError
 from ..models.encoder import SparseEncoder
+from ..sparse.topk import between
 from .encoding import FrozenFeatures, encode
 from .metrics import dead, l0, l1
 from .probes.knn import knn_accuracy
 
-__all__ = ["during_training", "has_labels"]
+__all__ = ["density_shift", "during_training", "has_labels"]
 
 
 def has_labels(source: Source) -> bool:
@@ -30,11 +31,43 @@ def has_labels(source: Source) -> bool:
     return all(images is not None and images.labels is not None and bool((images.labels >= 0).any()) for images in (bank, queries))
 
 
+_MOST_VALUES = 1 << 26
+"""Values of z that `density_shift` looks at; with more, it takes the first images."""
+Context = Callable[[], AbstractContextManager[Any]]
+"""Opens a context for the precision of forward passes."""
+
+
+@torch.no_grad()
+def density_shift(
+    encoder: SparseEncoder, source: Source, recipe: Recipe, density: float, autocast: Context = nullcontext, cache: FrozenFeatures | None = None
+) -> float:  # fmt: skip
+    """Number to subtract from the biases of the last layer for a density on the images that vote in `during_training`.
+
+    Args:
+        encoder, source, recipe, autocast, cache: as of `during_training`.
+        density: share of active dimensions, in (0, 1).
+
+    Returns:
+        The shift, equal on all ranks; 0 for a stream without evaluation images.
+
+    Raises:
+        DataError: none of the images can be read.
+    """
+    if (bank := _bank(source, recipe)) is None:
+        return 0.0
+    features, _, _ = _encode_on_ranks(encoder, bank, "bank", recipe, autocast, cache)
+    with encoder.evaluating(), autocast():
+        most = max(1, _MOST_VALUES // encoder.config.dim)
+        before = torch.cat([encoder.before_relu(rows.to(encoder.device)).float().cpu() for rows in features[:most].split(1024)]).flatten()
+    shift = torch.tensor(between(before.numpy(), round(density * len(before))), dtype=torch.float64)
+    distributed.from_main(shift)
+    return float(shift)
+
+
 @torch.no_grad()
 def during_training(
-    encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    cache: FrozenFeatures | None = None,
-) -> dict[str, float]:  # fmt: skip
+    encoder: SparseEncoder, source: Source, recipe: Recipe, autocast: Context = nullcontext, cache: FrozenFeatures | None = None
+) -> dict[str, float]:
     """Density in evaluation mode and, if there are labels, kNN accuracy of features and z; every rank encodes its share of the rows.
 
     Args:
@@ -48,36 +81,45 @@ def during_training(
     Raises:
         DataError: none of the evaluation images can be read.
     """
-    probe, batch = recipe.probe, max(64, recipe.train.batch_size // 2)
-
-    def sample(images: Images, most: int, purpose: str) -> Images:
-        if len(images) <= most:
-            return images
-        return images.take(torch.randperm(len(images), generator=rng.generator(recipe.seed, purpose))[:most].sort().values.numpy())
-
-    def encode_on_ranks(images: Images, part: str) -> tuple[Tensor, Tensor, Tensor]:
-        mine = images.take(np.arange(distributed.rank(), len(images), distributed.world_size()))
-        with autocast():
-            options: Any = {"allow_empty": True, "cache": cache, "part": part}  # this rank's share may be empty
-            encoded = encode(encoder, mine, batch, recipe.train.num_workers, **options)
-        features, z, labels = (distributed.gather_rows(tensor.to(encoder.device)).cpu() for tensor in encoded)
-        if not len(z):
-            raise DataError("none of the images for evaluation can be read")
-        return features, z, labels
-
-    if not isinstance(source.train, Images):
-        bank, queries = source.eval and sample(source.eval, probe.eval_images, "eval"), None
-    else:
-        bank, queries = sample(source.train, probe.bank, "bank"), source.eval
-    if bank is None:
+    probe = recipe.probe
+    if (bank := _bank(source, recipe)) is None:
         return {}
-    features, z, y = encode_on_ranks(bank, "bank")
+    features, z, y = _encode_on_ranks(encoder, bank, "bank", recipe, autocast, cache)
+    queries = source.eval if isinstance(source.train, Images) else None
     leave_one_out = queries is None
     test_features, test_z, test_y = (features, z, y)
     if queries is not None:
-        test_features, test_z, test_y = encode_on_ranks(sample(queries, probe.eval_images, "eval"), "queries")
+        queries = _sample(queries, probe.eval_images, recipe, "eval")
+        test_features, test_z, test_y = _encode_on_ranks(encoder, queries, "queries", recipe, autocast, cache)
     results = {"l0_eval": float(l0(test_z)), "l1_eval": float(l1(test_z)), "dead_eval": float(dead(test_z))}
     if int((y >= 0).sum()) > 1 and bool((test_y >= 0).any()):
         for name, rows, test_rows in (("features", features, test_features), ("z", z, test_z)):
             results[f"knn_{name}"] = knn_accuracy(rows, y, test_rows, test_y, probe.knn_k, probe.knn_temperature, leave_one_out)
     return results
+
+
+def _bank(source: Source, recipe: Recipe) -> Images | None:
+    """The images that vote: of a sample of the training images; of a stream, the evaluation images, if there are any."""
+    if isinstance(source.train, Images):
+        return _sample(source.train, recipe.probe.bank, recipe, "bank")
+    return None if source.eval is None else _sample(source.eval, recipe.probe.eval_images, recipe, "eval")
+
+
+def _sample(images: Images, most: int, recipe: Recipe, purpose: str) -> Images:
+    if len(images) <= most:
+        return images
+    return images.take(torch.randperm(len(images), generator=rng.generator(recipe.seed, purpose))[:most].sort().values.numpy())
+
+
+def _encode_on_ranks(
+    encoder: SparseEncoder, images: Images, part: str, recipe: Recipe, autocast: Context, cache: FrozenFeatures | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, z and labels of all images on every rank, on the CPU."""
+    mine = images.take(np.arange(distributed.rank(), len(images), distributed.world_size()))
+    with autocast():
+        options: Any = {"allow_empty": True, "cache": cache, "part": part}  # this rank's share may be empty
+        encoded = encode(encoder, mine, max(64, recipe.train.batch_size // 2), recipe.train.num_workers, **options)
+    features, z, labels = (distributed.gather_rows(tensor.to(encoder.device)).cpu() for tensor in encoded)
+    if not len(z):
+        raise DataError("none of the images for evaluation can be read")
+    return features, z, labels

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..data.preprocess import Preprocess
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import LinearLayer, Projector
-from ..ops.modules import as_weights
+from ..ops.modules import as_weights, make_projector
 from .base import Layers, PublishedModel, check_float_batch
-from .encoder import EncoderConfig, SparseEncoder, make_projector
+from .encoder import EncoderConfig, SparseEncoder
 from .inference import Batch, OnError, source_batches
 
 __all__ = ["Classifier", "ClassifierConfig", "Prediction", "head_name", "make_classifier", "plain_timm"]

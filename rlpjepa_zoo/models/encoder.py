@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import Projector
-from ..ops.modules import as_weights, contents_key, unwrapped
+from ..ops.modules import as_weights, contents_key, make_projector, unwrapped
+from ..ops.tensors import unit_rows
 from ..sparse.columns import columns_of
 from ..sparse.embeddings import SparseEmbeddings
-from ..sparse.topk import Dial, keep_largest
+from ..sparse.topk import Dial, between, keep_largest
 from .base import Layers, PublishedModel, check_float_batch
 from .inference import OnError, OutputOptions, source_batches
 
-__all__ = ["EncoderConfig", "Output", "SparseEncoder", "make_projector"]
+__all__ = ["EncoderConfig", "Output", "SparseEncoder"]
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,6 @@ class Output(NamedTuple):
 
     features: Tensor
     z: Tensor
-
-
-def make_projector(features: int, hidden_dim: int, dim: int, depth: int) -> nn.Sequential:
-    """(depth - 1) x [Linear, BatchNorm, ReLU], then Linear and ReLU: no normalisation before the last ReLU."""
-    widths = [features] + [hidden_dim] * (depth - 1)
-    layers: list[nn.Module] = []
-    for inside, outside in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(inside, outside), nn.BatchNorm1d(outside), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.ReLU())
 
 
 class SparseEncoder(PublishedModel):
@@ -134,6 +126,15 @@ class SparseEncoder(PublishedModel):
         """Codes (B, D) before the dial, from features (B, F)."""
         return self.projector(as_weights(features, self.projector))
 
+    def before_relu(self, features: Tensor) -> Tensor:
+        """Values (B, D) of the last layer before its ReLU, from features (B, F)."""
+        return self.projector[:-1](as_weights(features, self.projector))
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer before the last ReLU."""
+        return cast(nn.Linear, self.projector[-2])
+
     @property
     def device(self) -> torch.device:
         return next(self.projector.parameters()).device
@@ -158,20 +159,21 @@ class SparseEncoder(PublishedModel):
         return self._dialled(Dial("top_k", int(k)))
 
     def with_density(
-        self, density: float, mode: Literal["top_k", "threshold"] = "top_k", images: Any = None, **options: Any
+        self, density: float, mode: Literal["top_k", "threshold", "shift"] = "top_k", images: Any = None, **options: Any
     ) -> SparseEncoder:
-        """An encoder with a lower density, without training. Weights are shared, not copied; the dial is saved with the encoder.
+        """An encoder with another density, without training; saved with the encoder. Weights are shared, not copied.
 
         Args:
             density: fraction of active dimensions, in (0, 1).
             mode: ``top_k`` keeps the round(density * D) largest values of each image, so all images have the same number of values.
                 ``threshold`` keeps values of at least one number, which gives the density on `images` on average, so the number of values
-                differs between images.
-            images: images to calibrate a threshold on, as `embed` takes them; similar to later images.
+                differs between images. ``shift`` subtracts one number from the biases of all units, as `target.hold` does, which gives the
+                density on `images` on average, also a higher one.
+            images: images to calibrate a threshold or shift on, as `embed` takes them; similar to later images.
             options: further arguments of `embed`, such as num_workers.
 
         Raises:
-            UsageError: a density that is not in (0, 1) or is above the encoder's own; no images for a threshold.
+            UsageError: a density that is not in (0, 1) or, unless by a shift, above the encoder's own; no images for a threshold or shift.
 
         Example:
             >>> import rlpjepa_zoo
@@ -179,27 +181,44 @@ class SparseEncoder(PublishedModel):
             >>> int((enc(torch.randn(8, 3, 64, 64)) > 0).sum(1).max())
             5
         """
-        if not 0 < density < 1 or mode not in ("top_k", "threshold"):
-            raise UsageError(
-                f"with_density: expected a density between 0 and 1 and mode 'top_k' or 'threshold', got {density!r} and {mode!r}"
-            )
+        if mode not in (modes := ("top_k", "threshold", "shift")) or not 0 < density < 1:
+            raise UsageError(f"with_density: expected a density between 0 and 1 and a mode of {modes}, got {density!r} and {mode!r}")
+        top_k = Dial("top_k", max(1, round(density * self.config.dim)), float(density))
         own = (self.config.info.get("density") or {}).get("eval") if self.config.dial is None else None
         if mode == "top_k" and images is None:
             if own is not None and density > own:
                 raise UsageError(f"with_density: {density:g} asked, but the encoder gives {own:.3g} by itself, and a dial only lowers it")
-            return self._dialled(Dial("top_k", max(1, round(density * self.config.dim)), float(density)))
+            return self._dialled(top_k)
         if images is None:
-            raise UsageError("with_density: a threshold is calibrated on images; give some, like those to come, or use mode 'top_k'")
-        codes = self._dialled(None).embed(images, **options)
+            raise UsageError(f"with_density: a {mode} is calibrated on images; give some, like those to come, or use mode 'top_k'")
+        plain = self._dialled(None)
+        codes = plain.embed(images, **options)
         keep = round(density * len(codes) * codes.dim)
+        if mode == "shift":
+            plain.config.info["density"]["asked"] = float(density)
+            if 1 <= keep <= codes.nnz:
+                return plain.shifted(between(codes.values, keep))
+            layer = self.last_layer  # values below zero are those of the negative layer
+            below = plain._with_last_layer(-layer.weight, -layer.bias).embed(images, **options)
+            return plain.shifted(-between(below.values, len(codes) * codes.dim - keep))
         if not 1 <= keep <= codes.nnz:
-            raise UsageError(
-                f"with_density: {density:g} asked, but the encoder gives {codes.l0:.3g} on these {len(codes)} images, and a dial only lowers it"
-            )
+            own = f"the encoder gives {codes.l0:.3g} on these {len(codes)} images"
+            raise UsageError(f"with_density: {density:g} asked, but {own}, and a dial only lowers it; mode 'shift' can raise it")
         if mode == "top_k":
-            return self._dialled(Dial("top_k", max(1, round(density * self.config.dim)), float(density)))
-        threshold = float(np.partition(codes.values, codes.nnz - keep)[codes.nnz - keep])
-        return self._dialled(Dial("threshold", threshold, float(density), len(codes)))
+            return self._dialled(top_k)
+        return self._dialled(Dial("threshold", between(codes.values, keep), float(density), len(codes)))
+
+    def shifted(self, shift: float) -> SparseEncoder:
+        """An encoder with a number subtracted from all biases of the last layer. All other weights are shared."""
+        return self._with_last_layer(self.last_layer.weight, self.last_layer.bias - shift)
+
+    def _with_last_layer(self, weight: Tensor, bias: Tensor) -> SparseEncoder:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta").train(self.last_layer.training)
+        layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+        projector = nn.Sequential(*self.projector[:-2], layer, self.projector[-1]).train(self.projector.training)
+        twin = copy.copy(self)
+        twin.__dict__ |= {"_hashed": None, "_modules": {**self._modules, "projector": projector}}
+        return twin
 
     def _dialled(self, dial: Dial | None) -> SparseEncoder:
         """This encoder with another dial. Its record has no results, which were measured without that dial."""
@@ -311,7 +330,7 @@ class SparseEncoder(PublishedModel):
             z = torch.where(z >= options.min_value, z, torch.zeros_like(z))
         if options.max_active is not None:
             z = keep_largest(z, options.max_active)
-        return _unit_rows(z) if options.normalize else z
+        return unit_rows(z) if options.normalize else z
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
@@ -325,9 +344,3 @@ class SparseEncoder(PublishedModel):
     def _fresh(self, backbone: nn.Module) -> SparseEncoder:
         config = self.config
         return SparseEncoder(backbone, make_projector(config.features, config.hidden_dim, config.dim, config.projector_depth), config)
-
-
-def _unit_rows(z: Tensor) -> Tensor:
-    """(B, D) >= 0 with rows of length one; rows of zeros stay zero."""
-    z = z / z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)  # squares of large values are infinite
-    return z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1)

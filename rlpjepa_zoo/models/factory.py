@@ -24,8 +24,9 @@ from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
 from ..hub.card import Start, pretraining_data
 from ..hub.download import fetch
 from ..hub.format import BACKBONE, CONFIG, Projector
+from ..ops.modules import make_projector
 from ..ops.tensors import tensor_shapes
-from .encoder import EncoderConfig, SparseEncoder, make_projector
+from .encoder import EncoderConfig, SparseEncoder
 
 __all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "fresh_copy", "refused_arguments", "validate_arguments"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -57,6 +57,8 @@ class Objective(ABC):
     """Whether the recipe must have a section `target`. If not, it must have none."""
     monitored: ClassVar[tuple[str, ...]] = ()
     """Names of the numbers that `monitor` returns for a run. `train.best` can name `excess` if it is one of them."""
+    schedule: Callable[[int], RectifiedGeneralizedGaussian] | None = None
+    """Law of the target at a step, set for a run whose target changes; None if it does not."""
 
     @classmethod
     @abstractmethod
@@ -83,11 +85,12 @@ class Objective(ABC):
             step: number of the step; all randomness is a function of seed and step.
         """
 
-    def monitor(self, parts: Mapping[str, float]) -> dict[str, float]:
+    def monitor(self, parts: Mapping[str, float], step: int) -> dict[str, float]:
         """Further numbers for the log.
 
         Args:
             parts: values of `Terms.parts`, averaged over ranks.
+            step: number of the step that gave them.
         """
         return {}
 

@@ -170,11 +170,17 @@ class RectifiedLpJEPALoss(Objective):
         if count < (ranks := distributed.world_size()):
             raise RecipeError(f"objective.num_directions: {count} directions are fewer than {ranks} ranks; give at least {ranks}")
 
-    def _draw(self, purpose: str, step: int, rows: int, dim: int, device: torch.device) -> Tensor:
-        source = rng.generator(self.seed, purpose, step, device=device)
-        loc, scale = (torch.tensor(float(x), device=device) for x in (self.target.loc, self.target.scale))
-        law = RectifiedGeneralizedGaussian(loc, scale, float(self.target.p), validate_args=False)
-        return law.sample((rows, dim), generator=source)
+    def _target_at(self, step: int) -> RectifiedGeneralizedGaussian:
+        return self.target if self.schedule is None else self.schedule(step)
+
+    def _draw(
+        self, purpose: str, step: int, rows: int, dim: int, device: torch.device, law: RectifiedGeneralizedGaussian | None = None
+    ) -> Tensor:
+        """A sample of a law, by default of the target."""
+        law, source = law or self.target, rng.generator(self.seed, purpose, step, device=device)
+        loc, scale = (torch.tensor(float(x), device=device) for x in (law.loc, law.scale))
+        there = RectifiedGeneralizedGaussian(loc, scale, float(law.p), validate_args=False)
+        return there.sample((rows, dim), generator=source)
 
     def __call__(self, views: Tensor, step: int) -> Terms:
         """Terms for this rank's embeddings (V, b, D) at a step; `matching` covers the batch of all ranks.
@@ -185,7 +191,7 @@ class RectifiedLpJEPALoss(Objective):
         difference = invariance(views)
         gathered = distributed.gather_with_grad(views, dim=1)
         batch, dim = gathered.shape[1:]
-        y = self._draw("target", step, batch, dim, views.device)
+        y = self._draw("target", step, batch, dim, views.device, self._target_at(step))
         source = rng.generator(self.seed, "directions", step, device=views.device)
         rank, ranks = distributed.rank(), distributed.world_size()
         self._check_ranks(self.n)
@@ -221,9 +227,11 @@ class RectifiedLpJEPALoss(Objective):
         batch, dim = self.shape
         return self.floor(batch, min(dim, _WIDEST_FLOOR))
 
-    def monitor(self, parts: Mapping[str, float]) -> dict[str, float]:
-        """`floor`, and the excess of the matching term above it."""
-        return {} if self.run_floor is None else {"floor": self.run_floor, "excess": parts["matching"] - self.run_floor}
+    def monitor(self, parts: Mapping[str, float], step: int) -> dict[str, float]:
+        """`floor`, and the excess of the matching term above it; nothing before the target is the final one."""
+        if self.run_floor is None or float(self._target_at(step).loc) != float(self.target.loc):
+            return {}
+        return {"floor": self.run_floor, "excess": parts["matching"] - self.run_floor}
 
     def describe(self) -> str:
         floor = "" if self.run_floor is None else f", floor {self.run_floor:.4g}"

@@ -1,4 +1,4 @@
-"""Modules of torch: evaluation mode that several threads share, precision, and modules that torch.compile or data parallelism wraps."""
+"""Modules of torch: the projector, evaluation mode that several threads share, precision, and modules that torch.compile or data parallelism wraps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,23 @@ __all__ = [
     "contents_key",
     "evaluating",
     "lengthen_names",
+    "make_projector",
     "plain_copy",
     "set_mode",
     "shorten_names",
     "unwrapped",
     "wrapped_names",
 ]
+
+
+def make_projector(features: int, hidden_dim: int, dim: int, depth: int) -> nn.Sequential:
+    """(depth - 1) x [Linear, BatchNorm, ReLU], then Linear and ReLU: no normalisation before the last ReLU."""
+    widths = [features] + [hidden_dim] * (depth - 1)
+    layers: list[nn.Module] = []
+    for inside, outside in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inside, outside), nn.BatchNorm1d(outside), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.ReLU())
+
 
 # --- the mode ----------------------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, and their digests."""
+"""Tensors in safetensors files, their digests, and rows of length one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.files import parse_json
 from ..errors import ModelError, first_line
 
-__all__ = ["hash_tensors", "load_tensors", "tensor_bytes", "tensor_shapes"]
+__all__ = ["hash_tensors", "load_tensors", "tensor_bytes", "tensor_shapes", "unit_rows"]
 
 MAX_HEADER = 1 << 22
 """Largest header of a safetensors file that is read, in bytes."""
@@ -66,3 +66,9 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except UnicodeEncodeError:  # safetensors maps only files whose names are UTF-8
         return dict(safetensors.torch.load(path.read_bytes()))
     return dict(safetensors.torch.load_file(path))
+
+
+def unit_rows(z: Tensor) -> Tensor:
+    """(B, D) >= 0 with rows of length one; rows of zeros stay zero."""
+    z = z / z.amax(1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)  # squares of large values are infinite
+    return z / torch.linalg.vector_norm(z, dim=1, keepdim=True).clamp_min(1)

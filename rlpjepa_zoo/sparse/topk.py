@@ -1,14 +1,15 @@
-"""The dial: makes the embeddings of a trained encoder sparser, by the largest values of each image or by one threshold for all."""
+"""Other densities for a trained encoder: the dial, by the largest values of each image or by one threshold for all, and the shift of all biases."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Dial", "keep_largest"]
+__all__ = ["Dial", "between", "keep_largest"]
 
 
 def keep_largest(z: Tensor, k: int) -> Tensor:
@@ -31,6 +32,19 @@ def keep_largest(z: Tensor, k: int) -> Tensor:
     above, equal = z > smallest, z == smallest
     keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
     return torch.where(keep, z, torch.zeros_like(z))
+
+
+def between(values: np.ndarray[Any, Any], keep: int) -> float:
+    """Midpoint of the keep-th largest of some values and the next one, so that `keep` of them are above it; 0 follows the last value.
+
+    Example:
+        >>> between(np.array([1.0, 4.0, 2.0, 3.0]), 2), between(np.array([4.0]), 1)
+        (2.5, 2.0)
+    """
+    at = max(0, len(values) - max(1, keep))
+    ordered = np.partition(values, [at - 1, at] if at else at)
+    below = ordered[at - 1] if at else min(0.0, ordered[0])
+    return (float(ordered[at]) + float(below)) / 2
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,8 @@ class Trainer:
         else:
             self.guard.in_a_row = 0
         self.trained.update(self.step + 1, bool(skip))
+        if not skip:
+            self.task.after_update()
         return math.nan if skip else float(size)
 
     # --- evaluating and publishing --------------------------------------------------------------------------------------------------------

@@ -70,6 +70,24 @@ def test_dial_is_saved_with_the_encoder(tmp_path: Path, mode: str) -> None:
     assert plain["rlpjepa_zoo"]["format"] == 2 and "dial" not in plain["rlpjepa_zoo"]
 
 
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.9])
+def test_shift_of_the_biases_gives_any_density(tmp_path: Path, density: float) -> None:
+    enc = settled()
+    enc.config.info.update({"density": {"asked": 0.5, "eval": 0.1}, "results": {"knn_z": 0.9}})
+    images = torch.randn(64, 3, 32, 32)
+    before, weights = enc.embed(images), {k: v.clone() for k, v in enc.state_dict().items()}
+    twin = enc.with_budget(3).with_density(density, "shift", images)
+    assert abs(twin.embed(images).l0 - density) < 1 / (64 * 24)  # at once exact, whether fewer or more values are asked than there were
+    assert twin.config.dial is None and twin.config.info["density"]["asked"] == density and "results" not in twin.config.info
+    path = twin.save_pretrained(tmp_path / "enc")
+    again = rz.load_encoder(path)
+    assert again.embed(images) == twin.embed(images) and again.fingerprint() == twin.fingerprint() != enc.fingerprint()
+    assert json.loads((path / "config.json").read_text())["rlpjepa_zoo"]["format"] == 2
+    assert enc.embed(images) == before and all(torch.equal(v, weights[k]) for k, v in enc.state_dict().items())
+    difference = enc.last_layer.bias - twin.last_layer.bias
+    assert torch.allclose(difference, difference[0].expand_as(difference), atol=1e-5)
+
+
 def test_encoders_with_different_dials_share_weights() -> None:
     enc = settled().eval()
     twin = enc.with_budget(2)
@@ -102,6 +120,7 @@ def test_impossible_dials_are_refused() -> None:
         lambda: enc.with_density(1.0),
         lambda: enc.with_density(0.1, "other"),  # type: ignore[arg-type]
         lambda: enc.with_density(0.1, "threshold"),
+        lambda: enc.with_density(0.1, "shift"),
         lambda: enc.with_density(0.99, "threshold", images),
         lambda: enc.with_density(0.99, "top_k", images),
         lambda: rz.load_encoder("test_resnet.digits").with_density(0.5),

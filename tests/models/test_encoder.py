@@ -17,7 +17,7 @@ from rlpjepa_zoo import create_encoder
 from rlpjepa_zoo.data.preprocess import Preprocess
 from rlpjepa_zoo.errors import DataError, HubError, ModelError, NonFiniteError, UsageError
 from rlpjepa_zoo.models.classifier import make_classifier
-from rlpjepa_zoo.models.encoder import make_projector
+from rlpjepa_zoo.ops.modules import make_projector
 from rlpjepa_zoo.sparse.embeddings import SparseEmbeddings
 
 VIT = {"img_size": 32, "patch_size": 4}

@@ -119,17 +119,17 @@ def test_objective_without_target_takes_none(distance: None) -> None:
     objective = Distance.build(parsed.objective, target=None, dim=8, batch_size=4, seed=0)
     terms = objective(torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]]), 0)
     assert float(terms.total) == 2.0 and float(terms.parts["invariance"]) == 0.5
-    assert objective.monitor({"invariance": 0.5}) == objective.state() == {}
+    assert objective.monitor({"invariance": 0.5}, 0) == objective.state() == {}
 
 
 def test_objective_for_a_run_reports_floor_and_excess() -> None:
     options = RectifiedLpJEPAOptions(directions="random", num_directions=64)
     built = RectifiedLpJEPALoss.build(options, target=TARGET, dim=8, batch_size=16, seed=3)
     floor = RectifiedLpJEPALoss(TARGET, seed=3).floor(16, 8)
-    assert built.monitor({"matching": 0.5}) == {"floor": floor, "excess": 0.5 - floor}
+    assert built.monitor({"matching": 0.5}, 0) == {"floor": floor, "excess": 0.5 - floor}
     assert built.describe() == f"target l0 0.500, floor {floor:.4g}, 64 random directions"
     alone = RectifiedLpJEPALoss(TARGET, kind="random", n=64)
-    assert alone.monitor({"matching": 0.5}) == {} and alone.describe() == "target l0 0.500, 64 random directions"
+    assert alone.monitor({"matching": 0.5}, 0) == {} and alone.describe() == "target l0 0.500, 64 random directions"
 
 
 def test_resumed_objective_keeps_its_number_of_directions() -> None:

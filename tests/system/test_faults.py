@@ -44,7 +44,7 @@ from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
 from rlpjepa_zoo.training import checkpoint, run_dir, trainer
 from rlpjepa_zoo.training.checkpoint import latest, remove_leftovers, save
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
-from rlpjepa_zoo.training.tasks.online_probes import EncoderWithProbes
+from rlpjepa_zoo.training.tasks.heads import EncoderWithHeads
 from rlpjepa_zoo.training.tasks.pretrain import train
 
 HERE = Path(__file__).parents[1]
@@ -651,7 +651,7 @@ def test_copies_of_an_image_keep_their_own_names(image_folder: Path) -> None:
 
 def test_rows_without_a_label_are_left_out_of_the_probes() -> None:
     torch.manual_seed(0)
-    model = EncoderWithProbes(build_encoder(small()), 10)
+    model = EncoderWithHeads(build_encoder(small()), 10)
     x = torch.rand(8, 3, 32, 32)
     labels = torch.tensor([3, -1, 5, -1])
     out = model([x], labels)

@@ -25,6 +25,8 @@ VIT = [
     "encoder.args={img_size: 32, patch_size: 8, depth: 2}",
     "train.epochs=2",
     "optim.lr=0.002",
+    "target.hold=true",
+    "reconstruction.active=[4]",
 ]
 CLIPPED = [*VIT, "train.epochs=1", "optim.clip_grad=0.5"]
 

@@ -188,6 +188,9 @@ def without_batch_statistics(folder: str) -> None:
         "train.epochs=2",
         "objective.num_directions=33",
         "probe.every_epochs=2",
+        "target.anneal=0.5",
+        "target.hold=true",
+        "reconstruction.active=[4, 32]",
     ]
     train(tiny(*more), Path(folder), progress=False)
 

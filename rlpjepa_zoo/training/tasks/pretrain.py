@@ -6,28 +6,30 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ...config.pretrain import DEFAULT_OBJECTIVE, Recipe
+from ...config.sections import Reconstruction, Target
 from ...core import distributed, package, rng
 from ...data.images import Images
 from ...data.sources import Source
 from ...errors import RecipeError
 from ...evaluation.encoding import FrozenFeatures
 from ...evaluation.metrics import alarms, batch_metrics
-from ...evaluation.training_eval import during_training, has_labels
+from ...evaluation.training_eval import density_shift, during_training, has_labels
 from ...models.encoder import SparseEncoder
 from ...objectives import OBJECTIVES
 from ...objectives.base import Objective
+from ...objectives.density import DensityControl
 from ..optim import ParamGroup, split_by_dimension
 from ..run_dir import history
 from ..trainer import run_task
 from .encoders import build_encoder, start_weights, with_backbone_preprocess
-from .online_probes import EncoderWithProbes, ProbedOutput
+from .heads import EncoderWithHeads, HeadsOutput
 from .task import Autocast, Best, Description, Logged, Step, Task
 
 __all__ = ["PretrainTask", "build_objective", "train"]
@@ -93,6 +95,12 @@ class PretrainTask(Task):
         """Whether the share of dead dimensions was looked at."""
         self.frozen_features = FrozenFeatures() if recipe.encoder.freeze_backbone else None
         """Features of the images that measure a frozen backbone's projector."""
+        self.control: DensityControl | None = None
+        """Holds the density, if the target asks for it."""
+        self.density = 0.0
+        """Density to hold at the last step."""
+        self.shift = 0.0
+        """Subtracted from the biases of the last layer in what is measured and published, for the exact density."""
 
     def setup(self, source: Source) -> None:
         """Refuse `train.best` by kNN without labels; build the encoder."""
@@ -108,33 +116,56 @@ class PretrainTask(Task):
         self.core = build_encoder(self.recipe)
 
     def module(self) -> nn.Module:
-        """Encoder and probes. Creates the objective, whose number of directions all ranks agree on."""
-        self.objective = build_objective(self.recipe)
-        with rng.seeded(self.recipe.seed, "init-probes"):
-            self.probed = EncoderWithProbes(self.core, self.source.classes if self.recipe.probe.online else 0)
-        return self.probed
+        """Encoder, probes and decoder. Creates the objective, whose number of directions all ranks agree on."""
+        recipe = self.recipe
+        self.objective = build_objective(recipe)
+        if recipe.target is not None and recipe.target.anneal:
+            self.objective.schedule = lambda step: self._target_at(step).distribution()
+        if recipe.target is not None and recipe.target.hold:
+            self.control = DensityControl(self.core.last_layer)
+        with rng.seeded(recipe.seed, "init-probes"):
+            active = [] if recipe.reconstruction is None else recipe.reconstruction.active
+            self.heads = EncoderWithHeads(self.core, self.source.classes if recipe.probe.online else 0, active)
+        return self.heads
+
+    def _target_at(self, step: int) -> Target:
+        """The target at a step; called for runs that have one."""
+        target, (total, _) = cast(Target, self.recipe.target), self.recipe.steps(self.source.length)
+        return target.at(step / total)
 
     def param_groups(self) -> list[ParamGroup]:
         """Weights, then biases and normalisation; those of a backbone with its own rate apart; then the probes."""
-        return param_groups(self.core, self.probed.probes, self.recipe)
+        return param_groups(self.core, self.heads.probes, self.recipe, self.heads.reconstruction)
 
     def step(self, forward: Callable[..., Any], views: list[Tensor], labels: Tensor, step: int) -> Step:
-        output: ProbedOutput = forward(views, labels)
+        output: HeadsOutput = forward(views, labels)
         terms = self.objective(output.z, step)
-        parts = {"loss": terms.total, **terms.parts}
-        return Step(terms.total + output.probe_loss, parts, lambda: self._logged(parts, output, step + 1))
+        total, parts = terms.total, terms.parts
+        if output.reconstruction is not None:
+            total = total + cast(Reconstruction, self.recipe.reconstruction).weight * output.reconstruction
+            parts = {**parts, "reconstruction": output.reconstruction}
+        if self.control is not None:
+            self.density = self._target_at(step).density_in_theory()
+            self.control.observe(output.z, self.density)
+        parts = {"loss": total, **parts}
+        return Step(total + output.probe_loss, parts, lambda: self._logged(parts, output, step))
 
-    def _logged(self, parts: Mapping[str, Tensor], output: ProbedOutput, step: int) -> Logged:
-        """Terms of the loss, statistics of the embeddings and accuracy of the probes; fails when the embeddings stay zero."""
+    def after_update(self) -> None:
+        """Shift the biases for the density, if the target holds it."""
+        if self.control is not None:
+            self.control.apply()
+
+    def _logged(self, parts: Mapping[str, Tensor], output: HeadsOutput, step: int) -> Logged:
+        """The row of a step (counted from 0): terms of the loss, statistics of the embeddings and accuracy of the probes; fails when the embeddings stay zero."""
         values = torch.stack([*(value.detach() for value in parts.values()), output.probe_loss.detach()]).float()
         means = distributed.mean_over_ranks(torch.cat([values, output.probe_accuracy.detach().float()]))
         numbers = means.tolist()
         row = dict(zip(parts, numbers, strict=False))
         probe_loss, *accuracy = numbers[len(parts) :]
-        row |= self.objective.monitor(row)
+        row |= self.objective.monitor(row, step)
         row |= batch_metrics(distributed.gather_with_grad(output.z.detach(), dim=1).flatten(0, 1))  # of all ranks, as the loss is
         row |= dict(zip(("probe_features", "probe_z"), accuracy, strict=False)) | ({"probe_loss": probe_loss} if accuracy else {})
-        self._warn_of_dead(row["dead"], step)
+        self._warn_of_dead(row["dead"], step + 1)
         self.all_zero = self.all_zero + 1 if row["l0"] == 0 else 0
         if self.all_zero < _MAX_ALL_ZERO:
             return Logged(row)
@@ -168,8 +199,18 @@ class PretrainTask(Task):
             )
         return f"a lower rate, such as optim.lr={optim.lr / 4:.2g}, and more epochs"
 
+    def artifact(self, core: SparseEncoder) -> SparseEncoder:
+        """The encoder; for a held density with the shift that the last evaluation found."""
+        return core if self.control is None else core.shifted(self.shift)
+
     def evaluate(self, artifact: SparseEncoder, autocast: Autocast) -> dict[str, float]:
-        return during_training(artifact, self.source, self.recipe, autocast, self.frozen_features)
+        """Density and kNN accuracy. A held density is first made exact on training images."""
+        features = self.frozen_features
+        if self.control is not None:
+            features = features or FrozenFeatures()  # encoded once for both
+            more = density_shift(artifact, self.source, self.recipe, self.density, autocast, features)
+            artifact, self.shift = artifact.shifted(more), self.shift + more
+        return during_training(artifact, self.source, self.recipe, autocast, features)
 
     def describe(
         self, metrics: Mapping[str, float], training: Mapping[str, Any] | None = None, log_file: Path | None = None, final: bool = True
@@ -224,26 +265,28 @@ class PretrainTask(Task):
         return self.source.eval if isinstance(self.source.train, Images) else None
 
     def state(self) -> dict[str, Any]:
-        return {"zeros": self.all_zero, "objective": self.objective.state()}
+        return {"zeros": self.all_zero, "shift": self.shift, "objective": self.objective.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.all_zero = state["zeros"]
+        self.all_zero, self.shift = state["zeros"], state.get("shift", 0.0)
         self.objective.load_state(state.get("objective", state))
 
 
-def param_groups(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe) -> list[ParamGroup]:
+def param_groups(encoder: nn.Module, probes: nn.Module | None, recipe: Recipe, decoder: nn.Module | None = None) -> list[ParamGroup]:
     """Parameter groups of pretraining.
 
     Args:
         encoder: its `backbone` gets groups of its own if `optim.backbone_lr` is not 1.
         probes: have their own rate and no weight decay.
+        decoder: of a reconstruction; trained as the projector is.
         recipe: of the run. Biases and normalisation (one-dimensional) are decayed only if `optim.decay_bias_and_norm`.
     """
     options = recipe.optim
     decay_others = options.weight_decay if options.decay_bias_and_norm else 0.0
     of_backbone = {id(p) for p in encoder.get_submodule("backbone").parameters()} if options.backbone_lr != 1 else set()
     groups = []
+    trained = [p for module in (encoder, decoder) if module is not None for p in module.parameters() if p.requires_grad]
     for peak, among in ((recipe.lr, False), (recipe.lr * options.backbone_lr, True)):
-        weights, others = split_by_dimension(p for p in encoder.parameters() if p.requires_grad and (id(p) in of_backbone) == among)
+        weights, others = split_by_dimension(p for p in trained if (id(p) in of_backbone) == among)
         groups += [ParamGroup(weights, options.weight_decay, peak, use_trust_ratio=True), ParamGroup(others, decay_others, peak)]
     return groups + ([ParamGroup(list(probes.parameters()), 0.0, recipe.probe_lr)] if probes is not None else [])

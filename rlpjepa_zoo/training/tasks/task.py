@@ -1,4 +1,4 @@
-"""The interface between the trainer and what it trains: eight hooks and a few plain attributes."""
+"""The interface between the trainer and what it trains: nine hooks and a few plain attributes."""
 
 from __future__ import annotations
 
@@ -133,6 +133,9 @@ class Task:
             step: number of the step, from 0.
         """
         raise NotImplementedError
+
+    def after_update(self) -> None:
+        """Called after every update of the weights; not after a step that was skipped."""
 
     def baseline(self, artifact: Any, autocast: Autocast) -> dict[str, float]:
         """Metrics of the artifact before the first step; by default none. A resumed run remembers them."""

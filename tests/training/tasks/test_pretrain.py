@@ -7,14 +7,17 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_ranks
-from runs import of_folder, rows, stop_after, tiny
+from refusals import refused
+from runs import codes, of_folder, rows, stop_after, tiny
 
 from rlpjepa_zoo.core import distributed
-from rlpjepa_zoo.errors import StoppedBySignal
+from rlpjepa_zoo.data.sources import open_source
+from rlpjepa_zoo.errors import RecipeError, StoppedBySignal
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives import rectified_lpjepa
+from rlpjepa_zoo.training.checkpoint import latest
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
-from rlpjepa_zoo.training.tasks.online_probes import EncoderWithProbes
+from rlpjepa_zoo.training.tasks.heads import EncoderWithHeads
 from rlpjepa_zoo.training.tasks.pretrain import train
 
 
@@ -52,6 +55,55 @@ def test_three_views_with_lars_and_frozen_backbone_in_bf16(tmp_path: Path) -> No
     assert not torch.equal(start.projector[0].weight, end.projector[0].weight)
 
 
+HELD = ["target.density=0.04", "target.anneal=0.5", "target.hold=true", "reconstruction.active=[2, 16]", "probe.bank=96"]
+
+
+def test_held_density_is_exact_on_training_images_after_a_resume_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny(*HELD)
+    train(recipe, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(StoppedBySignal):
+            train(recipe, tmp_path / "parts", progress=False)
+    train(recipe, tmp_path / "parts", resume=True, progress=False)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert torch.equal(codes(tmp_path / "parts/encoder"), codes(tmp_path / "whole/encoder"))
+
+    logged = [row for row in rows(tmp_path / "whole") if row["kind"] == "train"]
+    assert ["excess" in row for row in logged] == [False] * 6 + [True] * 6  # the target is the final one from the seventh step of twelve
+    assert all(row["loss"] > row["reconstruction"] > 0 for row in logged)
+    images = open_source(recipe.data, recipe.seed).images
+    published = load_encoder(tmp_path / "whole/encoder")
+    assert published.embed([images.read(i) for i in range(96)]).l0 == pytest.approx(0.04, abs=2 / (96 * 32))
+    last = latest(tmp_path / "whole")[0]
+    assert last is not None and last.state["task"]["shift"] != 0
+    difference = last.model["encoder.projector.3.bias"] - published.last_layer.bias  # the weights that go on training are not shifted
+    assert torch.allclose(difference, torch.full_like(difference, last.state["task"]["shift"]), atol=1e-5)
+
+
+def test_target_is_annealed_at_a_constant_ratio() -> None:
+    target = tiny("target.density=0.02", "target.anneal=0.5").target
+    assert target is not None
+    densities = [target.at(progress).density_in_theory() for progress in (0, 0.125, 0.25, 0.375, 0.5, 1)]
+    assert densities == pytest.approx([0.5, 0.5 / 25**0.25, 0.1, 0.1 / 25**0.25, 0.02, 0.02], rel=1e-6)
+    assert tiny("target.mu=-1", "target.anneal=0.5").target.at(1) == tiny("target.mu=-1", "target.anneal=0.5").target  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["target.anneal=1"], "target.anneal"),
+        (["target.mu=-50", "target.hold=true"], "out of reach"),
+        (["reconstruction.active=[]"], "reconstruction.active"),
+        (["reconstruction.active=[64]"], "64 is more than encoder.dim = 32"),
+        (["reconstruction.weight=0"], "reconstruction.weight"),
+    ],
+)
+def test_impossible_densities_and_reconstructions_are_refused(overrides: list[str], words: str) -> None:
+    with refused(RecipeError, match=words):
+        tiny(*overrides)
+
+
 def test_missed_density_is_an_alarm_in_log_and_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tiny("target.density=0.02", "train.epochs=2"), tmp_path / "run", progress=False)
     alarms = json.loads((tmp_path / "run/summary.json").read_text())["alarms"]
@@ -63,7 +115,7 @@ def probe_results() -> list[float]:
     labels = torch.tensor([-1, 2, -1, -1, 0, 1, 2, 0])
     x = torch.linspace(-1, 1, 8 * 96).view(8, 96).sin() * 3
     torch.manual_seed(0)
-    probed = EncoderWithProbes(build_encoder(tiny("encoder.projector_depth=1")), 3)
+    probed = EncoderWithHeads(build_encoder(tiny("encoder.projector_depth=1")), 3)
     rank, share = distributed.rank(), 8 // distributed.world_size()
     mine = slice(rank * share, (rank + 1) * share)
     out = probed([x[mine]], labels[mine])

@@ -1,7 +1,8 @@
-"""Linear probes that are trained along with an encoder; they never change it."""
+"""What is trained along with an encoder: linear probes, which never change it, and the decoder of a reconstruction, whose loss does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from ...core import distributed
 from ...models.encoder import Output, SparseEncoder
+from ...objectives.reconstruction import Reconstruction
 
-__all__ = ["EncoderWithProbes", "ProbedOutput"]
+__all__ = ["EncoderWithHeads", "HeadsOutput"]
 
 
-class ProbedOutput(NamedTuple):
-    """Embeddings and the results of the probes."""
+class HeadsOutput(NamedTuple):
+    """Embeddings and the results of the heads."""
 
     z: Tensor
     """(V, b, D)"""
@@ -23,23 +25,27 @@ class ProbedOutput(NamedTuple):
     """float32 scalar."""
     probe_accuracy: Tensor
     """(2,): accuracy of the probes on features and on z over this batch; (0,) without probes."""
+    reconstruction: Tensor | None = None
+    """float32 scalar, unweighted, mean over the sizes of views; None without a decoder."""
 
 
-class EncoderWithProbes(nn.Module):
-    """Encoder and online probes as one module, so that one wrapper (DDP, autocast) covers both.
+class EncoderWithHeads(nn.Module):
+    """Encoder, online probes and decoder as one module, so that one wrapper (DDP, autocast) covers all.
 
     Args:
         encoder: the encoder.
         classes: number of classes; there are no probes if it is below two.
+        active: numbers of active dimensions that the features are reconstructed from; without any there is no decoder.
     """
 
-    def __init__(self, encoder: SparseEncoder, classes: int) -> None:
+    def __init__(self, encoder: SparseEncoder, classes: int, active: Sequence[int] = ()) -> None:
         super().__init__()
         self.encoder = encoder
+        self.reconstruction = Reconstruction(encoder.config.features, encoder.config.dim, active) if active else None
         widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
         self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 
-    def forward(self, groups: list[Tensor], labels: Tensor) -> ProbedOutput:
+    def forward(self, groups: list[Tensor], labels: Tensor) -> HeadsOutput:
         """Encode views of each size; the probes see the first size.
 
         Args:
@@ -58,7 +64,8 @@ class EncoderWithProbes(nn.Module):
             scores = self.probes[name](source.detach().float()).float()
             loss = loss + (nn.functional.cross_entropy(scores, target, reduction="none") * known).sum() / count
             accuracy.append(((scores.argmax(1) == target) & known).sum() / count)
-        return ProbedOutput(z, loss, torch.stack(accuracy) if accuracy else loss.new_zeros(0))
+        terms = [self.reconstruction(part.features, part.z) for part in outs] if self.reconstruction else []
+        return HeadsOutput(z, loss, torch.stack(accuracy) if accuracy else loss.new_zeros(0), torch.stack(terms).mean() if terms else None)
 
     def _both(self, x: Tensor) -> Output:
         return self.encoder.both(x) if x.dim() == 4 else Output(x, self.encoder.projector(x))

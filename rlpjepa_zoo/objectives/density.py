@@ -1,0 +1,64 @@
+"""Control of the density of z in training: one shift, the same for the biases of all units.
+
+The sliced distance fixes the mean and the covariance of z, and only weakly its mass at zero. One shift for all units leaves their differences to
+the objective; a rate held for each unit alone makes the codes worse (docs/codes.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..core import distributed
+
+__all__ = ["DensityControl"]
+
+_GAIN = 0.3
+"""Part of the correction that one step makes."""
+
+
+class DensityControl:
+    """Lowers or raises all biases of a last layer by one number after each step.
+
+    For units with an exponential tail, as of a Laplace target, a shift by s changes the density by the factor exp(-s / m), where m is the mean
+    of the active values. So s = m log(density / asked) would correct the density at once; 0.3 s averages over some batches.
+
+    Args:
+        layer: the layer before the last ReLU; its bias is changed in place.
+
+    Example:
+        >>> layer = nn.Linear(32, 64)
+        >>> control = DensityControl(layer)
+        >>> for _ in range(50):
+        ...     z = torch.relu(layer(torch.randn(256, 32)))
+        ...     control.observe(z, density=0.1)
+        ...     control.apply()
+        >>> 0.08 < float((z > 0).float().mean()) < 0.12
+        True
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer  # not its bias, which sharding replaces
+        self._shift: Tensor | None = None
+
+    @torch.no_grad()
+    def observe(self, z: Tensor, density: float) -> None:
+        """Compute the shift for the embeddings of a step, over all ranks.
+
+        Args:
+            z: (..., D) >= 0 of this rank.
+            density: the asked one, in (0, 1).
+        """
+        z = z.detach().float()
+        share, mean = distributed.mean_over_ranks(torch.stack([(z > 0).float().mean(), z.mean()]))
+        share = share.clamp_min(1 / z.numel())  # if no unit is active, the active value is taken to be 1
+        active = torch.where(mean > 0, mean / share, torch.ones_like(mean))
+        self._shift = _GAIN * active * (share / density).log()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Shift the biases by what the last `observe` computed, once."""
+        if self._shift is not None:
+            self.layer.bias.sub_(self._shift.to(self.layer.bias.dtype))
+            self._shift = None

@@ -1,0 +1,59 @@
+"""Reconstruction of a backbone's features from the largest values of z: a term beside the objective, with a decoder of its own.
+
+The decoder is linear. Features are targets without gradient, centred, and scaled by one number so that their variance over the batch of all
+ranks and all dimensions is 1; scales between features are kept, as neighbours by cosine depend on them. Top-k autoencoders on frozen features:
+arXiv 2406.04093; for retrieval: arXiv 2503.01776.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..core import distributed
+from ..sparse.topk import keep_largest
+
+__all__ = ["Reconstruction"]
+
+
+class Reconstruction(nn.Module):
+    """Mean over k of the squared error of a linear decoder on the k largest values of each row of z.
+
+    Args:
+        features: F, width of the features.
+        dim: D, width of z.
+        active: the numbers k, each in 1 .. D.
+
+    Example:
+        >>> term = Reconstruction(features=6, dim=8, active=[2, 4])
+        >>> loss = term(torch.randn(16, 6), torch.rand(16, 8, requires_grad=True))
+        >>> loss.shape, loss.requires_grad
+        (torch.Size([]), True)
+    """
+
+    def __init__(self, features: int, dim: int, active: Sequence[int]) -> None:
+        super().__init__()
+        self.active = tuple(active)
+        self.decoder = nn.Linear(dim, features)
+
+    def forward(self, features: Tensor, z: Tensor) -> Tensor:
+        """The unweighted term, a float32 scalar.
+
+        Args:
+            features: (n, F) of this rank; no gradient flows to them.
+            z: (n, D) >= 0 of this rank.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            wanted, z = self._standardised(features.detach().float()), z.float()
+            errors = [(self.decoder(keep_largest(z, k)) - wanted).square().mean() for k in self.active]
+            return torch.stack(errors).mean()
+
+    @staticmethod
+    def _standardised(features: Tensor) -> Tensor:
+        """Features minus their mean over all ranks, divided by one scale."""
+        centred = features - distributed.mean_over_ranks(features.mean(0))
+        scale = distributed.mean_over_ranks(centred.square().mean()).sqrt()
+        return centred / scale.clamp_min(torch.finfo(scale.dtype).tiny)

@@ -1,0 +1,68 @@
+"""Control of the density: the shift after a step, and the exact shift."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import run_ranks
+
+from rlpjepa_zoo.core import distributed
+from rlpjepa_zoo.objectives.density import DensityControl
+from rlpjepa_zoo.sparse.topk import between
+
+
+def steps(density: float, start: float, draw: str, n: int = 40) -> float:
+    """Density after n steps on noise, for a layer whose biases start at a number."""
+    torch.manual_seed(0)
+    layer, law = nn.Linear(16, 48), {"normal": torch.randn, "uniform": lambda *size: 4 * torch.rand(*size) - 2}[draw]
+    nn.init.constant_(layer.bias, start)
+    control = DensityControl(layer)
+    z = torch.zeros(1)
+    for _ in range(n):
+        z = layer(law(256, 16)).relu()
+        control.observe(z, density)
+        control.apply()
+    return float((layer(law(4096, 16)) > 0).float().mean())
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
+@pytest.mark.parametrize(("start", "draw"), [(0.0, "normal"), (3.0, "uniform"), (-8.0, "normal")])
+def test_density_is_reached_from_any_start(density: float, start: float, draw: str) -> None:
+    """Also where every unit is always active, or none ever."""
+    assert steps(density, start, draw) == pytest.approx(density, rel=0.15)
+
+
+def test_a_shift_is_the_same_for_all_units_and_applied_once() -> None:
+    layer = nn.Linear(4, 6)
+    control, before = DensityControl(layer), layer.bias.detach().clone()
+    control.apply()
+    assert torch.equal(layer.bias, before)  # nothing observed yet
+    control.observe(torch.ones(3, 2, 6), 0.25)
+    control.apply()
+    control.apply()
+    assert torch.allclose(before - layer.bias, torch.full((6,), 0.3 * np.log(4.0)), atol=1e-6)
+
+
+def shifted_on_rank() -> list[float]:
+    layer = nn.Linear(4, 6)
+    nn.init.zeros_(layer.bias)
+    z = torch.arange(48.0).view(8, 6).remainder(5) * torch.arange(8)[:, None].gt(4)
+    share = 8 // distributed.world_size()
+    control = DensityControl(layer)
+    control.observe(z[distributed.rank() * share :][:share], 0.1)
+    control.apply()
+    return layer.bias.tolist()
+
+
+def test_two_processes_shift_as_one_does_on_the_whole_batch() -> None:
+    first, second = run_ranks(shifted_on_rank, 2)
+    assert first == second == pytest.approx(shifted_on_rank(), rel=1e-6)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=60, unique=True), st.floats(0.01, 0.99))
+def test_between_leaves_the_asked_number_above(values: list[float], share: float) -> None:
+    array = np.array(values, np.float32)
+    keep = min(max(1, round(share * len(values))), len(values) - 1)
+    assert (array > between(array, keep)).sum() in (keep, keep + 1)  # float32 neighbours may round to one of them

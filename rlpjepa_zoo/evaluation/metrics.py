@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..sparse.embeddings import SparseEmbeddings
 
-__all__ = ["alarms", "batch_metrics", "covariance", "dead", "l0", "l1", "sparse_densities", "variance"]
+__all__ = ["alarms", "always_on", "batch_metrics", "covariance", "dead", "l0", "l1", "sparse_densities", "variance"]
 
 
 def l0(z: Tensor) -> Tensor:
@@ -47,6 +47,11 @@ def dead(z: Tensor) -> Tensor:
     return (z == 0).all(0).float().mean()
 
 
+def always_on(z: Tensor) -> Tensor:
+    """Fraction of dimensions that are non-zero in every row."""
+    return (z != 0).all(0).float().mean()
+
+
 def variance(z: Tensor) -> Tensor:
     """Mean over dimensions of the (unbiased) variance over rows."""
     return z.float().var(0).mean()
@@ -75,29 +80,36 @@ def batch_metrics(z: Tensor) -> dict[str, float]:
     return dict(zip(named, torch.stack([value.float() for value in named.values()]).tolist(), strict=True))
 
 
+_MANY = 0.05
+"""Share of dead or always active dimensions that is worth an alarm."""
+
+
 def alarms(metrics: Mapping[str, float], theory: float | None, still_training: bool = False) -> list[str]:
-    """Sentences about what is wrong with an encoder according to its metrics; empty if nothing is.
+    """Sentences about what is wrong with an encoder according to its metrics, and the cure; empty if nothing is.
 
     Args:
-        metrics: l0_eval (density of z in evaluation mode) and dead_eval (fraction of dimensions that no image activates), each if measured.
+        metrics: l0_eval (density of z in evaluation mode), dead_eval and always_on_eval (fraction of dimensions that no image, or every image,
+            activates), each if measured.
         theory: density of the target law; None for an objective without one, whose density is not judged.
-        still_training: leave out what more training may correct: a density that is off by a factor.
+        still_training: leave out what more training may correct: a density that is off by a factor, and all but many dead dimensions.
 
     Example:
         >>> alarms({"l0_eval": 0.11, "dead_eval": 0.02}, theory=0.12)
         []
     """
     sentences = []
-    density, silent = metrics.get("l0_eval"), metrics.get("dead_eval")
+    density, silent, loud = (metrics.get(name) for name in ("l0_eval", "dead_eval", "always_on_eval"))
     if density is not None and theory is not None:
         if density < 0.05 * theory:
             sentences.append(
                 f"collapsed: {density:.2g} of the coordinates are active, the target asks for {theory:.3g}; lower the learning rate"
             )
         elif not still_training and not 2 / 3 <= density / theory <= 1.5:
-            sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; train longer or try another learning rate")
-    if silent is not None and silent > 0.5:
-        sentences.append(
-            f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); lower the learning rate or encoder.dim"
-        )
+            cure = f"train with target.hold=true, or shift the trained encoder: rlpjepa dial --density {theory:.3g} --mode shift"
+            sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; {cure}")
+    if silent is not None and silent > (0.5 if still_training else _MANY):
+        cure = "train with target.anneal=0.6, which keeps dimensions alive, or with a lower learning rate or encoder.dim"
+        sentences.append(f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); {cure}")
+    if loud is not None and theory is not None and theory < 0.5 and not still_training and loud > _MANY:
+        sentences.append(f"{loud:.0%} of the dimensions are always on (every evaluation image activates them); raise objective.matching")
     return sentences

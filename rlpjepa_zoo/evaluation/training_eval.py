@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..models.encoder import SparseEncoder
 from ..sparse.topk import between
 from .encoding import FrozenFeatures, encode
-from .metrics import dead, l0, l1
+from .metrics import always_on, dead, l0, l1
 from .probes.knn import knn_accuracy
 
 __all__ = ["density_shift", "during_training", "has_labels"]
@@ -76,7 +76,7 @@ def during_training(
         cache: of a run with a frozen backbone, the features of earlier calls.
 
     Returns:
-        l0_eval, l1_eval, dead_eval, knn_features, knn_z; empty for a stream without evaluation images.
+        l0_eval, l1_eval, dead_eval, always_on_eval, knn_features, knn_z; empty for a stream without evaluation images.
 
     Raises:
         DataError: none of the evaluation images can be read.
@@ -91,7 +91,8 @@ def during_training(
     if queries is not None:
         queries = _sample(queries, probe.eval_images, recipe, "eval")
         test_features, test_z, test_y = _encode_on_ranks(encoder, queries, "queries", recipe, autocast, cache)
-    results = {"l0_eval": float(l0(test_z)), "l1_eval": float(l1(test_z)), "dead_eval": float(dead(test_z))}
+    measures = {"l0": l0, "l1": l1, "dead": dead, "always_on": always_on}
+    results = {f"{name}_eval": float(measure(test_z)) for name, measure in measures.items()}
     if int((y >= 0).sum()) > 1 and bool((test_y >= 0).any()):
         for name, rows, test_rows in (("features", features, test_features), ("z", z, test_z)):
             results[f"knn_{name}"] = knn_accuracy(rows, y, test_rows, test_y, probe.knn_k, probe.knn_temperature, leave_one_out)

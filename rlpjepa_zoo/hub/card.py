@@ -110,6 +110,9 @@ class Density(_Open):
     train: Number | None = None
     eval: Number | None = None
     eval_images: str | None = None
+    dead: Number | None = None
+    always_on: Number | None = None
+    held: bool | None = None
 
 
 class _Row(_Open):

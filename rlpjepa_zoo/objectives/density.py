@@ -1,7 +1,8 @@
-"""Control of the density of z in training: one shift, the same for the biases of all units.
+"""Control of the density of z in training: one shift, the same for the biases of all units; and the rise of units that are never active.
 
 The sliced distance fixes the mean and the covariance of z, and only weakly its mass at zero. One shift for all units leaves their differences to
-the objective; a rate held for each unit alone makes the codes worse (docs/codes.md).
+the objective; a rate held for each unit alone makes the codes worse (docs/codes.md). ReLU passes no gradient to a unit that no image activates, so
+only its bias can bring it back.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ __all__ = ["DensityControl"]
 
 _GAIN = 0.3
 """Part of the correction that one step makes."""
+_RISE = 0.1
+"""Rise of a dead unit's bias in one step, in means of the active values."""
+_BY_CHANCE = 0.05
+"""Probability below which it is no chance that a unit with the asked rate is inactive in a whole batch."""
 
 
 class DensityControl:
-    """Lowers or raises all biases of a last layer by one number after each step.
+    """Lowers or raises all biases of a last layer by one number after each step, and raises those of dead units.
 
     For units with an exponential tail, as of a Laplace target, a shift by s changes the density by the factor exp(-s / m), where m is the mean
-    of the active values. So s = m log(density / asked) would correct the density at once; 0.3 s averages over some batches.
+    of the active values. So s = m log(density / asked) would correct the density at once; 0.3 s averages over some batches. Dead are units that no
+    image of the batch activates; their biases also rise by 0.1 m, unless a unit with the asked rate is inactive in so small a batch by chance.
 
     Args:
         layer: the layer before the last ReLU; its bias is changed in place.
@@ -44,21 +50,25 @@ class DensityControl:
 
     @torch.no_grad()
     def observe(self, z: Tensor, density: float) -> None:
-        """Compute the shift for the embeddings of a step, over all ranks.
+        """Compute the shifts for the embeddings of a step, over all ranks.
 
         Args:
             z: (..., D) >= 0 of this rank.
             density: the asked one, in (0, 1).
         """
-        z = z.detach().float()
-        share, mean = distributed.mean_over_ranks(torch.stack([(z > 0).float().mean(), z.mean()]))
-        share = share.clamp_min(1 / z.numel())  # if no unit is active, the active value is taken to be 1
+        rows = z.detach().float().flatten(0, -2)
+        share, mean = distributed.mean_over_ranks(torch.stack([(rows > 0).float().mean(), rows.mean()]))
+        share = share.clamp_min(1 / rows.numel())  # if no unit is active, the active value is taken to be 1
         active = torch.where(mean > 0, mean / share, torch.ones_like(mean))
         self._shift = _GAIN * active * (share / density).log()
+        if (1 - density) ** (len(rows) * distributed.world_size()) < _BY_CHANCE:
+            dead = distributed.max_over_ranks(rows.amax(0)) == 0
+            self._shift = self._shift - _RISE * active * dead
 
     @torch.no_grad()
     def apply(self) -> None:
         """Shift the biases by what the last `observe` computed, once."""
         if self._shift is not None:
-            self.layer.bias.sub_(self._shift.to(self.layer.bias.dtype))
+            bias = self.layer.bias
+            bias.sub_(distributed.copy_with_layout(self._shift.to(bias.dtype).expand(bias.shape), bias))
             self._shift = None

@@ -141,12 +141,21 @@ def test_batch_metrics_equal_the_single_functions(rng: np.random.Generator) -> N
 @pytest.mark.parametrize(
     ("metrics", "theory", "words"),
     [
-        ({"l0_eval": 0.12, "dead_eval": 0.1}, 0.12, []), ({"l0_eval": 0.17}, 0.12, []), ({"l0_eval": 0.25}, 0.12, ["density missed: 0.25"]),
+        ({"l0_eval": 0.12, "dead_eval": 0.04, "always_on_eval": 0.0}, 0.12, []), ({"l0_eval": 0.17}, 0.12, []), ({"l0_eval": 0.25}, 0.12, ["density missed: 0.25"]),
         ({"l0_eval": 0.05}, 0.12, ["density missed"]), ({"l0_eval": 0.0, "dead_eval": 1.0}, 0.5, ["collapsed", "100% of the dimensions are dead"]),
         ({"l0_eval": 0.12, "dead_eval": 0.6}, 0.12, ["60% of the dimensions are dead"]), ({}, 0.12, []),
-        ({"l0_eval": 0.9, "dead_eval": 0.1}, None, []), ({"l0_eval": 0.0, "dead_eval": 1.0}, None, ["100% of the dimensions are dead"]),
+        ({"l0_eval": 0.9, "dead_eval": 0.04, "always_on_eval": 0.5}, None, []),
+        ({"l0_eval": 0.12, "always_on_eval": 0.06}, 0.12, ["6% of the dimensions are always on"]),
+        ({"l0_eval": 0.12, "dead_eval": 0.06}, 0.12, ["6% of the dimensions are dead (no evaluation image activates them); train with target"]),
+        ({"l0_eval": 0.0, "dead_eval": 1.0}, None, ["100% of the dimensions are dead"]),
     ],
 )  # fmt: skip
 def test_alarms_name_exactly_what_is_wrong(metrics: dict[str, float], theory: float | None, words: list[str]) -> None:
     sentences = alarms(metrics, theory)
     assert len(sentences) == len(words) and all(word in sentence for word, sentence in zip(words, sentences, strict=True))
+
+
+def test_alarms_that_training_may_correct_come_at_its_end() -> None:
+    metrics = {"l0_eval": 0.3, "dead_eval": 0.3, "always_on_eval": 0.3}
+    assert len(alarms(metrics, 0.1)) == 3 and alarms(metrics, 0.1, still_training=True) == []
+    assert "rlpjepa dial --density 0.1 --mode shift" in alarms(metrics, 0.1)[0]

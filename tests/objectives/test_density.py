@@ -45,20 +45,36 @@ def test_a_shift_is_the_same_for_all_units_and_applied_once() -> None:
     assert torch.allclose(before - layer.bias, torch.full((6,), 0.3 * np.log(4.0)), atol=1e-6)
 
 
+def test_dead_units_come_back_unless_the_batch_is_too_small_to_tell() -> None:
+    for rows, back in ((256, True), (8, False)):
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 48)
+        with torch.no_grad():
+            layer.bias[:5] = -3
+        control = DensityControl(layer)
+        for _ in range(250):
+            control.observe(layer(torch.randn(rows, 16)).relu(), 0.1)
+            control.apply()
+        rates = (layer(torch.randn(4096, 16)) > 0).float().mean(0)
+        assert bool((rates > 0).all()) == back and float(rates.mean()) == pytest.approx(0.1, rel=0.3)
+        assert back or not rates[:5].any()
+
+
 def shifted_on_rank() -> list[float]:
     layer = nn.Linear(4, 6)
     nn.init.zeros_(layer.bias)
-    z = torch.arange(48.0).view(8, 6).remainder(5) * torch.arange(8)[:, None].gt(4)
+    z = torch.arange(48.0).view(8, 6).remainder(5) * torch.arange(8)[:, None].gt(4) * torch.arange(6).ne(2)
     share = 8 // distributed.world_size()
     control = DensityControl(layer)
-    control.observe(z[distributed.rank() * share :][:share], 0.1)
+    control.observe(z[distributed.rank() * share :][:share], 0.4)
     control.apply()
     return layer.bias.tolist()
 
 
 def test_two_processes_shift_as_one_does_on_the_whole_batch() -> None:
     first, second = run_ranks(shifted_on_rank, 2)
-    assert first == second == pytest.approx(shifted_on_rank(), rel=1e-6)
+    assert first == second == pytest.approx(alone := shifted_on_rank(), rel=1e-6)
+    assert alone[2] > alone[0] == alone[1] == alone[5]  # the third unit is dead
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=60, unique=True), st.floats(0.01, 0.99))

@@ -239,7 +239,8 @@ class PretrainTask(Task):
             "augmentations": recipe.views.describe(), **law,
             "density": {
                 "asked": recipe.target and recipe.target.density, "theory": density, "train": metrics.get("l0_train"), "eval": metrics.get("l0_eval"),
-                "eval_images": "held-out images" if held_out else "training images",
+                "eval_images": "held-out images" if held_out else "training images", "dead": metrics.get("dead_eval"),
+                "always_on": metrics.get("always_on_eval"), "held": recipe.target is not None and recipe.target.hold,
             },
             "results": self._results(metrics),
         }  # fmt: skip

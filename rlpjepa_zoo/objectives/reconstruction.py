@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import distributed
-from ..sparse.topk import keep_largest
 
 __all__ = ["Reconstruction"]
 
@@ -37,7 +37,9 @@ class Reconstruction(nn.Module):
     def __init__(self, features: int, dim: int, active: Sequence[int]) -> None:
         super().__init__()
         self.active = tuple(active)
-        self.decoder = nn.Linear(dim, features)
+        bound = dim**-0.5  # as of nn.Linear
+        self.weight = nn.Parameter(torch.empty(dim, features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(features))
 
     def forward(self, features: Tensor, z: Tensor) -> Tensor:
         """The unweighted term, a float32 scalar.
@@ -47,8 +49,12 @@ class Reconstruction(nn.Module):
             z: (n, D) >= 0 of this rank.
         """
         with torch.autocast(z.device.type, enabled=False):
-            wanted, z = self._standardised(features.detach().float()), z.float()
-            errors = [(self.decoder(keep_largest(z, k)) - wanted).square().mean() for k in self.active]
+            wanted = self._standardised(features.detach().float())
+            values, columns = z.float().topk(max(self.active), dim=1)  # sorted, so the k largest are the first k
+            errors = []
+            for k in self.active:  # sums k rows of the weight for each row of z: n k F products instead of n D F
+                sums = F.embedding_bag(columns[:, :k], self.weight, per_sample_weights=values[:, :k], mode="sum")
+                errors.append((sums + self.bias - wanted).square().mean())
             return torch.stack(errors).mean()
 
     @staticmethod

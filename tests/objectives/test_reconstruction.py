@@ -22,7 +22,7 @@ def term(active: list[int]) -> Reconstruction:
 def test_term_is_the_mean_squared_error_of_the_largest_values() -> None:
     features, z = batch()
     module = term([2, 4])
-    weight, bias = (p.detach().numpy() for p in (module.decoder.weight, module.decoder.bias))
+    weight, bias = module.weight.detach().numpy(), module.bias.detach().numpy()
     wanted = features.numpy() - features.numpy().mean(0)
     wanted = wanted / np.sqrt((wanted**2).mean())
     errors = []
@@ -31,7 +31,7 @@ def test_term_is_the_mean_squared_error_of_the_largest_values() -> None:
         for row, values in enumerate(z.numpy()):
             for column in np.argsort(-values, kind="stable")[:k]:
                 kept[row, column] = values[column]
-        errors.append(((kept @ weight.T + bias - wanted) ** 2).mean())
+        errors.append(((kept @ weight + bias - wanted) ** 2).mean())
     assert float(module(features, z).detach()) == pytest.approx(np.mean(errors), rel=1e-5)
 
 
@@ -55,8 +55,8 @@ def of_rank() -> list[float]:
     module = term([2, 9])
     loss = module(features[mine], z[mine])
     loss.backward()
-    assert module.decoder.weight.grad is not None
-    return distributed.mean_over_ranks(torch.cat([loss.detach()[None], module.decoder.weight.grad.flatten()])).tolist()
+    assert module.weight.grad is not None
+    return distributed.mean_over_ranks(torch.cat([loss.detach()[None], module.weight.grad.flatten()])).tolist()
 
 
 def test_two_processes_give_the_gradient_of_one() -> None:

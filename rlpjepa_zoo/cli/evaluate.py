@@ -1,4 +1,4 @@
-"""Commands that measure or classify: `eval`, `report`, `predict`, `bench`."""
+"""Commands that measure or classify: `eval`, `report`, `predict`."""
 
 from __future__ import annotations
 
@@ -220,26 +220,3 @@ def predict(
     list_failures(out, failures, count)
     result = {"file": str(out), "images": count, "skipped": len(failures), "classes": len(model.classes), "model": model.fingerprint()}
     print_values(result, as_json)
-
-
-def bench(
-    batch: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
-    dim: Annotated[int, typer.Option(min=1, help="Dimension of the embedding.")] = 512,
-    directions: Annotated[int, typer.Option(min=1, help="Directions of the minimal example.")] = 8192,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians are reported.")] = 9,
-    device: Device = "cpu",
-    out: Annotated[Path | None, path_option(help="JSON file for all measurements.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time the loss beside the minimal example of the paper, in alternation, at equal directions and at equal gradient error.
-
-    Takes a minute on two CPU cores. Also measures POT and lightly if they are installed.
-    """
-    from ..report.bench_loss import compare, markdown_table
-
-    if out is not None:
-        check_file("--out", out)
-    times = compare(batch, dim, directions, repeats, choose_device(device))
-    if out is not None:
-        write_file(out, (json.dumps(times, indent=1) + "\n").encode())
-    print_values({**times, "text": markdown_table(times)}, as_json)

@@ -6,7 +6,7 @@ sentence-transformers, which follow it:
 - features are centred and divided by one number, so that the rate of the recipe suits any backbone;
 - the decoder is a matrix of its own. It starts as the transpose of the encoder, and its columns have length 1 (theirs is the transpose);
 - the two views are random views of an image (the authors encode the same features twice);
-- a unit is dead after 30 steps without a value among the k largest (theirs count forward passes, of which a step has two or three);
+- a unit is dead after 30 steps in which no code has it (theirs count codes, of which a step makes two to four for each view);
 - without dead units there is no term for them (theirs is then constant);
 - the contrastive term is the authors' one, InfoNCE at T = 0.2 of codes of length 1 (that of sentence-transformers takes inner products, T = 1).
 """
@@ -27,7 +27,7 @@ from .contrastive import info_nce
 __all__ = ["CSR", "CSRv2", "TopKAutoencoder", "TopKSAE"]
 
 _PATIENCE = 30
-"""Steps without a value among the k largest after which a unit counts as dead."""
+"""Steps in which no code has a unit, after which it counts as dead."""
 _MOST_DEAD = 512
 """Dead units that reconstruct what is left, at most."""
 
@@ -80,10 +80,13 @@ class TopKAutoencoder(nn.Module):
         z = keep_largest(units, k)
         error = x - self.decoded(z)
         terms = {"k": error.square().mean(), "dead": error.new_zeros(())}
+        used = (z > 0).any(0)
         if more is not None:
-            terms["more"] = (x - self.decoded(keep_largest(units, more))).square().mean()
+            richer = keep_largest(units, more)
+            terms["more"] = (x - self.decoded(richer)).square().mean()
+            used |= (richer > 0).any(0)
         with torch.no_grad():
-            self.idle.add_(1).mul_((z == 0).all(0))
+            self.idle.add_(1).mul_(~used)
         if (dead := self.idle >= _PATIENCE).any():
             left = error.detach().unflatten(0, (count, -1))
             rest = self.decoder(keep_largest(units * dead, _MOST_DEAD)).unflatten(0, (count, -1))

@@ -27,7 +27,7 @@ from .methods.base import Features, Method
 __all__ = ["ALL", "K", "LINEAR_K", "Asked", "compare_codes", "default_methods"]
 
 K = (2, 4, 8, 16, 32, 64)
-"""Values of a code, unless others are asked for."""
+"""Values of a code, unless others are asked for; the standard of the field, and the two of CSRv2 below it."""
 ALL = "all"
 """Stands in results for the k of a code with all its values."""
 LINEAR_K = (8, 32)
@@ -46,14 +46,15 @@ class Asked(NamedTuple):
     """What to compare."""
 
     methods: tuple[str, ...]
-    k: tuple[int, ...] = K
+    k: tuple[int, ...] | None = None
+    """Values of a code; None for those of `K` that the encoder has dimensions for."""
     seeds: int = 3
     """Repetitions, with the seeds that follow the seed of the recipe."""
     linear: Literal["some", "all", "none"] = "some"
     """Where to train a linear probe: with all values and at `LINEAR_K`, everywhere, or nowhere."""
 
     def checked(self, recipe: Recipe) -> Asked:
-        """The same in order and without repetitions.
+        """The same in order, without repetitions, and with the numbers of values.
 
         Raises:
             UsageError: names the option.
@@ -62,13 +63,14 @@ class Asked(NamedTuple):
             METHODS[name]
         if not self.methods:
             raise UsageError(f"--methods: expected at least one of {', '.join(default_methods())}")
-        if not self.k or not all(1 <= k <= recipe.encoder.dim for k in self.k):
-            wrong = next((k for k in self.k if not 1 <= k <= recipe.encoder.dim), "nothing")
-            raise UsageError(f"--k: expected numbers from 1 to encoder.dim = {recipe.encoder.dim}, got {wrong}")
+        dim = recipe.encoder.dim
+        values = [k for k in K if k <= dim] if self.k is None else self.k
+        if (wrong := next((k for k in values if not 1 <= k <= dim), None)) is not None:
+            raise UsageError(f"--k: expected numbers from 1 to encoder.dim = {dim}, got {wrong}")
         if self.linear not in ("some", "all", "none"):
             raise UsageError(f"--linear: expected some, all or none, got '{self.linear}'")
         methods = tuple(name for name in default_methods() if name in self.methods)
-        return self._replace(methods=methods, k=tuple(sorted({*self.k})))
+        return self._replace(methods=methods, k=tuple(sorted({*values})))
 
     def with_linear(self, k: int | None) -> bool:
         """Whether a linear probe is trained for this k."""
@@ -124,7 +126,7 @@ def compare_codes(recipe: Recipe, asked: Asked, device: str = "cpu", progress: b
 def _cells(kind: type[Method], asked: Asked, features: Features, seed: int) -> Iterator[tuple[int, int | None]]:
     """Seeds and k of the codes of a method, None for all values; what is fitted once comes together."""
     for i in range(asked.seeds if kind.random else 1):
-        for k in [*asked.k, None]:
+        for k in [*(asked.k or ()), None]:
             if kind.one_fit if k is None else kind.allows(k, features.train.shape[1]):
                 yield seed + i, k
 

@@ -49,10 +49,10 @@ def _by_default(command: Callable[..., None]) -> Callable[..., None]:
 
 @bench_app.command()
 def loss(
-    batch: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
-    dim: Annotated[int, typer.Option(min=1, help="Dimension of the embedding.")] = 512,
-    directions: Annotated[int, typer.Option(min=1, help="Directions of the minimal example.")] = 8192,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians are reported.")] = 9,
+    batch: Annotated[int, typer.Option(min=2, max=1 << 16, help="Images per step.")] = 256,
+    dim: Annotated[int, typer.Option(min=1, max=1 << 16, help="Dimension of the embedding.")] = 512,
+    directions: Annotated[int, typer.Option(min=1, max=1 << 20, help="Directions of the minimal example.")] = 8192,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; the medians are reported.")] = 9,
     device: Device = "cpu",
     out: Annotated[Path | None, path_option(help="JSON file for all measurements.")] = None,
     as_json: AsJson = False,
@@ -77,8 +77,8 @@ def codes(
     methods: Annotated[
         str | None, typer.Option(help="Any of features,ours,csr,csrv2,topk_sae,ncl,pca,random,pq; all if not given.")
     ] = None,
-    k: Annotated[str, typer.Option("--k", help="Values of a code.")] = "2,4,8,16,32,64",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of what is random.")] = 3,
+    k: Annotated[str | None, typer.Option("--k", help="Values of a code; 2,4,8,16,32,64 if not given.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Repetitions of what is random.")] = 3,
     linear: Annotated[
         str, typer.Option(metavar="some|all|none", help="Where to train a linear probe; some: with all values and at k = 8 and 32.")
     ] = "some",
@@ -99,7 +99,7 @@ def codes(
     if out is not None:
         check_file("--out", out)
     names = default_methods() if methods is None else tuple(name.strip() for name in methods.split(","))
-    asked: Any = Asked(names, tuple(whole_numbers("--k", k)), seeds, linear)  # type: ignore[arg-type]  # refused there if it is another word
+    asked: Any = Asked(names, None if k is None else tuple(whole_numbers("--k", k)), seeds, linear)  # type: ignore[arg-type]  # refused there if it is another word
     resolved = Recipe.load(recipe, overrides or [])
     found = compare_codes(resolved, asked, choose_device(device), not (quiet or as_json))
     given = {"--methods": methods, "--k": k, "--seeds": seeds, "--linear": linear}

@@ -157,7 +157,7 @@ def _about(recipe: Recipe, features: Features) -> dict[str, Any]:
         "recipe": recipe.shareable(), "data": recipe.data.label(), "backbone": features.encoder.config.architecture,
         "n_train": len(features.train), "n_test": len(features.test), "classes": len(features.train_labels[features.train_labels >= 0].unique()),
         "features": features.train.shape[1], "units": recipe.encoder.dim,
-        "protocol": f"{PROTOCOL}; trained methods: {steps} steps of {recipe.train.batch_size} images, {recipe.views.count} of "
+        "protocol": f"{PROTOCOL}. Trained methods: {steps} steps of {recipe.train.batch_size} images, {recipe.views.count} of "
         f"{recipe.encoder.cached_views} random views each, {recipe.optim.name}, lr = {recipe.lr:g}",
     }  # fmt: skip
 

@@ -19,8 +19,8 @@ MEASURES = {"one_nn": "1-NN accuracy", "knn": "kNN accuracy", "map": "retrieval 
 """Label of each measure, in the order of tables."""
 _QUERIES = 2000
 PROTOCOL = (
-    f"all by cosine on training images; 1-NN: class of the nearest; kNN: k = {KNN.k}, T = {KNN.temperature:g}; mAP: at most {_QUERIES} test images "
-    "search; linear: logistic regression, C chosen on a held-out fifth of the training images"
+    f"Search by cosine among training images. 1-NN: class of the nearest; kNN: k = {KNN.k}, T = {KNN.temperature:g}; mAP: at most {_QUERIES} test images "
+    "search; linear probe: logistic regression, C chosen on a held-out fifth of the training images"
 )
 
 
@@ -75,6 +75,7 @@ def densities(x: Tensor, test_x: Tensor) -> dict[str, float]:
         images for which a unit is not zero.
 
     Example:
+        >>> import torch
         >>> densities(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]]))
         {'l0': 0.6667, 'dead': 0.3333, 'max_rate': 1.0}
     """

@@ -13,6 +13,11 @@ __all__ = ["codes_table", "means", "measure_table"]
 
 Report = Mapping[str, Any]
 
+_COST = (
+    "Seconds: of all fits of one seed. Density: share of non-zero values of test images. Dead: share of units that no image activates. "
+    "Largest rate: share of images that activate the most active unit."
+)
+
 
 def means(report: Report, measure: str) -> dict[str, dict[str, float]]:
     """Means over seeds of a measure, by method and k; methods in the order of the report."""
@@ -67,22 +72,22 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([joined(heads), f"|{rule}|", *map(joined, lines)])
 
 
-def codes_table(report: Report) -> str:
-    """All tables of a report, what their marks mean, and what was compared."""
+def codes_table(report: Report, methods: bool = True) -> str:
+    """All tables of a report, what their marks mean, and what was compared.
+
+    Args:
+        report: what `compare_codes` returns.
+        methods: end with a line about each method.
+    """
     tables = [measure_table(report, measure) for measure in MEASURES if means(report, measure)]
     seeds = len(report["asked"]["seeds"])
-    over = f"means over {seeds} seeds" if seeds > 1 else "one seed"
     marks = (
-        f"{over}. Bold: the best of a column. *: not significantly below it (95 % interval of the paired difference over test images"
-        f"{', whose scores are averaged over seeds' if seeds > 1 else ''}). Empty: not measured, or no such code."
-    )
-    cost = (
-        "Seconds: of all fits of one seed. Density: share of non-zero values of test images. Dead: share of units that no image activates. "
-        "Largest rate: share of images that activate the most active unit."
+        f"{f'Means over {seeds} seeds' if seeds > 1 else 'One seed'}. Bold: the best of a column. *: not significantly below it (95 % interval of "
+        f"the paired difference over test images{', whose scores are averaged over seeds' if seeds > 1 else ''}). Empty: not measured, or no such code."
     )
     about = (
         f"{report['data']}, {report['backbone']}: {report['n_train']:,} training and {report['n_test']:,} test images of {report['classes']} "
         f"classes, {report['features']} features, {report['units']} units. {report['protocol']}."
     )
-    names = [f"- {name}: {text}" for name, text in report["methods"].items()]
-    return "\n\n".join([*tables, marks[0].upper() + marks[1:], _cost_table(report), cost, about, "\n".join(names)])
+    names = "\n".join(f"- {name}: {text}" for name, text in report["methods"].items())
+    return "\n\n".join([*tables, marks, _cost_table(report), _COST, about, *([names] if methods else [])])

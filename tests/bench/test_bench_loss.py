@@ -79,6 +79,12 @@ def test_bench_without_a_command_is_that_of_the_loss(capsys: pytest.CaptureFixtu
     assert "options stand behind the command, as in `rlpjepa bench loss --json`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--batch", "--dim", "--directions", "--repeats"])
+def test_sizes_beyond_any_machine_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "loss", option, "9" * 30]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
+
+
 def test_scaling_measures_every_size_and_ranks() -> None:
     rows = scaling(1, sweeps={"directions": (32, 64), "dim": (64,), "batch": (8,)})
     assert {(row["sweep"], row["family"]) for row in rows} == {

@@ -1,8 +1,10 @@
 """`rlpjepa bench codes`: test images, measures, results, tables and mistakes."""
 
+import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +170,48 @@ def test_the_best_is_bold_and_those_level_with_it_have_a_star() -> None:
     text = codes_table(found)
     assert "Means over 2 seeds." in text and re.search(r"\| a +\| +2.0 \| +1 \| +all \| +0.125 \|", text)
     assert "kNN accuracy" not in text
+
+
+@pytest.fixture
+def codes_figure(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tool that draws the figure of docs/codes.md."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module("codes_figure")
+
+
+def test_the_figure_has_a_panel_for_each_result_and_the_name_of_each_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes_figure: Any
+) -> None:
+    from matplotlib.figure import Figure
+
+    lines = {
+        "ours": {"2": [0.5], "4": [0.6], "all": [0.7]},
+        "csr": {"2": [0.5], "4": [0.6]},
+        "pq": {"2": [0.4]},
+        "features": {"all": [0.8]},
+    }
+    found = report(lines, dict.fromkeys(lines, 0.0)) | {
+        "command": "rlpjepa bench codes x",
+        "machine": "m",
+        "versions": {"torch": "1", "timm": "2"},
+    }
+    found["asked"]["k"] = [2, 4]
+    (tmp_path / "codes-a.json").write_text(json.dumps(found))
+    (tmp_path / "codes-b.json").write_text(json.dumps(found))
+    drawn: list[list[set[str]]] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: drawn.append([{text.get_text() for text in axis.texts} for axis in figure.axes])
+    )
+    reports = codes_figure.reports(tmp_path)
+    codes_figure.draw(reports, tmp_path / "codes.png")
+    assert drawn == [[{"ours", "csr", "pq", "dense features"}] * 2]
+    page = codes_figure.section(reports)
+    assert page.count("| 1-NN accuracy, k = |") == 2 and "`rlpjepa bench codes x`; m, torch 1, timm 2." in page
+
+
+def test_labels_are_moved_apart_around_their_middle(codes_figure: Any) -> None:
+    moved = codes_figure.apart([1.0, 1.0, 1.1, 5.0], 0.5)
+    assert sorted(moved) == pytest.approx([0.5333, 1.0333, 1.5333, 5.0], abs=1e-3) and moved[2] == max(moved[:3])
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def info_nce(z: Tensor, temperature: float) -> Tensor:
 
     Example:
         >>> z = torch.eye(4).expand(2, 4, 4)
-        >>> round(float(info_nce(z, 0.2)), 4), round(float(info_nce(z[:, :1], 0.2)), 4)
-        (0.0396, 0.0)
+        >>> round(float(info_nce(z, 0.2)), 4)
+        0.0396
     """
     views, images = z.shape[:2]
     unit = F.normalize(z.flatten(0, 1), dim=1)

@@ -243,6 +243,13 @@ def test_json_of_the_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> 
     assert found["asked"]["seeds"] == [0, 1, 2] and len({row["seed"] for row in found["rows"] if row["method"] == "random"}) == 3
 
 
+def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "codes", "--help"]) == 0
+    assert ",".join(default_methods()) in re.sub(r"\s+", "", capsys.readouterr().out)
+    page = (Path(__file__).parents[2] / "docs/codes.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) == [*default_methods()]
+
+
 def test_folders_of_this_machine_are_not_in_the_command() -> None:
     words = [
         "/a/b/r.yaml",

@@ -17,10 +17,10 @@ import result
 import torch
 
 import rlpjepa_zoo as rz
+from rlpjepa_zoo.bench.loss import timed
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.evaluation.evaluate import evaluate
-from rlpjepa_zoo.report.bench_loss import timed
 from rlpjepa_zoo.training.optim import build_optimizer
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
 from rlpjepa_zoo.training.tasks.pretrain import build_objective, param_groups

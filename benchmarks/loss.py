@@ -3,8 +3,8 @@
     python benchmarks/loss.py [--repeats 9] [--json benchmarks/loss.json]     # measures, about five minutes on two quiet CPU cores
     python benchmarks/loss.py --draw                                          # only rewrites docs/loss.md and docs/measured/loss.png
 
-The speed table is what `rlpjepa bench` prints. The noise study estimates the relative error of the gradient at three states of the embeddings
-(see `rlpjepa_zoo.report.bench_loss.states`). Growth is compared with a model of the cost, t = a + b N D (drawing) + c N B D (projecting) + d N B log2 B (sorting),
+The speed table is what `rlpjepa bench loss` prints. The noise study estimates the relative error of the gradient at three states of the embeddings
+(see `rlpjepa_zoo.bench.loss.states`). Growth is compared with a model of the cost, t = a + b N D (drawing) + c N B D (projecting) + d N B log2 B (sorting),
 fitted with coefficients >= 0; a `hadamard` projection costs the sum of the factors of D instead of D, and draws nothing to speak of.
 """
 
@@ -19,9 +19,9 @@ import result
 import torch
 from scipy.optimize import nnls
 
+from rlpjepa_zoo.bench.loss import compare, markdown_table, scaling, states
 from rlpjepa_zoo.ops.gradient_noise import gradient_error
 from rlpjepa_zoo.ops.hadamard import factors
-from rlpjepa_zoo.report.bench_loss import compare, markdown_table, scaling, states
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"

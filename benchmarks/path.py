@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file
 
 import rlpjepa_zoo as rz
+from rlpjepa_zoo.bench import loss as bench
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
-from rlpjepa_zoo.report import bench_loss as bench
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
 from rlpjepa_zoo.training.tasks.heads import EncoderWithHeads
 from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, build_objective

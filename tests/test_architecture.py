@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "rlpjepa_zoo"
 
 ORDER = [
     {"cli"},
-    {"report"},
+    {"report", "bench"},
     {"training"},
     {"evaluation", "embedding"},
     {"models"},

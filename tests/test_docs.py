@@ -236,6 +236,15 @@ def test_density_curves_equal_the_result_files() -> None:
     assert all(report["seeds"] == 3 for report in reports.values())
 
 
+def test_tables_of_codes_equal_the_result_files() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import codes_figure
+    finally:
+        sys.path.pop(0)
+    assert codes_figure.section(codes_figure.reports()) in (ROOT / "docs/codes.md").read_text()
+
+
 def test_files_and_keys_in_pretraining_exist() -> None:
     page = (ROOT / "docs/pretraining.md").read_text()
     commands = re.findall(r"\| `([^`]*--out DIR)`", page)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OutputError, UsageError, ZooError
-from . import embed, evaluate, hub, train
+from . import bench, embed, evaluate, hub, train
 from .options import with_imports
 from .terminal import ReaderGone, results_on_stdout, set_up, show_error, show_traceback
 
@@ -37,9 +37,9 @@ for function, name in (
     (with_imports(hub.card), "card"),
     (with_imports(hub.push), "push"),
     (with_imports(hub.export), "export"),
-    (evaluate.bench, "bench"),
 ):
     app.command(name=name)(function)
+app.add_typer(bench.bench_app, name="bench")
 app.add_typer(hub.zoo_app, name="zoo")
 
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -112,7 +112,7 @@ def run(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of `rlpjepa`: configure output, run the command line, exit with its code."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our log reports its retries, one line each
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that `bench` uses logs each start on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that `bench loss` uses logs each start on stderr
     set_up()
     if "--quiet" in sys.argv or "--json" in sys.argv or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""Commands that measure or classify: `eval`, `report`, `predict`, `bench`."""
+"""Commands that measure or classify: `eval`, `report`, `predict`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from .options import (
     own_folder,
     path_option,
     print_values,
+    whole_numbers,
     write_file,
 )
 
@@ -94,9 +95,9 @@ def evaluate(
     if plot is not None and plot.suffix != ".png":
         raise UsageError(f"--plot {plot}: expected a file ending in .png")
     asked = budgets or ("auto" if plot is not None else "")
-    counts: Any = asked if asked == "auto" else _whole_numbers("--budgets", asked) if asked else ()
+    counts: Any = asked if asked == "auto" else whole_numbers("--budgets", asked) if asked else ()
     names = default_probes() if probes is None else tuple(name.strip() for name in probes.split(","))
-    images_per_class = tuple(_whole_numbers("--shots", shots))
+    images_per_class = tuple(whole_numbers("--shots", shots))
     protocol = Protocol(names, seeds, shots=images_per_class, queries=queries)  # refuses wrong values before anything is read
     if plot is not None and not {"knn", "linear", "few_shot" if 1 in images_per_class else ""} & set(protocol.probes):
         raise UsageError("--plot: draws kNN, linear and 1-shot accuracy; add one of them to --probes")
@@ -150,13 +151,6 @@ def _evaluate_classifier(
     if out is not None:
         write_file(out, (json.dumps({"source": source, "data": data, **report}, indent=1) + "\n").encode())
     print_values(report | {"text": classifier_table(report)}, as_json)
-
-
-def _whole_numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{option}: expected whole numbers such as 4,8,16, got '{text}'") from error
 
 
 def report(
@@ -220,26 +214,3 @@ def predict(
     list_failures(out, failures, count)
     result = {"file": str(out), "images": count, "skipped": len(failures), "classes": len(model.classes), "model": model.fingerprint()}
     print_values(result, as_json)
-
-
-def bench(
-    batch: Annotated[int, typer.Option(min=2, help="Images per step.")] = 256,
-    dim: Annotated[int, typer.Option(min=1, help="Dimension of the embedding.")] = 512,
-    directions: Annotated[int, typer.Option(min=1, help="Directions of the minimal example.")] = 8192,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the medians are reported.")] = 9,
-    device: Device = "cpu",
-    out: Annotated[Path | None, path_option(help="JSON file for all measurements.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time the loss beside the minimal example of the paper, in alternation, at equal directions and at equal gradient error.
-
-    Takes a minute on two CPU cores. Also measures POT and lightly if they are installed.
-    """
-    from ..report.bench_loss import compare, markdown_table
-
-    if out is not None:
-        check_file("--out", out)
-    times = compare(batch, dim, directions, repeats, choose_device(device))
-    if out is not None:
-        write_file(out, (json.dumps(times, indent=1) + "\n").encode())
-    print_values({**times, "text": markdown_table(times)}, as_json)

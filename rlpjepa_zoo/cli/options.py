@@ -81,6 +81,18 @@ def with_imports(command: Callable[..., None]) -> Callable[..., None]:
     return importing
 
 
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Return the numbers of an option such as 4,8,16.
+
+    Raises:
+        UsageError: other text.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option}: expected whole numbers such as 4,8,16, got '{text}'") from error
+
+
 def choose_device(asked: str | None) -> str:
     """Return the device to compute on: the asked one, else the GPU of this process, else mps, else cpu.
 

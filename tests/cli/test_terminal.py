@@ -118,6 +118,8 @@ def test_names_that_are_too_long_for_the_system_are_refused(capsys: pytest.Captu
         ["embed", "test_resnet.digits", ".", "--overwrite", "--out", "PLACE"],
         ["predict", "gone", ".", "--overwrite", "--out", "PLACE"],
         ["bench", "--out", "PLACE"],
+        ["bench", "loss", "--out", "PLACE"],
+        ["bench", "codes", "digits", "--out", "PLACE"],
     ],
 )
 def test_devices_and_pipes_are_not_replaced_by_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]) -> None:

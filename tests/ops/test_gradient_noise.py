@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlpjepa_zoo.bench.loss import states
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.distributions import RectifiedGeneralizedGaussian, sigma_gn
 from rlpjepa_zoo.errors import RecipeError
 from rlpjepa_zoo.objectives.rectified_lpjepa import PAPER_ERROR
 from rlpjepa_zoo.ops.directions import directions
 from rlpjepa_zoo.ops.gradient_noise import directions_needed, gradient_error, matched
-from rlpjepa_zoo.report.bench_loss import states
 from rlpjepa_zoo.training.tasks.pretrain import build_objective
 
 BATCH, DIM = 24, 64

@@ -56,7 +56,8 @@ PRELOADED = (
     "rlpjepa_zoo.evaluation.evaluate",
     "rlpjepa_zoo.evaluation.datasets", "rlpjepa_zoo.hub.card", "rlpjepa_zoo.hub.push", "rlpjepa_zoo.models.pretrained", "rlpjepa_zoo.models.export",
     "rlpjepa_zoo.report.report",
-    "rlpjepa_zoo.training.tasks.pretrain", "rlpjepa_zoo.training.tasks.finetune", "rlpjepa_zoo.report.demo", "rlpjepa_zoo.report.bench_loss",
+    "rlpjepa_zoo.training.tasks.pretrain", "rlpjepa_zoo.training.tasks.finetune", "rlpjepa_zoo.report.demo", "rlpjepa_zoo.bench.loss",
+    "rlpjepa_zoo.bench.codes", "rlpjepa_zoo.bench.tables",
 )  # fmt: skip
 
 

@@ -240,10 +240,19 @@ class Case:
         self.may(self.damage_of("in/encoder", "json", "safetensors"))
 
     def measures(self, rng: Random) -> None:
-        self.arguments = ["bench"]
-        self.options = [
-            (rng.choice(("--batch", "--dim", "--directions", "--repeats")), rng.choice(("0", "-1", "x", "1.5", "nan", "9" * 400)))
-        ]
+        odd = rng.choice(("0", "-1", "x", "1.5", "nan", "9" * 400))
+        if rng.random() < 0.4:
+            self.arguments = rng.choice((["bench"], ["bench", "loss"]))
+            small = {"--batch": "8", "--dim": "16", "--directions": "32", "--repeats": "1"}
+            self.options = [*(small | {rng.choice(sorted(small)): odd}).items()]
+            return
+        self._data()
+        self.arguments = ["bench", "codes", self._recipe(PRETRAINING)]
+        self.options = [("--methods", rng.choice(("ours,csr,pq", "features,ncl", "pca,random,csrv2"))), ("--k", "2,4"), ("--seeds", "1")]
+        self.options += [("--linear", "none"), ("--quiet", None), ("--out", "out/codes.json")]
+        self.tail = [*SMALL, "encoder.freeze_backbone=true", "encoder.cached_views=2"]
+        self.may(self.overridden, self.spoil_folder("in/images"), self.pointed_elsewhere)
+        self.may(self.extra_option({"--methods": "csr", "--k": odd, "--seeds": odd, "--linear": "all"}), times=3)
 
     def demonstrates(self, rng: Random) -> None:
         self.arguments = ["demo"]
@@ -264,7 +273,7 @@ class Case:
         self.arguments += [mutate.override(rng, keys) for _ in range(rng.choice((1, 1, 2)))]
 
     def rewritten(self, rng: Random) -> None:
-        path = self.folder / self.arguments[1]
+        path = self.folder / "in/recipe.yaml"
         path.write_bytes(mutate.of_yaml(rng, path.read_text()))
 
     def pointed_elsewhere(self, rng: Random) -> None:

@@ -96,3 +96,48 @@ def laplace_tail(mu: float, sigma: float) -> dict[str, float]:
     l0 = 0.5 * math.exp(mu / sigma)
     entropy = l0 * (1 + math.log(sigma)) - l0 * math.log(l0) - (1 - l0) * math.log1p(-l0)
     return {"l0": l0, "mean": l0 * sigma, "variance": l0 * sigma**2 * (2 - l0), "entropy": entropy}
+
+
+def info_nce(z: np.ndarray, temperature: float) -> float:
+    """NT-Xent of views (V, b, D) by loops: the mean over ordered pairs of different views of one image."""
+    rows = [(image, v / np.linalg.norm(v)) for view in z.astype(np.float64) for image, v in enumerate(view)]
+    losses = []
+    for i, (image, a) in enumerate(rows):
+        others = {j: math.exp(float(a @ b) / temperature) for j, (_, b) in enumerate(rows) if j != i}
+        losses += [-math.log(others[j] / sum(others.values())) for j in others if rows[j][0] == image]
+    return sum(losses) / len(losses)
+
+
+def largest(row: np.ndarray, k: int) -> np.ndarray:
+    """A row with only its k largest positive values."""
+    kept = np.zeros_like(row)
+    for i in sorted(range(len(row)), key=lambda i: -row[i])[:k]:
+        kept[i] = max(row[i], 0.0)
+    return kept
+
+
+def csr_loss(
+    x: np.ndarray, encode: np.ndarray, c: np.ndarray, decode: np.ndarray, b: np.ndarray, k: int, dead: set[int], most_dead: int = 512
+) -> float:
+    """The loss of CSR, equations of arXiv 2503.01776 and its appendix, row by row: L(k) + L(4k) / 8 + L(aux) / 32 + 0.1 L(contrastive).
+
+    Args:
+        x: (V, n, F) centred features of V views.
+        encode, c: (D, F), (D,) of the encoder; decode, b: (F, D), (F,) of the decoder. c, b are biases.
+        k: values of a code.
+        dead: units that the auxiliary loss is for.
+    """
+    x = x.astype(np.float64)
+    codes, squares, auxiliary = np.zeros((*x.shape[:2], len(encode))), {"k": [], "4k": []}, []
+    for v, view in enumerate(x):
+        errors, repairs = [], []
+        for i, row in enumerate(view):
+            units = encode @ (row - b) + c
+            codes[v, i] = largest(units, k)
+            errors.append(row - (decode @ codes[v, i] + b))
+            squares["k"].append(np.mean(errors[-1] ** 2))
+            squares["4k"].append(np.mean((row - (decode @ largest(units, 4 * k) + b)) ** 2))
+            repairs.append(decode @ largest(np.array([u if j in dead else 0.0 for j, u in enumerate(units)]), most_dead))
+        error, repair = np.array(errors), np.array(repairs)
+        auxiliary.append(np.mean((repair - error) ** 2) / np.mean((error - error.mean(0)) ** 2) if dead else 0.0)
+    return float(np.mean(squares["k"]) + np.mean(squares["4k"]) / 8 + np.mean(auxiliary) / 32 + 0.1 * info_nce(codes, 0.2))

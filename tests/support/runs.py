@@ -22,6 +22,9 @@ TINY = [
     "optim.lr=0.02", "optim.warmup_epochs=0.5", "probe.every_epochs=2", "probe.bank=90", "probe.eval_images=60", "train.checkpoint_minutes=1000",
 ]  # fmt: skip
 
+CACHED = ["encoder.freeze_backbone=true", "encoder.cached_views=3", "data.limit=160", "train.batch_size=64"]
+"""Further overrides: a frozen backbone whose features are kept, eight steps."""
+
 
 def tiny(*more: str) -> Recipe:
     """Four epochs of three steps on digits."""

@@ -71,7 +71,7 @@ RANGES = {
     "E": range(1, 12),
     "X": range(1, 12),
     "H": range(1, 31),
-    "C": range(1, 13),
+    "C": range(1, 15),
     "S": range(1, 8),
     "B": range(1, 163),
 }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlpjepa_zoo.bench.loss import compare
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.config.sections import Data, Views
 from rlpjepa_zoo.data.views import Augment
@@ -16,7 +17,6 @@ from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.ops.directions import FAMILIES, direction_blocks, directions
 from rlpjepa_zoo.ops.sliced_wasserstein import sliced_wasserstein
-from rlpjepa_zoo.report.bench_loss import compare
 from rlpjepa_zoo.training.tasks.pretrain import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -1,4 +1,4 @@
-"""`rlpjepa bench`: all contenders estimate the same distance; time and memory are measured as documented."""
+"""`rlpjepa bench loss`: all contenders estimate the same distance; time and memory are measured as documented."""
 
 import json
 import re
@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlpjepa_zoo.cli import app as cli
-from rlpjepa_zoo.report.bench_loss import (
+from rlpjepa_zoo.bench.loss import (
     matching_term,
     minimal_example,
     optimal_transport,
@@ -22,6 +21,7 @@ from rlpjepa_zoo.report.bench_loss import (
     states,
     timed,
 )  # fmt: skip
+from rlpjepa_zoo.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,7 @@ def test_functions_are_timed_alternately_after_a_warm_up() -> None:
 
 def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
-    assert cli.run(["bench", "--batch", "16", "--dim", "64", "--directions", "128", "--repeats", "1", "--out", str(out)]) == 0
+    assert cli.run(["bench", "loss", "--batch", "16", "--dim", "64", "--directions", "128", "--repeats", "1", "--out", str(out)]) == 0
     printed, comparison = capsys.readouterr().out, json.loads(out.read_text())
     assert {"minimal example", "plain torch", "random", "hadamard", "hadamard, equal error near"} <= set(comparison["rows"])
     assert all(row["seconds"][1] <= row["seconds"][0] <= row["seconds"][2] and row["bytes"] > 0 for row in comparison["rows"].values())
@@ -70,6 +70,19 @@ def test_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.C
     assert all(error["seen"] < 1.2 * error["random"] for error in comparison["gradient_error"].values())
     assert len(re.findall(r"^\| ", printed, re.M)) == 1 + len(comparison["rows"]) + len(comparison["others"])
     assert comparison["asked"]["n"] == 128 and comparison["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_bench_without_a_command_is_that_of_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--batch", "8", "--dim", "16", "--directions", "32", "--repeats", "1"]
+    assert cli.run(["bench", *tiny]) == 0 and "| hadamard |" in capsys.readouterr().out
+    assert cli.run(["bench", "--batch", "8", "loss"]) == 2
+    assert "options stand behind the command, as in `rlpjepa bench loss --json`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--batch", "--dim", "--directions", "--repeats"])
+def test_sizes_beyond_any_machine_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "loss", option, "9" * 30]) == 2
+    assert f"Invalid value for '{option}'" in capsys.readouterr().err
 
 
 def test_scaling_measures_every_size_and_ranks() -> None:

@@ -1,4 +1,4 @@
-"""`rlpjepa bench`: the loss compared with the paper's minimal example, timed alternately in one process, at equal numbers of directions and at
+"""`rlpjepa bench loss`: the loss compared with the paper's minimal example, timed alternately in one process, at equal numbers of directions and at
 equal gradient error.
 
 A busy machine slows all contenders, so the ratio of the medians is the figure to use. Every contender does all work of a step: it draws
@@ -7,25 +7,23 @@ directions and targets and computes the loss of two views and its gradient.
 
 from __future__ import annotations
 
-import platform
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import package, rng
+from ..core import rng
 from ..distributions import RectifiedGeneralizedGaussian, sigma_gn
 from ..objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from ..objectives.sigreg import SIGReg
 from ..ops.gradient_noise import directions_needed, gradient_error, matched
+from .machine import is_cuda, machine
 
 __all__ = ["compare", "markdown_table", "minimal_example", "peak_memory", "scaling", "states", "timed"]
 
@@ -165,18 +163,6 @@ def peak_memory(work: Callable[[], Any], cuda: bool = False) -> int:
     return most
 
 
-def _is_cuda(device: str) -> bool:
-    return torch.device(device).type == "cuda"
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """Processor and library versions, for the record."""
-    name = torch.cuda.get_device_name(device) if _is_cuda(device) else f"{torch.get_num_threads()} threads"
-    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else None
-    cpu = f"{model[1] if model else platform.processor()}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"machine": f"{name}, {cpu}", "versions": package.versions()}
-
-
 # --- results ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +196,7 @@ def compare(batch: int = 256, dim: int = 512, n: int = 8192, repeats: int = 9, d
         row["faster"] = round(base["seconds"][0] / row["seconds"][0], 2)
         row["memory"] = round(row["bytes"] / base["bytes"], 4)
     asked = {"batch": batch, "dim": dim, "n": n, "repeats": repeats, "device": device}
-    return {"asked": asked, "gradient_error": errors, "rows": rows, "others": others, **_machine(device)}
+    return {"asked": asked, "gradient_error": errors, "rows": rows, "others": others, **machine(device)}
 
 
 def _equal_error(n: int, z: Tensor, y: Tensor) -> dict[str, Any]:
@@ -233,11 +219,11 @@ def _measure(losses: Mapping[str, Loss], batch: int, dim: int, repeats: int, dev
         return forward_and_backward
 
     work = {name: step(loss) for name, loss in losses.items()}
-    seconds, rows = timed(work, repeats, _is_cuda(device)), {}
+    seconds, rows = timed(work, repeats, is_cuda(device)), {}
     for name, function in work.items():
         values, x.grad = seconds[name], None
         summary = [float(f"{value:.4g}") for value in (statistics.median(values), min(values), max(values))]
-        rows[name] = {"seconds": summary, "bytes": peak_memory(function, _is_cuda(device))}
+        rows[name] = {"seconds": summary, "bytes": peak_memory(function, is_cuda(device))}
     return rows
 
 

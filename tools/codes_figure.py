@@ -1,0 +1,134 @@
+"""The picture and tables of docs/codes.md: accuracy of sparse codes against their number of values, from results of `rlpjepa bench codes`.
+
+    python tools/codes_figure.py            # draws docs/measured/codes.png and rewrites the tables, from benchmarks/codes-*.json
+
+Results are made with `rlpjepa bench codes RECIPE ... --out benchmarks/codes-DATA.json`.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpjepa_zoo.bench.tables import codes_table, means
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "#2a7f9e"
+OTHERS = ("#c8553d", "#d98e32", "#a8791c", "#7a6c9d", "#4f8a5b", "#1b2a41", "#8a97a6", "#b0567f")
+"""Colours of the other methods, in their order."""
+
+
+def reports(folder: Path = ROOT / "benchmarks") -> dict[str, dict[str, Any]]:
+    """Results by the name of their file."""
+    return {path.stem.removeprefix("codes-"): json.loads(path.read_text()) for path in sorted(folder.glob("codes-*.json"))}
+
+
+def section(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown between the markers of the page."""
+    if not found:
+        return "\nNothing is recorded yet.\n"
+    parts = ["![1-NN accuracy against values of a code](measured/codes.png)"]
+    for report in found.values():
+        about = f"`{report['command']}`; {report['machine']}, torch {report['versions']['torch']}, timm {report['versions']['timm']}."
+        parts += [f"### {report['data']}, {report['backbone']}", about, codes_table(report, methods=False)]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved so that neighbours are at least `gap` apart, in the same order, around the same middle."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    groups: list[tuple[float, list[int]]] = []
+    for i in order:
+        groups.append((heights[i], [i]))
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (len(groups[-1][1]) + len(groups[-2][1])) / 2:
+            (high, above), (low, below) = groups.pop(), groups.pop()
+            groups.append(((high * len(above) + low * len(below)) / (len(above) + len(below)), below + above))
+    moved = [0.0] * len(heights)
+    for middle, members in groups:
+        for place, i in enumerate(members):
+            moved[i] = middle + gap * (place - (len(members) - 1) / 2)
+    return moved
+
+
+def panel(axis: Any, report: Mapping[str, Any], measure: str = "one_nn") -> None:
+    """One data set: a line for each method, its name at the right end; dotted, the dense features."""
+    ends: list[tuple[str, str, float, float]] = []
+    colors = iter(OTHERS * 9)
+    for name, of in means(report, measure).items():
+        points = [(int(k), value) for k, value in of.items() if k != "all"]
+        color = OURS if name == "ours" else next(colors)
+        if points:
+            k, values = zip(*points, strict=True)
+            axis.plot(
+                k,
+                values,
+                color=color,
+                lw=2.6 if name == "ours" else 1.1,
+                marker="o",
+                ms=5 if name == "ours" else 2.5,
+                zorder=3 if name == "ours" else 2,
+            )
+            ends.append((name, color, k[-1], values[-1]))
+        if name == "features" and "all" in of:
+            axis.axhline(of["all"], color=color, ls=":", lw=1)
+            axis.annotate(
+                "dense features",
+                (0, of["all"]),
+                (2, 3),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=8,
+                color=color,
+            )
+    low, high = axis.get_ylim()
+    most = max(end[2] for end in ends)
+    heights = apart([end[3] for end in ends], 0.055 * (high - low))
+    outside = max(0.0, max(heights) - high) or min(0.0, min(heights) - low)
+    for (name, color, k, value), height in zip(ends, (height - outside for height in heights), strict=True):
+        arrow = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        weight = "bold" if name == "ours" else "normal"
+        axis.annotate(
+            name,
+            (k, value),
+            (most * 1.25, height),
+            va="center",
+            fontsize=9,
+            color=color,
+            weight=weight,
+            arrowprops=arrow,
+            annotation_clip=False,
+        )
+    ticks = report["asked"]["k"]
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(k) for k in ticks])
+    axis.minorticks_off()
+    axis.set(title=f"{report['data']}, {report['backbone']}", xlabel="values of a code, k")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.6 * len(found), 4.2), squeeze=False, layout="constrained")
+    for axis, report in zip(axes[0], found.values(), strict=True):
+        panel(axis, report)
+    axes[0, 0].set_ylabel("1-NN accuracy")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    found, page = reports(), ROOT / "docs/codes.md"
+    if found:
+        draw(found, ROOT / "docs/measured/codes.png")
+    text = re.sub(
+        r"(<!-- codes: .*? -->\n).*?(<!-- end of codes -->)", lambda m: m[1] + section(found) + m[2], page.read_text(), flags=re.S
+    )
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,26 @@ from torch import Tensor
 
 from ..core import distributed
 
-__all__ = ["Reconstruction"]
+__all__ = ["Reconstruction", "decoded"]
+
+_FEW = 16
+"""Where codes have at most D / 16 values, a decoder sums rows; else it multiplies matrices."""
+
+
+def decoded(values: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
+    """Product (n, F) of codes of few values and a matrix.
+
+    Args:
+        values, columns: (n, k) values of codes and their columns.
+        weight: (D, F).
+
+    Example:
+        >>> decoded(torch.tensor([[2.0]]), torch.tensor([[1]]), torch.tensor([[1.0, 1.0], [3.0, 4.0]])).tolist()
+        [[6.0, 8.0]]
+    """
+    if values.shape[1] * _FEW <= len(weight):  # n k F products instead of n D F
+        return F.embedding_bag(columns, weight, per_sample_weights=values, mode="sum")
+    return values.new_zeros(len(values), len(weight)).scatter(1, columns, values) @ weight
 
 
 class Reconstruction(nn.Module):
@@ -51,11 +70,8 @@ class Reconstruction(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             wanted = self._standardised(features.detach().float())
             values, columns = z.float().topk(max(self.active), dim=1)  # sorted, so the k largest are the first k
-            errors = []
-            for k in self.active:  # sums k rows of the weight for each row of z: n k F products instead of n D F
-                sums = F.embedding_bag(columns[:, :k], self.weight, per_sample_weights=values[:, :k], mode="sum")
-                errors.append((sums + self.bias - wanted).square().mean())
-            return torch.stack(errors).mean()
+            sums = [decoded(values[:, :k], columns[:, :k], self.weight) for k in self.active]
+            return torch.stack([(each + self.bias - wanted).square().mean() for each in sums]).mean()
 
     @staticmethod
     def _standardised(features: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def autoencoder(features: int = 6, units: int = 160) -> tuple[TopKAutoencoder, T
     model = TopKAutoencoder(torch.tensor([[1.0], [-1.0]]).expand(2, features), units)
     with torch.no_grad():
         model.encoder.weight.copy_(nn.functional.normalize(torch.randn(units, features, generator=source), dim=1))
-        model.decoder.weight.copy_(model.encoder.weight.T)
+        model.decoder.copy_(model.encoder.weight)
         for bias in (model.bias, model.encoder.bias):
             bias.normal_(0, 0.1, generator=source)
     return model, torch.randn(2, 4, features, generator=source)
@@ -129,7 +129,7 @@ def test_csr_loss_equals_its_definition(compared: Compared, with_dead: bool) -> 
     model.idle[list(dead)] = 1000
     method = CSR(compared[0], CPU)
     method.module, method.k = model, 3
-    parameters = (model.encoder.weight, model.encoder.bias, model.decoder.weight, model.bias)
+    parameters = (model.encoder.weight, model.encoder.bias, model.decoder.T, model.bias)
     expected = oracles.csr_loss(views.numpy(), *(p.detach().double().numpy() for p in parameters), 3, dead)
     assert len(dead) >= 64 * with_dead
     assert method.loss(views, 0).item() == pytest.approx(expected, rel=1e-5)
@@ -145,7 +145,7 @@ def test_csr_reconstruction_equals_that_of_sentence_transformers() -> None:
     model.idle.zero_()
     model.idle[dead] = 1000
     other = modules.SparseAutoEncoder(input_dim=6, hidden_dim=160, k=3, k_aux=160)
-    with torch.no_grad():  # its decoder is the transpose of the encoder, ours starts so
+    with torch.no_grad():  # its decoder is the weight of the encoder, ours starts so
         other.encoder.weight.copy_(model.encoder.weight)
         other.pre_bias.copy_(model.bias)
         other.latent_bias.copy_(model.encoder.bias)
@@ -169,12 +169,12 @@ def test_units_are_dead_after_thirty_steps_in_no_code_and_alive_after_one() -> N
     assert ((model.idle == 0) & (idle > 0)).any()
 
 
-def test_decoder_starts_as_the_transpose_and_keeps_columns_of_length_one(compared: Compared) -> None:
+def test_decoder_starts_as_the_encoder_and_keeps_rows_of_length_one(compared: Compared) -> None:
     fresh = TopKAutoencoder(compared[1].train, 32)
-    assert torch.allclose(fresh.decoder.weight, nn.functional.normalize(fresh.encoder.weight, dim=1).T)
+    assert torch.allclose(fresh.decoder, nn.functional.normalize(fresh.encoder.weight, dim=1))
     trained = fitted("csr", compared).module
-    assert torch.allclose(trained.decoder.weight.norm(dim=0), torch.ones(32), atol=1e-5)
-    assert not torch.allclose(trained.decoder.weight, nn.functional.normalize(trained.encoder.weight, dim=1).T, atol=1e-3)
+    assert torch.allclose(trained.decoder.norm(dim=1), torch.ones(32), atol=1e-5)
+    assert not torch.allclose(trained.decoder, nn.functional.normalize(trained.encoder.weight, dim=1), atol=1e-3)
 
 
 def test_csrv2_lowers_k_in_a_line_over_seven_tenths_of_the_training(compared: Compared) -> None:

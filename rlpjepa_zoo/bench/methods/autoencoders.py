@@ -4,7 +4,7 @@ Written from the papers. What is different here from the code of CSR's authors a
 sentence-transformers, which follow it:
 
 - features are centred and divided by one number, so that the rate of the recipe suits any backbone;
-- the decoder is a matrix of its own. It starts as the transpose of the encoder, and its columns have length 1 (theirs is the transpose);
+- the decoder is a matrix of its own. It starts as the weight of the encoder, and its rows, one for each unit, have length 1 (theirs is that weight);
 - the two views are random views of an image (the authors encode the same features twice);
 - a unit is dead after 30 steps in which no code has it (theirs count codes, of which a step makes two to four for each view);
 - without dead units there is no term for them (theirs is then constant);
@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...objectives.reconstruction import decoded
 from ...sparse.topk import keep_largest
 from . import METHODS
 from .base import Centred, Features, Learned
@@ -43,25 +44,21 @@ class TopKAutoencoder(nn.Module):
     def __init__(self, x: Tensor, dim: int) -> None:
         super().__init__()
         self.centred, self.bias = Centred(x), nn.Parameter(torch.zeros(x.shape[1]))
-        self.encoder, self.decoder = nn.Linear(x.shape[1], dim), nn.Linear(dim, x.shape[1], bias=False)
+        self.encoder = nn.Linear(x.shape[1], dim)
         nn.init.zeros_(self.encoder.bias)
+        self.decoder = nn.Parameter(self.encoder.weight.detach().clone())
         self.idle: Tensor
         self.register_buffer("idle", torch.zeros(dim, dtype=torch.long))
-        with torch.no_grad():
-            self.decoder.weight.copy_(self.encoder.weight.T)
         self.scale_decoder()
 
     @torch.no_grad()
     def scale_decoder(self) -> None:
-        """Scale the columns of the decoder to length 1."""
-        self.decoder.weight.div_(self.decoder.weight.norm(dim=0, keepdim=True).clamp_min(1e-8))
+        """Scale the rows of the decoder to length 1."""
+        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     def forward(self, centred: Tensor) -> Tensor:
         """All units (n, D) >= 0 of centred features (n, F)."""
         return self.encoder(centred - self.bias).relu()
-
-    def decoded(self, z: Tensor) -> Tensor:
-        return self.decoder(z) + self.bias
 
     def terms(self, views: Tensor, k: int, more: int | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes of a batch, and the terms of its loss, each a mean over the views.
@@ -77,19 +74,18 @@ class TopKAutoencoder(nn.Module):
         """
         count, x = len(views), self.centred(views.flatten(0, 1))
         units = self(x)
-        z = keep_largest(units, k)
-        error = x - self.decoded(z)
+        values, columns = units.topk(min(max(k, more or 0), units.shape[1]), dim=1)  # sorted: a code of k values is the first k
+        z = torch.zeros_like(units).scatter(1, columns[:, :k], values[:, :k])
+        error = x - self.bias - decoded(values[:, :k], columns[:, :k], self.decoder)
         terms = {"k": error.square().mean(), "dead": error.new_zeros(())}
-        used = (z > 0).any(0)
         if more is not None:
-            richer = keep_largest(units, more)
-            terms["more"] = (x - self.decoded(richer)).square().mean()
-            used |= (richer > 0).any(0)
+            terms["more"] = (x - self.bias - decoded(values, columns, self.decoder)).square().mean()
         with torch.no_grad():
-            self.idle.add_(1).mul_(~used)
+            self.idle += 1
+            self.idle[columns[values > 0]] = 0
         if (dead := self.idle >= _PATIENCE).any():
             left = error.detach().unflatten(0, (count, -1))
-            rest = self.decoder(keep_largest(units * dead, _MOST_DEAD)).unflatten(0, (count, -1))
+            rest = (keep_largest(units * dead, _MOST_DEAD) @ self.decoder).unflatten(0, (count, -1))
             variance = (left - left.mean(1, keepdim=True)).square().mean((1, 2)).clamp_min(1e-12)
             terms["dead"] = ((rest - left).square().mean((1, 2)) / variance).mean()
         return z.unflatten(0, (count, -1)), terms

@@ -6,7 +6,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...models.encoder import SparseEncoder, make_projector
+from ...models.encoder import SparseEncoder
+from ...ops.modules import make_projector
+from ...sparse.topk import between
 from ...training.optim import ParamGroup
 from ...training.tasks.pretrain import PretrainTask
 from . import METHODS
@@ -20,7 +22,6 @@ class Ours(Learned):
     """The projector and the objective of the recipe, trained once for every k.
 
     Loss, parameter groups and module are those of `PretrainTask`, without the online probes, which never change an encoder.
-    What the task does after each update of the weights belongs into `after_update`, and what it does with a trained core into `finish`.
     """
 
     order = 10
@@ -43,3 +44,14 @@ class Ours(Learned):
 
     def encode(self, x: Tensor) -> Tensor:
         return self.task.core.outputs(x)
+
+    def after_update(self) -> None:
+        self.task.after_update()
+
+    @torch.no_grad()
+    def finish(self, features: Features) -> None:
+        """The exact shift of a held density, on all training images."""
+        target = self.recipe.target
+        if target is not None and target.hold:
+            before = torch.cat([self.task.core.before_relu(block.to(self.device)).cpu() for block in features.train.split(4096)])
+            self.task.core = self.task.core.shifted(between(before.flatten().numpy(), round(target.density_in_theory() * before.numel())))

@@ -273,6 +273,15 @@ def test_command_takes_names_with_dots_and_normalizes(photos: Path, tmp_path: Pa
     np.testing.assert_allclose(np.linalg.norm(e.to_dense(), axis=1), 1, atol=1e-6)
 
 
+def test_dial_can_raise_the_density_on_given_images(photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    settled().save_pretrained(tmp_path / "enc")
+    before = rz.load_encoder(tmp_path / "enc").embed(photos).l0
+    words = ["dial", tmp_path / "enc", "--density", 0.75, "--mode", "shift", "--images", photos, "--out", tmp_path / "denser"]
+    code, out, err = run(*words, "--quiet", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["dial"] == "biases shifted for a density of 0.75"
+    assert before < 0.7 and rz.load_encoder(tmp_path / "denser").embed(photos).l0 == pytest.approx(0.75, abs=0.01)
+
+
 def test_everything_works_in_a_folder_whose_name_is_not_utf8(
     photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:

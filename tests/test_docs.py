@@ -242,7 +242,8 @@ def test_tables_of_codes_equal_the_result_files() -> None:
         import codes_figure
     finally:
         sys.path.pop(0)
-    assert codes_figure.section(codes_figure.reports()) in (ROOT / "docs/codes.md").read_text()
+    page = (ROOT / "docs/codes.md").read_text()
+    assert codes_figure.section(codes_figure.reports()) in page and codes_figure.density_section() in page
 
 
 def test_files_and_keys_in_pretraining_exist() -> None:

@@ -1,12 +1,14 @@
-"""The picture and tables of docs/codes.md: accuracy of sparse codes against their number of values, from results of `rlpjepa bench codes`.
+"""The picture and tables of docs/codes.md: accuracy of sparse codes against their number of values, and densities asked and measured.
 
-    python tools/codes_figure.py            # draws docs/measured/codes.png and rewrites the tables, from benchmarks/codes-*.json
+    python tools/codes_figure.py            # draws docs/measured/codes.png and rewrites the tables, from benchmarks/{codes,density}-*.json
 
-Results are made with `rlpjepa bench codes RECIPE ... --out benchmarks/codes-DATA.json`.
+Results are made with `rlpjepa bench codes RECIPE ... --out benchmarks/codes-DATA.json` and `python benchmarks/density.py RECIPE ... --json benchmarks/density-DATA.json`.
 """
 
+import importlib
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,22 @@ OTHERS = ("#c8553d", "#d98e32", "#a8791c", "#7a6c9d", "#4f8a5b", "#1b2a41", "#8a
 def reports(folder: Path = ROOT / "benchmarks") -> dict[str, dict[str, Any]]:
     """Results by the name of their file."""
     return {path.stem.removeprefix("codes-"): json.loads(path.read_text()) for path in sorted(folder.glob("codes-*.json"))}
+
+
+def density_section(folder: Path = ROOT / "benchmarks") -> str:
+    """Markdown between the markers of the densities."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        table = importlib.import_module("density").table
+    finally:
+        sys.path.pop(0)
+    parts = []
+    for path in sorted(folder.glob("density-*.json")):
+        found = json.loads(path.read_text())
+        sizes = "{n_train:,} training and {n_test:,} test images".format(**found["rows"][0])
+        about = f"`{found['command']}`; {sizes}; {found['machine']}, torch {found['versions']['torch']}."
+        parts += [f"**{path.stem.removeprefix('density-')}**. {about}", table(found["rows"])]
+    return "\n" + "\n\n".join(parts or ["Nothing is recorded yet."]) + "\n"
 
 
 def section(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -124,9 +142,11 @@ def main() -> None:
     found, page = reports(), ROOT / "docs/codes.md"
     if found:
         draw(found, ROOT / "docs/measured/codes.png")
-    text = re.sub(
-        r"(<!-- codes: .*? -->\n).*?(<!-- end of codes -->)", lambda m: m[1] + section(found) + m[2], page.read_text(), flags=re.S
-    )
+    text = page.read_text()
+    for name, content in (("codes", section(found)), ("density", density_section())):
+        text = re.sub(
+            rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", lambda m, content=content: m[1] + content + m[2], text, flags=re.S
+        )
     page.write_text(text)
 
 

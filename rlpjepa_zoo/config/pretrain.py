@@ -124,6 +124,7 @@ class Recipe(Plan):
         if self.target is not None and not objective.needs_target:
             raise ValueError(f"target: has no meaning for objective {name}; remove it")
         if self.target is not None:
+            self.target.law()
             density = self.target.density_in_theory()
             if (self.target.anneal or self.target.hold) and not 1e-6 <= density < 1:
                 raise ValueError(

@@ -313,6 +313,8 @@ class Target(Section):
 
     def density_in_theory(self) -> float:
         """Return P(Y > 0) of the target."""
+        if self.density is not None:  # what mu is solved from
+            return self.density
         import torch
 
         from ..distributions import RectifiedGeneralizedGaussian

@@ -108,7 +108,7 @@ def alarms(metrics: Mapping[str, float], theory: float | None, still_training: b
             cure = f"train with target.hold=true, or shift the trained encoder: rlpjepa dial --density {theory:.3g} --mode shift"
             sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; {cure}")
     if silent is not None and silent > (0.5 if still_training else _MANY):
-        cure = "train with target.anneal=0.6, which keeps dimensions alive, or with a lower learning rate or encoder.dim"
+        cure = "train with target.hold=true, which brings dimensions back, or with a lower learning rate or encoder.dim"
         sentences.append(f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); {cure}")
     if loud is not None and theory is not None and theory < 0.5 and not still_training and loud > _MANY:
         sentences.append(f"{loud:.0%} of the dimensions are always on (every evaluation image activates them); raise objective.matching")

@@ -27,15 +27,16 @@ from rlpjepa_zoo.training.tasks.pretrain import PretrainTask, train
 
 
 def test_dead_dimensions_are_said_at_step_50(caplog: pytest.LogCaptureFixture) -> None:
-    def said(dead: float, *steps: int, density: float = 0.12, warmup: int = 2) -> list[str]:
+    def said(dead: float, *steps: int, density: float = 0.12, warmup: int = 2, hold: bool = True) -> list[str]:
         caplog.clear()
-        task = PretrainTask(tiny(f"target.density={density}", "train.epochs=40", f"optim.warmup_epochs={warmup}"))
+        task = PretrainTask(tiny(f"target.density={density}", f"target.hold={hold}", "train.epochs=40", f"optim.warmup_epochs={warmup}"))
         task.source = SimpleNamespace(length=96)  # type: ignore[assignment]
         for step in steps:
             task._warn_of_dead(dead, step)
         return caplog.messages
 
     assert said(0.13, 49) == [] == said(0.04, 50, 51)
+    assert said(0.13, 60, hold=False)[0].endswith("start again with target.hold=true, which brings them back")
     (warning,) = said(0.13, 40, 60, 80)
     assert warning.startswith("step 60: 13% of the dimensions are zero for every image")
     assert warning.endswith("start again with a longer warm-up: optim.warmup_epochs=17, which is 51 steps, instead of 2")

@@ -190,7 +190,10 @@ class PretrainTask(Task):
             )  # fmt: skip
 
     def _fix_of_dead(self) -> str:
-        """A longer warm-up, which keeps the dimensions alive and still reaches the density; after a long one, a lower rate."""
+        """A held density, which raises the biases of dead dimensions; else a longer warm-up, which keeps them alive and still reaches the density; after a
+        long one, a lower rate."""
+        if self.recipe.target is not None and not self.recipe.target.hold:
+            return "target.hold=true, which brings them back"
         optim, per_epoch = self.recipe.optim, self.recipe.steps(self.source.length)[1]
         longer = math.ceil(_SETTLED / per_epoch)
         if optim.warmup_epochs < longer < self.recipe.train.epochs:

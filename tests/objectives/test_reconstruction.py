@@ -42,10 +42,10 @@ def test_shift_and_scale_of_the_features_do_not_matter_and_they_get_no_gradient(
     loss = term([3])(features, z)
     loss.backward()
     assert features.grad is None and z.grad is not None and int((z.grad != 0).sum(1).max()) == 3
-    assert float(term([3])(features.detach() * 7 - 4, z.detach())) == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert float(term([3])(features.detach() * 7 - 4, z.detach()).detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert torch.isfinite(term([3])(torch.ones(4, 5), z[:4]))  # equal features
     with torch.autocast("cpu", torch.bfloat16):
-        assert float(term([3])(features.detach().bfloat16().float(), z.detach())) == pytest.approx(float(loss.detach()), rel=0.02)
+        assert float(term([3])(features.detach().bfloat16().float(), z.detach()).detach()) == pytest.approx(float(loss.detach()), rel=0.02)
 
 
 def of_rank() -> list[float]:

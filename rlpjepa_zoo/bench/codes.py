@@ -7,7 +7,7 @@ measured with only their k largest values, for several k, and with all. Methods 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,7 +77,9 @@ class Asked(NamedTuple):
         return self.linear == "all" or (self.linear == "some" and (k is None or k in LINEAR_K))
 
 
-def compare_codes(recipe: Recipe, asked: Asked, device: str = "cpu", progress: bool = False) -> dict[str, Any]:
+def compare_codes(
+    recipe: Recipe, asked: Asked, device: str = "cpu", progress: bool = False, save: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Fit and measure methods.
 
     Args:
@@ -85,6 +87,7 @@ def compare_codes(recipe: Recipe, asked: Asked, device: str = "cpu", progress: b
         asked: methods, values of a code, repetitions.
         device: where backbone and methods compute.
         progress: show progress bars on stderr.
+        save: called with the report of the methods so far after each method, so that an interrupted comparison loses little.
 
     Returns:
         ``asked``, ``recipe`` (YAML, shareable), ``data``, ``backbone``, numbers of images, classes, features and units, ``protocol``;
@@ -102,6 +105,14 @@ def compare_codes(recipe: Recipe, asked: Asked, device: str = "cpu", progress: b
     recipe, features = load_features(recipe, device, progress)
     kinds = {name: METHODS[name] for name in asked.methods}
     rows, fits, scores = list[dict[str, Any]](), list[dict[str, Any]](), _PerImage()
+
+    def report() -> dict[str, Any]:
+        return {
+            "asked": asked._asdict() | {"seeds": [recipe.seed + i for i in range(asked.seeds)], "device": device},
+            **_about(recipe, features), "methods": {name: _first_line(kind) for name, kind in kinds.items()},
+            "rows": rows, "fits": fits, "differences": _differences(scores), **machine(device),
+        }  # fmt: skip
+
     todo = {name: [*_cells(kind, asked, features, recipe.seed)] for name, kind in kinds.items()}
     with progress_bar("compare codes", sum(map(len, todo.values())), hidden=not progress, unit="code") as bar:
         for name, cells in todo.items():
@@ -116,11 +127,9 @@ def compare_codes(recipe: Recipe, asked: Asked, device: str = "cpu", progress: b
                     before = key
                 rows.append({"method": name, "seed": seed, "k": k or ALL} | _measured(fitted, name, seed, k, asked, features, scores))
                 bar.update()
-    return {
-        "asked": asked._asdict() | {"seeds": [recipe.seed + i for i in range(asked.seeds)], "device": device},
-        **_about(recipe, features), "methods": {name: _first_line(kind) for name, kind in kinds.items()},
-        "rows": rows, "fits": fits, "differences": _differences(scores), **machine(device),
-    }  # fmt: skip
+            if save is not None:
+                save(report())
+    return report()
 
 
 def _cells(kind: type[Method], asked: Asked, features: Features, seed: int) -> Iterator[tuple[int, int | None]]:

@@ -83,7 +83,7 @@ def codes(
         str, typer.Option(metavar="some|all|none", help="Where to train a linear probe; some: with all values and at k = 8 and 32.")
     ] = "some",
     device: Device = None,
-    out: Annotated[Path | None, path_option(help="JSON file for all measurements.")] = None,
+    out: Annotated[Path | None, path_option(help="JSON file for all measurements; written after each method.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -101,13 +101,16 @@ def codes(
     names = default_methods() if methods is None else tuple(name.strip() for name in methods.split(","))
     asked: Any = Asked(names, None if k is None else tuple(whole_numbers("--k", k)), seeds, linear)  # type: ignore[arg-type]  # refused there if it is another word
     resolved = Recipe.load(recipe, overrides or [])
-    found = compare_codes(resolved, asked, choose_device(device), not (quiet or as_json))
     given = {"--methods": methods, "--k": k, "--seeds": seeds, "--linear": linear}
     words = [recipe, *(overrides or []), *(f"{name} {value}" for name, value in given.items() if value is not None)]
-    found = {"command": " ".join(["rlpjepa bench codes", *map(_without_folders, words)]), **found}
-    if out is not None:
-        write_file(out, (json.dumps(found, indent=1) + "\n").encode())
-    print_values({**found, "text": codes_table(found)}, as_json)
+    command = " ".join(["rlpjepa bench codes", *map(_without_folders, words)])
+
+    def save(found: dict[str, Any]) -> None:
+        if out is not None:
+            write_file(out, (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
+
+    found = compare_codes(resolved, asked, choose_device(device), not (quiet or as_json), save)
+    print_values({"command": command, **found, "text": codes_table(found)}, as_json)
 
 
 def _without_folders(word: str) -> str:

@@ -109,7 +109,9 @@ def test_a_new_method_is_one_class(known: Recipe, monkeypatch: pytest.MonkeyPatc
             return torch.zeros_like(x)
 
     monkeypatch.setitem(METHODS._entries, "zeros", Nothing)
-    found = compare_codes(known, Asked(("zeros", "features"), (8,), linear="none"))
+    saved: list[str] = []
+    found = compare_codes(known, Asked(("zeros", "features"), (8,), linear="none"), save=lambda report: saved.append(codes_table(report)))
+    assert len(saved) == 2 and "zeros" not in saved[0].split("cost and density")[0] and saved[1] == codes_table(found)
     assert {row["dead"] for row in found["rows"] if row["method"] == "zeros"} == {1.0}
     assert found["methods"]["zeros"] == "Zeros."
     best = found["differences"]["knn"]["8"]

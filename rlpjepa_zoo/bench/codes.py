@@ -144,6 +144,8 @@ def _fit(kind: type[Method], recipe: Recipe, features: Features, k: int | None, 
     """A fitted method, and the seconds that it took."""
     method, started = kind(recipe, torch.device(device)), time.perf_counter()
     method.fit(features, k)
+    if method.device.type == "cuda":
+        torch.cuda.synchronize(method.device)
     return method, time.perf_counter() - started
 
 

@@ -83,7 +83,7 @@ def codes(
         str, typer.Option(metavar="some|all|none", help="Where to train a linear probe; some: with all values and at k = 8 and 32.")
     ] = "some",
     device: Device = None,
-    out: Annotated[Path | None, path_option(help="JSON file for all measurements; written after each method.")] = None,
+    out: Annotated[Path | None, path_option(help="JSON file for all measurements; OUT.part has those of the methods so far.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -105,11 +105,14 @@ def codes(
     words = [recipe, *(overrides or []), *(f"{name} {value}" for name, value in given.items() if value is not None)]
     command = " ".join(["rlpjepa bench codes", *map(_without_folders, words)])
 
-    def save(found: dict[str, Any]) -> None:
+    def save(found: dict[str, Any], ending: str = ".part") -> None:
         if out is not None:
-            write_file(out, (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
+            write_file(out.with_name(out.name + ending), (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
 
     found = compare_codes(resolved, asked, choose_device(device), not (quiet or as_json), save)
+    save(found, "")
+    if out is not None:
+        out.with_name(out.name + ".part").unlink(missing_ok=True)
     print_values({"command": command, **found, "text": codes_table(found)}, as_json)
 
 

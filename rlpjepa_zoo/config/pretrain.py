@@ -125,11 +125,15 @@ class Recipe(Plan):
             raise ValueError(f"target: has no meaning for objective {name}; remove it")
         if self.target is not None:
             self.target.law()
+            if self.target.anneal and not objective.follows_schedule:
+                raise ValueError(f"target.anneal: objective {name} does not follow a target that changes; set it to 0")
             density = self.target.density_in_theory()
             if (self.target.anneal or self.target.hold) and not 1e-6 <= density < 1:
                 raise ValueError(
                     f"target: density {density:.3g} is out of reach for anneal and hold; expected 1e-6 to 1, so change mu or density"
                 )
+        if self.reconstruction is not None and len({*self.reconstruction.active}) < len(self.reconstruction.active):
+            raise ValueError(f"reconstruction.active: {self.reconstruction.active} has a number twice")
         if self.reconstruction is not None and (most := max(self.reconstruction.active)) > self.encoder.dim:
             raise ValueError(f"reconstruction.active: {most} is more than encoder.dim = {self.encoder.dim}")
         if self.train.best == "excess" and "excess" not in objective.monitored:

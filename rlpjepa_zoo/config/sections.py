@@ -232,11 +232,11 @@ class Encoder(Section):
 
 class Reconstruction(Section):
     """Reconstruction of the backbone's features from z by a linear decoder, which is trained along with the encoder and then dropped. It keeps in z what the
-    features tell of each image."""
+    features tell of each image. Off unless a key of this section is given."""
 
     weight: Positive = 5.0
     """Weight of the term: mean squared error, where the features have mean 0 and variance 1 over the batch and all dimensions."""
-    active: Annotated[list[Count], Field(min_length=1)] = [8, 32]
+    active: Annotated[tuple[Count, ...], Field(min_length=1)] = (2, 8, 32)
     """Numbers k: the features are reconstructed from the k largest values of z; mean over the numbers."""
 
 
@@ -256,8 +256,8 @@ class Target(Section):
     """Share of the steps over which the density of the target goes from 0.5 to its value, at a constant ratio from step to step; 0 for none. Units
     stay alive at low densities."""
     hold: bool = False
-    """Shift all biases of the last layer together, so that z has the density of the target: a little after every step, and exactly on training
-    images at every evaluation."""
+    """Shift all biases of the last layer by one number, so that z has the density of the target: a little after every step, and exactly on training
+    images at every evaluation. Also raise the biases of dimensions that no image of a batch activates."""
 
     @classmethod
     def drop_replaced(cls, values: dict[str, Any], overrides: Mapping[str, str]) -> None:

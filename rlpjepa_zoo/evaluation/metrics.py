@@ -84,13 +84,14 @@ _MANY = 0.05
 """Share of dead or always active dimensions that is worth an alarm."""
 
 
-def alarms(metrics: Mapping[str, float], theory: float | None, still_training: bool = False) -> list[str]:
+def alarms(metrics: Mapping[str, float], theory: float | None, still_training: bool = False, held: bool = False) -> list[str]:
     """Sentences about what is wrong with an encoder according to its metrics, and the cure; empty if nothing is.
 
     Args:
         metrics: l0_eval (density of z in evaluation mode), dead_eval and always_on_eval (fraction of dimensions that no image, or every image,
             activates), each if measured.
         theory: density of the target law; None for an objective without one, of which only extremes are judged.
+        held: whether the run held its density (`target.hold`).
         still_training: leave out what more training may correct: a density that is off by a factor, and all but many dead dimensions.
 
     Example:
@@ -105,11 +106,12 @@ def alarms(metrics: Mapping[str, float], theory: float | None, still_training: b
                 f"collapsed: {density:.2g} of the coordinates are active, the target asks for {theory:.3g}; lower the learning rate"
             )
         elif not still_training and not 2 / 3 <= density / theory <= 1.5:
-            cure = f"train with target.hold=true, or shift the trained encoder: rlpjepa dial --density {theory:.3g} --mode shift"
+            cure = "" if held else "train with target.hold=true, or "
+            cure += f"shift the trained encoder: rlpjepa dial --density {theory:.3g} --mode shift"
             sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; {cure}")
     if silent is not None and silent > (0.5 if still_training or theory is None else _MANY):
-        held = "" if theory is None else "with target.hold=true, which brings dimensions back, or "
-        cure = f"train {held}with a lower learning rate or encoder.dim"
+        hold = "" if theory is None or held else "with target.hold=true, which brings dimensions back, or "
+        cure = f"train {hold}with a lower learning rate or encoder.dim"
         sentences.append(f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); {cure}")
     if loud is not None and theory is not None and theory < 0.5 and not still_training and loud > _MANY:
         sentences.append(f"{loud:.0%} of the dimensions are always on (every evaluation image activates them); raise objective.matching")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,7 +22,12 @@ from .encoding import FrozenFeatures, encode
 from .metrics import always_on, dead, l0, l1
 from .probes.knn import knn_accuracy
 
-__all__ = ["density_shift", "during_training", "has_labels"]
+__all__ = ["density_shift", "during_training", "has_labels", "shift_on"]
+
+_MOST_VALUES = 1 << 26
+"""Values of z that `density_shift` looks at; with more, it takes every second image, every third, ..."""
+Context = Callable[[], AbstractContextManager[Any]]
+"""Opens a context for the precision of forward passes."""
 
 
 def has_labels(source: Source) -> bool:
@@ -29,12 +35,6 @@ def has_labels(source: Source) -> bool:
     bank = source.train if isinstance(source.train, Images) else source.eval
     queries = source.eval if source.eval is not None else bank
     return all(images is not None and images.labels is not None and bool((images.labels >= 0).any()) for images in (bank, queries))
-
-
-_MOST_VALUES = 1 << 26
-"""Values of z that `density_shift` looks at; with more, it takes the first images."""
-Context = Callable[[], AbstractContextManager[Any]]
-"""Opens a context for the precision of forward passes."""
 
 
 @torch.no_grad()
@@ -56,12 +56,18 @@ def density_shift(
     if (bank := _bank(source, recipe)) is None:
         return 0.0
     features, _, _ = _encode_on_ranks(encoder, bank, "bank", recipe, autocast, cache)
-    with encoder.evaluating(), autocast():
-        most = max(1, _MOST_VALUES // encoder.config.dim)
-        before = torch.cat([encoder.before_relu(rows.to(encoder.device)).float().cpu() for rows in features[:most].split(1024)]).flatten()
-    shift = torch.tensor(between(before.numpy(), round(density * len(before))), dtype=torch.float64)
+    shift = torch.tensor(shift_on(encoder, features, density), device=encoder.device)
     distributed.from_main(shift)
     return float(shift)
+
+
+@torch.no_grad()
+def shift_on(encoder: SparseEncoder, features: Tensor, density: float) -> float:
+    """Number to subtract from the biases of the last layer for a density on images, from their features (n, F); computed in float32."""
+    rows = features[:: math.ceil(len(features) * encoder.config.dim / _MOST_VALUES)]
+    with encoder.evaluating():
+        before = torch.cat([encoder.before_relu(block.to(encoder.device)).cpu() for block in rows.split(1024)]).flatten()
+    return between(before.numpy(), round(density * len(before)))
 
 
 @torch.no_grad()

@@ -113,6 +113,8 @@ class Density(_Open):
     dead: Number | None = None
     always_on: Number | None = None
     held: bool | None = None
+    held_on: str | None = None
+    shift_images: int | None = None
 
 
 class _Row(_Open):

@@ -191,17 +191,20 @@ class SparseEncoder(PublishedModel):
             return self._dialled(top_k)
         if images is None:
             raise UsageError(f"with_density: a {mode} is calibrated on images; give some, like those to come, or use mode 'top_k'")
+        if changed := sorted({"max_active", "min_value", "normalize"} & options.keys()):
+            raise UsageError(f"with_density: {changed[0]} changes codes after the {mode}; give it to embed")
         plain = self._dialled(None)
         codes = plain.embed(images, **options)
-        keep = round(density * len(codes) * codes.dim)
+        if not 1 <= (keep := round(density * len(codes) * codes.dim)):
+            raise UsageError(f"with_density: {density:g} of {len(codes)} x {codes.dim} values is less than one; give more images")
         if mode == "shift":
-            plain.config.info["density"]["asked"] = float(density)
-            if 1 <= keep <= codes.nnz:
+            plain.config.info["density"] = {"asked": float(density), "shift_images": len(codes)}
+            if keep <= codes.nnz:
                 return plain.shifted(between(codes.values, keep))
             layer = self.last_layer  # values below zero are those of the negative layer
             below = plain._with_last_layer(-layer.weight, -layer.bias).embed(images, **options)
             return plain.shifted(-between(below.values, len(codes) * codes.dim - keep))
-        if not 1 <= keep <= codes.nnz:
+        if keep > codes.nnz:
             own = f"the encoder gives {codes.l0:.3g} on these {len(codes)} images"
             raise UsageError(f"with_density: {density:g} asked, but {own}, and a dial only lowers it; mode 'shift' can raise it")
         if mode == "top_k":
@@ -213,9 +216,10 @@ class SparseEncoder(PublishedModel):
         return self._with_last_layer(self.last_layer.weight, self.last_layer.bias - shift)
 
     def _with_last_layer(self, weight: Tensor, bias: Tensor) -> SparseEncoder:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta").train(self.last_layer.training)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
-        projector = nn.Sequential(*self.projector[:-2], layer, self.projector[-1]).train(self.projector.training)
+        projector = nn.Sequential(*self.projector[:-2], layer, self.projector[-1])
+        layer.training, projector.training = self.last_layer.training, self.projector.training
         twin = copy.copy(self)
         twin.__dict__ |= {"_hashed": None, "_modules": {**self._modules, "projector": projector}}
         return twin

@@ -57,6 +57,8 @@ class Objective(ABC):
     """Whether the recipe must have a section `target`. If not, it must have none."""
     monitored: ClassVar[tuple[str, ...]] = ()
     """Names of the numbers that `monitor` returns for a run. `train.best` can name `excess` if it is one of them."""
+    follows_schedule: ClassVar[bool] = False
+    """Whether the objective uses `schedule`. If not, a recipe with `target.anneal` is refused."""
     schedule: Callable[[int], RectifiedGeneralizedGaussian] | None = None
     """Law of the target at a step, set for a run whose target changes; None if it does not."""
 

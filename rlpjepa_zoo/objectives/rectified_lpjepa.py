@@ -122,6 +122,7 @@ class RectifiedLpJEPALoss(Objective):
 
     Options = RectifiedLpJEPAOptions
     needs_target = True
+    follows_schedule = True
     monitored = ("floor", "excess")
 
     def __init__(

@@ -239,7 +239,11 @@ class Trainer:
         metrics = self.task.evaluate(artifact, self.accelerator.autocast)
         self.last_metrics |= metrics
         metric = str(self.recipe.train.best)
-        better = metric in self.last_metrics and self.task.best[metric].improves(self.last_metrics[metric], self.best and self.best[1])
+        better = (
+            self.task.settled
+            and metric in self.last_metrics
+            and self.task.best[metric].improves(self.last_metrics[metric], self.best and self.best[1])
+        )
         if better:
             self.best = (self.step, self.last_metrics[metric])
         self._log({"kind": "eval", **metrics})

@@ -83,6 +83,7 @@ def test_shift_of_the_biases_gives_any_density(tmp_path: Path, density: float) -
     again = rz.load_encoder(path)
     assert again.embed(images) == twin.embed(images) and again.fingerprint() == twin.fingerprint() != enc.fingerprint()
     assert json.loads((path / "config.json").read_text())["rlpjepa_zoo"]["format"] == 2
+    assert "one shift of all biases gave the asked density on 64 images" in (path / "README.md").read_text()
     assert enc.embed(images) == before and all(torch.equal(v, weights[k]) for k, v in enc.state_dict().items())
     difference = enc.last_layer.bias - twin.last_layer.bias
     assert torch.allclose(difference, difference[0].expand_as(difference), atol=1e-5)
@@ -121,6 +122,9 @@ def test_impossible_dials_are_refused() -> None:
         lambda: enc.with_density(0.1, "other"),  # type: ignore[arg-type]
         lambda: enc.with_density(0.1, "threshold"),
         lambda: enc.with_density(0.1, "shift"),
+        lambda: enc.with_density(0.0001, "shift", images),
+        lambda: enc.with_density(0.5, "shift", images[:0]),
+        lambda: enc.with_density(0.1, "threshold", images, max_active=3),
         lambda: enc.with_density(0.99, "threshold", images),
         lambda: enc.with_density(0.99, "top_k", images),
         lambda: rz.load_encoder("test_resnet.digits").with_density(0.5),

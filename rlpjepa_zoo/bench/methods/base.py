@@ -7,6 +7,7 @@ and step), for the same number of steps, with optimiser, rate, weight decay and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ class Learned(Method):
             optimizer.zero_grad(set_to_none=True)
             self.loss(batch.images[0].to(self.device), step).backward()
             if recipe.optim.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.module.parameters(), recipe.optim.clip_grad)
+                nn.utils.clip_grad_norm_(self.clipped(), recipe.optim.clip_grad)
             optimizer.step()
             self.after_update()
         self.module.eval()
@@ -147,6 +148,10 @@ class Learned(Method):
     def param_groups(self) -> list[ParamGroup]:
         """Parameters with their weight decay: as in pretraining."""
         return param_groups(self.module, None, self.recipe)
+
+    def clipped(self) -> Iterable[nn.Parameter]:
+        """Parameters whose gradient `optim.clip_grad` limits."""
+        return self.module.parameters()
 
     def after_update(self) -> None:
         """What a step does after its update of the weights; by default nothing."""

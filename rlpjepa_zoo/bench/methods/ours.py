@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...evaluation.training_eval import shift_on
 from ...models.encoder import SparseEncoder
 from ...ops.modules import make_projector
-from ...sparse.topk import between
 from ...training.optim import ParamGroup
 from ...training.tasks.pretrain import PretrainTask
 from . import METHODS
@@ -53,5 +55,7 @@ class Ours(Learned):
         """The exact shift of a held density, on all training images."""
         target = self.recipe.target
         if target is not None and target.hold:
-            before = torch.cat([self.task.core.before_relu(block.to(self.device)).cpu() for block in features.train.split(4096)])
-            self.task.core = self.task.core.shifted(between(before.flatten().numpy(), round(target.density_in_theory() * before.numel())))
+            self.task.core = self.task.core.shifted(shift_on(self.task.core, features.train, target.density_in_theory()))
+
+    def clipped(self) -> Iterable[nn.Parameter]:
+        return self.task.core.parameters()  # as in a run, without the decoder

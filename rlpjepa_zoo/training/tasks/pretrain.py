@@ -108,6 +108,10 @@ class PretrainTask(Task):
         if best in ("knn_z", "knn_features") and not has_labels(source):
             raise RecipeError(f"train.best: {best} needs evaluation images with labels; use excess, or set it to null")
         self.source, self.recipe = source, with_backbone_preprocess(self.recipe)
+        if source.eval is None and not isinstance(source.train, Images) and self.recipe.target is not None and self.recipe.target.hold:
+            log.warning(
+                "target.hold: a stream without evaluation images has none to make the density exact on; it is held in training only"
+            )
         if source.eval is None and isinstance(source.train, Images):
             log.info("no evaluation images: density and kNN are measured on training images, each scored by the votes of the others")
         self.set_up_core()
@@ -140,6 +144,7 @@ class PretrainTask(Task):
     def step(self, forward: Callable[..., Any], views: list[Tensor], labels: Tensor, step: int) -> Step:
         output: HeadsOutput = forward(views, labels)
         terms = self.objective(output.z, step)
+        self.settled = self.recipe.target is None or self._target_at(step + 1) is self.recipe.target  # after this step
         total, parts = terms.total, terms.parts
         if output.reconstruction is not None:
             total = total + cast(Reconstruction, self.recipe.reconstruction).weight * output.reconstruction
@@ -180,13 +185,13 @@ class PretrainTask(Task):
         if step < _SETTLED or self.warned:
             return
         self.warned = True
+        held = self.recipe.target is not None and self.recipe.target.hold
         density = 0.0 if self.recipe.target is None else self.recipe.target.density_in_theory()
         expected = (1 - density) ** self.recipe.train.batch_size if density else 0.0
         if dead - expected > _MANY_DEAD:
             log.warning(
-                "step %d: %.0f%% of the dimensions are zero for every image of the batch; ReLU passes no gradient there, so most of them stay so; "
-                "start again with %s",
-                step, 100 * dead, self._fix_of_dead(),
+                "step %d: %.0f%% of the dimensions are zero for every image of the batch; %s; start again with %s",
+                step, 100 * dead, "few have come back" if held else "ReLU passes no gradient there, so most of them stay so", self._fix_of_dead(),
             )  # fmt: skip
 
     def _fix_of_dead(self) -> str:
@@ -224,7 +229,7 @@ class PretrainTask(Task):
         record = self._record(metrics, density) | {
             "history": [] if log_file is None else history(log_file), "versions": package.versions(), "training": dict(training or {}),
         }  # fmt: skip
-        return Description(sentence, record, alarms(metrics, density, not final))
+        return Description(sentence, record, alarms(metrics, density, not final, target is not None and target.hold))
 
     def _record(self, metrics: Mapping[str, float], density: float | None) -> dict[str, Any]:
         """What the card says about recipe, data, target, density and kNN accuracy."""
@@ -244,6 +249,7 @@ class PretrainTask(Task):
                 "asked": recipe.target and recipe.target.density, "theory": density, "train": metrics.get("l0_train"), "eval": metrics.get("l0_eval"),
                 "eval_images": "held-out images" if held_out else "training images", "dead": metrics.get("dead_eval"),
                 "always_on": metrics.get("always_on_eval"), "held": recipe.target is not None and recipe.target.hold,
+                "held_on": "training images" if isinstance(self.source.train, Images) else "evaluation images" if held_out else None,
             },
             "results": self._results(metrics),
         }  # fmt: skip

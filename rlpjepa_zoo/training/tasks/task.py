@@ -91,6 +91,8 @@ class Task:
     """Number of random views per image whose features are computed once and kept; None encodes new views in every step."""
     every_epochs: int
     """Epochs between two evaluations."""
+    settled: bool = True
+    """Whether an evaluation now counts for `train.best`."""
 
     recipe: Any
     """The recipe. `setup` replaces it by one with all defaults resolved."""

@@ -55,7 +55,7 @@ def test_three_views_with_lars_and_frozen_backbone_in_bf16(tmp_path: Path) -> No
     assert not torch.equal(start.projector[0].weight, end.projector[0].weight)
 
 
-HELD = ["target.density=0.04", "target.anneal=0.5", "target.hold=true", "reconstruction.active=[2, 16]", "probe.bank=96"]
+HELD = ["target.density=0.04", "target.anneal=0.5", "target.hold=true", "reconstruction.active=[2, 16]", "probe.bank=96", "train.best=knn_z"]
 
 
 def test_held_density_is_exact_on_training_images_after_a_resume_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,9 @@ def test_held_density_is_exact_on_training_images_after_a_resume_too(tmp_path: P
     images = open_source(recipe.data, recipe.seed).images
     published = load_encoder(tmp_path / "whole/encoder")
     assert published.embed([images.read(i) for i in range(96)]).l0 == pytest.approx(0.04, abs=2 / (96 * 32))
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert summary["best"]["step"] == 12  # the evaluation at step 6, of a density of 0.04^(6/6 - 1/6), does not count
+    assert "gave the asked density on training images" in (tmp_path / "whole/encoder/README.md").read_text()
     last = latest(tmp_path / "whole")[0]
     assert last is not None and last.state["task"]["shift"] != 0
     difference = last.model["encoder.projector.3.bias"] - published.last_layer.bias  # the weights that go on training are not shifted
@@ -95,6 +98,7 @@ def test_target_is_annealed_at_a_constant_ratio() -> None:
         (["target.anneal=1"], "target.anneal"),
         (["target.mu=-50", "target.hold=true"], "out of reach"),
         (["reconstruction.active=[]"], "reconstruction.active"),
+        (["reconstruction.active=[8, 8]"], "a number twice"),
         (["reconstruction.active=[64]"], "64 is more than encoder.dim = 32"),
         (["reconstruction.weight=0"], "reconstruction.weight"),
     ],

@@ -1,11 +1,14 @@
 """Control of the density of z in training: one shift, the same for the biases of all units; and the rise of units that are never active.
 
 The sliced distance fixes the mean and the covariance of z, and only weakly its mass at zero. One shift for all units leaves their differences to
-the objective; a rate held for each unit alone makes the codes worse (docs/codes.md). ReLU passes no gradient to a unit that no image activates, so
-only its bias can bring it back.
+the objective; a rate held for each unit alone makes the codes worse (docs/codes.md). What the shift decides, the loss must not: a common gradient
+of all active values would push against it in every step, and Adam would scale that push up for each unit. So it is removed. ReLU passes no
+gradient to a unit that no image activates, so only its bias can bring it back.
 """
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from ..core import distributed
 
-__all__ = ["DensityControl"]
+__all__ = ["DensityControl", "without_common_gradient"]
 
 _GAIN = 0.3
 """Part of the correction that one step makes."""
@@ -21,6 +24,36 @@ _RISE = 0.1
 """Rise of a dead unit's bias in one step, in means of the active values."""
 _BY_CHANCE = 0.05
 """Probability below which it is no chance that a unit with the asked rate is inactive in a whole batch."""
+
+
+class _WithoutCommonGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z > 0)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (active,) = ctx.saved_tensors
+        gradient = gradient * active
+        total, count = distributed.mean_over_ranks(torch.stack([gradient.float().sum(), active.float().sum()]))
+        return (gradient - (total / count.clamp_min(1e-6)).to(gradient.dtype)) * active
+
+
+def without_common_gradient(z: Tensor) -> Tensor:
+    """The same values; in the backward pass, the mean gradient of all active values of all ranks is subtracted from each active value's.
+
+    Args:
+        z: (n, D) >= 0 of this rank. All ranks call it together, and its backward pass.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [2.0, 3.0]], requires_grad=True)
+        >>> (without_common_gradient(z) * torch.tensor([[1.0, 9.0], [2.0, 6.0]])).sum().backward()
+        >>> z.grad
+        tensor([[-2.,  0.],
+                [-1.,  3.]])
+    """
+    return cast(Tensor, _WithoutCommonGradient.apply(z))
 
 
 class DensityControl:

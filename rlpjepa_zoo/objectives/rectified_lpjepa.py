@@ -25,6 +25,7 @@ from ..ops.gradient_noise import directions_needed, matched
 from ..ops.sliced_wasserstein import sliced_wasserstein
 from . import OBJECTIVES
 from .base import Objective, Options, Terms, invariance
+from .contrast import info_nce
 
 __all__ = ["PAPER_ERROR", "RectifiedLpJEPALoss", "RectifiedLpJEPAOptions"]
 
@@ -43,6 +44,10 @@ class RectifiedLpJEPAOptions(Options):
     """Weight of the invariance term: mean squared difference between views."""
     matching: NonNegative = 125.0
     """Weight of the matching term: sliced distance between z and the target, mean over views."""
+    contrast: NonNegative = 0.0
+    """Weight of the contrast term: InfoNCE of the cosines between views, with the other images of the batch as negatives (NCL)."""
+    contrast_temperature: Positive = 0.2
+    """Temperature of the contrast term."""
     directions: str = "hadamard"
     """Family of directions: random, orthogonal, hadamard, axes, eigen, eigen-bottom, or a mix such as eigen+random. paper: the 8192 random
     directions of the paper."""
@@ -111,6 +116,7 @@ class RectifiedLpJEPALoss(Objective):
         kind, n: family and number of directions, see `directions`.
         seed: of the run.
         chunk: directions per chunk, see `sliced_wasserstein`.
+        contrast_weight, contrast_temperature: of `info_nce`, a further term; none with weight 0.
 
     Example:
         >>> from rlpjepa_zoo.distributions import sigma_gn
@@ -134,9 +140,12 @@ class RectifiedLpJEPALoss(Objective):
         n: int = 4096,
         seed: int = 0,
         chunk: int | None = None,
+        contrast_weight: float = 0.0,
+        contrast_temperature: float = 0.2,
     ) -> None:
         self.target, self.kind, self.n, self.seed, self.chunk = target, kind, n, seed, chunk
         self.invariance_weight, self.matching_weight = invariance_weight, matching_weight
+        self.contrast_weight, self.contrast_temperature = contrast_weight, contrast_temperature
         self.shape: tuple[int, int] | None = None
         """Global batch and embedding width of the run; None if not built for a run."""
 
@@ -161,7 +170,8 @@ class RectifiedLpJEPALoss(Objective):
                     raise RecipeError(f"objective.gradient_error: {error}") from error
             count = distributed.gather_objects(count)[0]
         cls._check_ranks(count)
-        loss = cls(target, options.invariance, options.matching, options.directions, count, seed, options.chunk)
+        contrast = options.contrast, options.contrast_temperature
+        loss = cls(target, options.invariance, options.matching, options.directions, count, seed, options.chunk, *contrast)
         loss.shape = (batch_size, dim)
         return loss
 
@@ -201,7 +211,11 @@ class RectifiedLpJEPALoss(Objective):
         share = (high - low) * ranks / self.n  # 1 when the ranks divide n evenly
         matching = sliced_wasserstein(gathered, y, own, self.chunk) * share
         total = self.invariance_weight * difference + self.matching_weight * matching
-        return Terms(total, {"invariance": difference, "matching": matching})
+        parts = {"invariance": difference, "matching": matching}
+        if self.contrast_weight:
+            parts["contrast"] = info_nce(views, self.contrast_temperature, gathered)
+            total = total + self.contrast_weight * parts["contrast"]
+        return Terms(total, parts)
 
     @torch.no_grad()
     def floor(self, batch: int, dim: int, repeats: int = 4, n: int = 512, device: torch.device | str = "cpu") -> float:

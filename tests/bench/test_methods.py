@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from rlpjepa_zoo.bench.methods import METHODS
 from rlpjepa_zoo.bench.methods.autoencoders import CSR, CSRv2, TopKAutoencoder
 from rlpjepa_zoo.bench.methods.base import Features, Learned
-from rlpjepa_zoo.bench.methods.contrastive import info_nce
 from rlpjepa_zoo.bench.methods.fixed import PrincipalComponents, RandomProjection
 from rlpjepa_zoo.bench.methods.ours import Ours
 from rlpjepa_zoo.bench.methods.quantisation import ProductQuantisation, kmeans
 from rlpjepa_zoo.config.pretrain import Recipe
 from rlpjepa_zoo.models.pretrained import load_encoder
+from rlpjepa_zoo.objectives.contrast import info_nce
 from rlpjepa_zoo.training.tasks.encoders import build_encoder
 from rlpjepa_zoo.training.tasks.pretrain import train
 

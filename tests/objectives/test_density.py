@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from processes import run_ranks
 
 from rlpjepa_zoo.core import distributed
-from rlpjepa_zoo.objectives.density import DensityControl
+from rlpjepa_zoo.objectives.density import DensityControl, without_common_gradient
 from rlpjepa_zoo.sparse.topk import between
 
 
@@ -58,6 +58,38 @@ def test_dead_units_come_back_unless_the_batch_is_too_small_to_tell() -> None:
         rates = (layer(torch.randn(4096, 16)) > 0).float().mean(0)
         assert bool((rates > 0).all()) == back and float(rates.mean()) == pytest.approx(0.1, rel=0.3)
         assert back or not rates[:5].any()
+
+
+def gradient_on_rank() -> list[float]:
+    """Of a weight, averaged over ranks; the halves of the batch have different means."""
+    x, factor = torch.arange(40.0).view(8, 5).sin() + 0.5, torch.arange(48.0).view(8, 6).cos() + torch.arange(8)[:, None]
+    weight = torch.arange(30.0).view(5, 6).cos().requires_grad_()
+    share = 8 // distributed.world_size()
+    mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    (without_common_gradient((x[mine] @ weight).relu()) * factor[mine]).mean().backward()
+    assert weight.grad is not None
+    return distributed.mean_over_ranks(weight.grad.flatten()).tolist()
+
+
+def test_common_gradient_is_that_of_the_batch_of_all_processes() -> None:
+    for rank in run_ranks(gradient_on_rank, 2):
+        assert rank == pytest.approx(gradient_on_rank(), rel=1e-4, abs=1e-6)
+
+
+def test_common_gradient_is_removed_and_nothing_else() -> None:
+    z = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)).relu().requires_grad_()
+    weight = torch.randn(20, 7, generator=torch.Generator().manual_seed(1))
+    same = without_common_gradient(z)
+    assert torch.equal(same, z)
+    (same * weight).sum().backward()
+    assert z.grad is not None
+    active = z.detach() > 0
+    assert not z.grad[~active].any() and float(z.grad.sum()) == pytest.approx(0, abs=1e-5)
+    difference = (weight - z.grad)[active]
+    assert torch.allclose(difference, difference.mean().expand_as(difference), atol=1e-6)
+    zeros = torch.zeros(3, 2, requires_grad=True)
+    without_common_gradient(zeros).sum().backward()
+    assert zeros.grad is not None and not zeros.grad.any()
 
 
 def shifted_on_rank() -> list[float]:

@@ -19,11 +19,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...objectives.contrast import info_nce
 from ...objectives.reconstruction import decoded
 from ...sparse.topk import keep_largest
 from . import METHODS
 from .base import Centred, Features, Learned
-from .contrastive import info_nce
 
 __all__ = ["CSR", "CSRv2", "TopKAutoencoder", "TopKSAE"]
 

@@ -1,41 +1,15 @@
-"""Non-negative contrastive learning, and the loss it shares with CSR."""
+"""Non-negative contrastive learning."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
+from ...objectives.contrast import info_nce
 from . import METHODS
 from .base import Centred, Features, Learned
 
-__all__ = ["NonNegativeContrastive", "info_nce"]
-
-
-def info_nce(z: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of SimCLR (NT-Xent): every other view of an image is to be nearer than all views of other images.
-
-    Args:
-        z: (V, b, D), V >= 2 views of b images; rows are scaled to length 1.
-        temperature: T > 0.
-
-    Returns:
-        The mean over pairs of views of one image of -log(exp(cosine / T) / sum of exp(cosine / T) over all other rows).
-
-    Example:
-        >>> z = torch.eye(4).expand(2, 4, 4)
-        >>> round(float(info_nce(z, 0.2)), 4)
-        0.0396
-    """
-    views, images = z.shape[:2]
-    unit = F.normalize(z.flatten(0, 1), dim=1)
-    similar = unit @ unit.T / temperature
-    itself = torch.eye(views * images, dtype=torch.bool, device=z.device)
-    image = torch.arange(images, device=z.device).repeat(views)
-    pairs = (image[:, None] == image) & ~itself
-    log_share = similar - similar.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-    return -log_share[pairs].mean()
+__all__ = ["NonNegativeContrastive"]
 
 
 @METHODS.register("ncl")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core import distributed
 from ...models.encoder import Output, SparseEncoder
+from ...objectives.density import without_common_gradient
 from ...objectives.reconstruction import Reconstruction
 
 __all__ = ["EncoderWithHeads", "HeadsOutput"]
@@ -36,11 +37,12 @@ class EncoderWithHeads(nn.Module):
         encoder: the encoder.
         classes: number of classes; there are no probes if it is below two.
         active: numbers of active dimensions that the features are reconstructed from; without any there is no decoder.
+        held: whether the density of z is held, so that no loss may move all of z together.
     """
 
-    def __init__(self, encoder: SparseEncoder, classes: int, active: Sequence[int] = ()) -> None:
+    def __init__(self, encoder: SparseEncoder, classes: int, active: Sequence[int] = (), held: bool = False) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.held = encoder, held
         self.reconstruction = Reconstruction(encoder.config.features, encoder.config.dim, active) if active else None
         widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
         self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
@@ -68,4 +70,5 @@ class EncoderWithHeads(nn.Module):
         return HeadsOutput(z, loss, torch.stack(accuracy) if accuracy else loss.new_zeros(0), torch.stack(terms).mean() if terms else None)
 
     def _both(self, x: Tensor) -> Output:
-        return self.encoder.both(x) if x.dim() == 4 else Output(x, self.encoder.projector(x))
+        out = self.encoder.both(x) if x.dim() == 4 else Output(x, self.encoder.projector(x))
+        return out._replace(z=without_common_gradient(out.z)) if self.held else out

@@ -129,7 +129,7 @@ class PretrainTask(Task):
             self.control = DensityControl(self.core.last_layer)
         with rng.seeded(recipe.seed, "init-probes"):
             active = [] if recipe.reconstruction is None else recipe.reconstruction.active
-            self.heads = EncoderWithHeads(self.core, self.source.classes if recipe.probe.online else 0, active)
+            self.heads = EncoderWithHeads(self.core, self.source.classes if recipe.probe.online else 0, active, self.control is not None)
         return self.heads
 
     def _target_at(self, step: int) -> Target:
@@ -144,7 +144,7 @@ class PretrainTask(Task):
     def step(self, forward: Callable[..., Any], views: list[Tensor], labels: Tensor, step: int) -> Step:
         output: HeadsOutput = forward(views, labels)
         terms = self.objective(output.z, step)
-        self.settled = self.recipe.target is None or self._target_at(step + 1) is self.recipe.target  # after this step
+        self.settled = self.recipe.target is None or self._target_at(step) is self.recipe.target
         total, parts = terms.total, terms.parts
         if output.reconstruction is not None:
             total = total + cast(Reconstruction, self.recipe.reconstruction).weight * output.reconstruction

@@ -55,7 +55,14 @@ def test_three_views_with_lars_and_frozen_backbone_in_bf16(tmp_path: Path) -> No
     assert not torch.equal(start.projector[0].weight, end.projector[0].weight)
 
 
-HELD = ["target.density=0.04", "target.anneal=0.5", "target.hold=true", "reconstruction.active=[2, 16]", "probe.bank=96", "train.best=knn_z"]
+HELD = [
+    "target.density=0.04",
+    "target.anneal=0.5",
+    "target.hold=true",
+    "reconstruction.active=[2, 16]",
+    "probe.bank=96",
+    "train.best=knn_z",
+]
 
 
 def test_held_density_is_exact_on_training_images_after_a_resume_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

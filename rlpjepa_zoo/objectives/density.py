@@ -37,7 +37,7 @@ class _WithoutCommonGradient(torch.autograd.Function):
         (active,) = ctx.saved_tensors
         gradient = gradient * active
         total, count = distributed.mean_over_ranks(torch.stack([gradient.float().sum(), active.float().sum()]))
-        return (gradient - (total / count.clamp_min(1e-6)).to(gradient.dtype)) * active
+        return torch.where(active, gradient - (total / count.clamp_min(1e-6)).to(gradient.dtype), 0)
 
 
 def without_common_gradient(z: Tensor) -> Tensor:

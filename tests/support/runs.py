@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.errors import StoppedBySignal
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.objectives.rectified_lpjepa import RectifiedLpJEPALoss
 from rlpjepa_zoo.training import trainer
+from rlpjepa_zoo.training.tasks.pretrain import train
 from rlpjepa_zoo.training.trainer import Trainer
 
 TINY = [
@@ -59,6 +61,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
         return original(optimizer, options, at, total, per_epoch)
 
     monkeypatch.setattr(trainer, "set_learning_rates", patched)
+
+
+def train_in_two_parts(monkeypatch: pytest.MonkeyPatch, recipe: Recipe, run: Path, step: int) -> None:
+    """Train a run that is stopped after a step, and resume it."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(StoppedBySignal):
+            train(recipe, run, progress=False)
+    train(recipe, run, resume=True, progress=False)
 
 
 def wait_for_step(run: Path, step: int) -> None:

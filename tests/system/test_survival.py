@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from processes import run_ranks
-from runs import codes, of_folder, poison, rows, stop_after, tiny
+from runs import codes, of_folder, poison, rows, stop_after, tiny, train_in_two_parts
 
 from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.core.signals import Interrupts
@@ -151,11 +151,7 @@ def test_averaged_weights_are_published_and_resume_bit_for_bit(tmp_path: Path, m
         mean = decay * mean + (1 - decay) * value
     assert torch.allclose(published, mean, atol=1e-6) and not torch.allclose(published, seen[-1], atol=1e-4)
     assert found is not None and any(k.startswith("ema.") for k in found.model)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        with pytest.raises(StoppedBySignal):
-            train(recipe, tmp_path / "run", progress=False)
-    train(recipe, tmp_path / "run", resume=True, progress=False)
+    train_in_two_parts(monkeypatch, recipe, tmp_path / "run", 7)
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from models import settled
 from refusals import refused
-from runs import codes, of_folder, rows, stop_after, tiny
+from runs import codes, of_folder, rows, tiny, train_in_two_parts
 
 from rlpjepa_zoo.data.sources import open_source
-from rlpjepa_zoo.errors import DataError, RecipeError, StoppedBySignal, UsageError
+from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
 from rlpjepa_zoo.models.pretrained import load_encoder
 from rlpjepa_zoo.training.optim import build_optimizer, set_learning_rates
 from rlpjepa_zoo.training.tasks import feature_cache
@@ -51,11 +51,7 @@ def test_stopped_and_resumed_is_bit_equal(tmp_path: Path, monkeypatch: pytest.Mo
     with caplog.at_level("INFO", "rlpjepa_zoo"):
         train(recipe, tmp_path / "unbroken", progress=False)
     assert "cached features: 5 views of 96 images, 96 wide, float32" in caplog.text
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        with pytest.raises(StoppedBySignal):
-            train(recipe, tmp_path / "run", progress=False)
-    train(recipe, tmp_path / "run", resume=True, progress=False)
+    train_in_two_parts(monkeypatch, recipe, tmp_path / "run", 7)
     assert rows(tmp_path / "run") == rows(tmp_path / "unbroken")
     assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "unbroken/encoder"))
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from processes import run_ranks
 from refusals import refused
-from runs import codes, of_folder, rows, stop_after, tiny
+from runs import codes, of_folder, rows, stop_after, tiny, train_in_two_parts
 
 from rlpjepa_zoo.core import distributed
 from rlpjepa_zoo.data.sources import open_source
@@ -68,11 +68,7 @@ HELD = [
 def test_held_density_is_exact_on_training_images_after_a_resume_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny(*HELD)
     train(recipe, tmp_path / "whole", progress=False)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 8)
-        with pytest.raises(StoppedBySignal):
-            train(recipe, tmp_path / "parts", progress=False)
-    train(recipe, tmp_path / "parts", resume=True, progress=False)
+    train_in_two_parts(monkeypatch, recipe, tmp_path / "parts", 8)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert torch.equal(codes(tmp_path / "parts/encoder"), codes(tmp_path / "whole/encoder"))
 

@@ -20,7 +20,7 @@ from ..evaluation.probes.base import Array
 from ..progress import progress_bar
 from .features import check_recipe, load_features
 from .machine import machine
-from .measures import PROTOCOL, densities, measure
+from .measures import DENSE, PROTOCOL, densities, measure
 from .methods import METHODS
 from .methods.base import Features, Method
 
@@ -35,6 +35,8 @@ LINEAR_K = (8, 32)
 
 _PerImage = dict[tuple[str, str], dict[str, list[Array]]]
 """Scores of each test image in each repetition, by (measure, k) and method."""
+_Intervals = dict[str, dict[str, dict[str, Mapping[str, float]]]]
+"""A difference with its interval, by measure, k and method."""
 
 
 def default_methods() -> tuple[str, ...]:
@@ -93,7 +95,8 @@ def compare_codes(
         ``asked``, ``recipe`` (YAML, shareable), ``data``, ``backbone``, numbers of images, classes, features and units, ``protocol``;
         ``methods``, a line about each; ``rows``, for each method, seed and k the measures and the density; ``fits``, for each method and seed
         (and k, if it is fitted for each) its seconds; ``differences``, for each measure, k and method the best mean over seeds minus its
-        own, over test images, with a 95 % interval; machine and versions.
+        own, over test images, with a 95 % interval; ``against_dense``, for each measure, k and method its own minus that of the features with
+        all values (empty if `features` is not compared); machine and versions.
 
     Raises:
         RecipeError, UsageError: what was asked does not fit, before anything is encoded.
@@ -110,7 +113,7 @@ def compare_codes(
         return {
             "asked": asked._asdict() | {"seeds": [recipe.seed + i for i in range(asked.seeds)], "device": device},
             **_about(recipe, features), "methods": {name: _first_line(kind) for name, kind in kinds.items()},
-            "rows": rows, "fits": fits, "differences": _differences(scores), **machine(device),
+            "rows": rows, "fits": fits, "differences": _differences(scores), "against_dense": _against_dense(scores), **machine(device),
         }  # fmt: skip
 
     todo = {name: [*_cells(kind, asked, features, recipe.seed)] for name, kind in kinds.items()}
@@ -177,13 +180,26 @@ def _first_line(kind: type[Method]) -> str:
     return (kind.__doc__ or "").strip().splitlines()[0]
 
 
-def _differences(scores: _PerImage) -> dict[str, dict[str, dict[str, Mapping[str, float]]]]:
+def _differences(scores: _PerImage) -> _Intervals:
     """Best method minus each, for each measure and k, with intervals over test images; scores of an image are averaged over repetitions."""
-    found: dict[str, dict[str, dict[str, Mapping[str, float]]]] = {}
+    found: _Intervals = {}
     for (measured, k), of in scores.items():
         means = {name: np.mean(repetitions, axis=0) for name, repetitions in of.items()}
         best = max(means, key=lambda name: float(means[name].mean()))
         found.setdefault(measured, {})[k] = {name: _rounded(paired_difference(means[best], mean)) for name, mean in means.items()}
+    return found
+
+
+def _against_dense(scores: _PerImage) -> _Intervals:
+    """Each method minus the features with all values, for each measure and k, with intervals as those of `_differences`."""
+    found: _Intervals = {}
+    for (measured, k), of in scores.items():
+        dense = scores.get((measured, ALL), {}).get(DENSE)
+        if dense is not None:
+            reference = np.mean(dense, axis=0)
+            found.setdefault(measured, {})[k] = {
+                name: _rounded(paired_difference(np.mean(repetitions, axis=0), reference)) for name, repetitions in of.items()
+            }
     return found
 
 

@@ -13,10 +13,12 @@ from ..evaluation.probes.linear import Linear
 from ..evaluation.probes.retrieval import RetrievalProbe
 from ..sparse.embeddings import SparseEmbeddings
 
-__all__ = ["MEASURES", "PROTOCOL", "Measured", "densities", "measure"]
+__all__ = ["DENSE", "MEASURES", "PROTOCOL", "Measured", "densities", "measure"]
 
 MEASURES = {"one_nn": "1-NN accuracy", "knn": "kNN accuracy", "map": "retrieval mAP", "linear": "linear probe accuracy"}
 """Label of each measure, in the order of tables."""
+DENSE = "features"
+"""The method whose codes with all values are the dense features."""
 _QUERIES = 2000
 PROTOCOL = (
     f"Search by cosine among training images. 1-NN: class of the nearest; kNN: k = {KNN.k}, T = {KNN.temperature:g}; mAP: at most {_QUERIES} test images "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .measures import MEASURES
+from .measures import DENSE, MEASURES
 
 __all__ = ["codes_table", "means", "measure_table"]
 
@@ -42,6 +42,29 @@ def _cell(value: float | None, to_best: Mapping[str, float] | None) -> str:
     if to_best is None or to_best["low"] > 0:
         return f"{value:.3f}"
     return f"**{value:.3f}**" if to_best["difference"] == 0 else f"{value:.3f}*"
+
+
+def _dense_table(report: Report) -> str:
+    """What codes lose against the dense features: one line for each method, for the codes with its most values."""
+    against, lines = report.get("against_dense", {}), []
+    for name in report["methods"]:
+        rows = [row for row in report["rows"] if row["method"] == name]
+        if not rows or name == DENSE:
+            continue
+        k = str(rows[-1]["k"])
+        lines.append([name, k, *(_points(against.get(measure, {}).get(k, {}).get(name)) for measure in MEASURES)])
+    shown = any(any(line[2:]) for line in lines)
+    return _table(["minus dense features, points", "at k =", *MEASURES.values()], lines) if shown else ""
+
+
+def _points(interval: Mapping[str, float] | None) -> str:
+    """A difference and its interval in points.
+
+    Example:
+        >>> _points({"difference": -0.0125, "low": -0.02, "high": 0.001})
+        '-1.2 [-2.0, +0.1]'
+    """
+    return "" if interval is None else "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**{n: 100 * v for n, v in interval.items()})
 
 
 def _cost_table(report: Report) -> str:
@@ -90,4 +113,5 @@ def codes_table(report: Report, methods: bool = True) -> str:
         f"classes, {report['features']} features, {report['units']} units. {report['protocol']}."
     )
     names = "\n".join(f"- {name}: {text}" for name, text in report["methods"].items())
-    return "\n\n".join([*tables, marks, _cost_table(report), _COST, about, *([names] if methods else [])])
+    dense = [text for text in [_dense_table(report)] if text]
+    return "\n\n".join([*tables, marks, *dense, _cost_table(report), _COST, about, *([names] if methods else [])])

@@ -116,6 +116,20 @@ def test_a_new_method_is_one_class(known: Recipe, monkeypatch: pytest.MonkeyPatc
     assert found["methods"]["zeros"] == "Zeros."
     best = found["differences"]["knn"]["8"]
     assert best["features"]["difference"] == 0 and best["zeros"]["low"] > 0 and best["zeros"]["n"] == 60
+    lost = found["against_dense"]["knn"]
+    values = {(row["method"], row["k"]): row["knn"] for row in found["rows"]}
+    assert lost["all"]["features"] == {"difference": 0, "low": 0, "high": 0, "n": 60}
+    for k in (8, "all"):
+        for name in ("features", "zeros"):
+            assert lost[str(k)][name]["difference"] == pytest.approx(values[name, k] - values["features", "all"], abs=2e-5)
+    assert lost["all"]["zeros"]["high"] < 0
+    lines = [line for line in codes_table(found).split("minus dense features")[1].splitlines() if line.startswith("| zeros ")]
+    assert f"{100 * lost['all']['zeros']['difference']:+.1f} [" in lines[0]
+
+
+def test_without_the_features_nothing_is_said_about_them(known: Recipe) -> None:
+    found = compare_codes(known, Asked(("random",), (8,), 1, "none"))
+    assert found["against_dense"] == {} and "dense" not in codes_table(found)
 
 
 def test_linear_probes_are_few_unless_all_are_asked_for() -> None:
@@ -228,10 +242,10 @@ def test_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.Ca
     printed, found = capsys.readouterr(), json.loads(out.read_text())
     heads = re.findall(r"^\| ([\w -]+), k = +\| +2 \| +8 \| +all \|$", printed.out, re.M)
     assert heads == ["1-NN accuracy", "kNN accuracy", "retrieval mAP"] and "| linear probe accuracy, k = |" in printed.out
-    assert printed.out.count("| csrv2 ") == 5 and "compare codes" in printed.err
+    assert printed.out.count("| csrv2 ") == 6 and "compare codes" in printed.err
     assert Recipe.parse(found["recipe"]).encoder.cached_views == 3 and found["n_train"] == 128 and found["n_test"] == 60
     assert found["command"].startswith("rlpjepa bench codes digits data.limit=96") and "--seeds 1" in found["command"]
-    assert {"machine", "versions", "protocol", "rows", "fits", "differences"} <= found.keys()
+    assert {"machine", "versions", "protocol", "rows", "fits", "differences", "against_dense"} <= found.keys()
     assert all(0 <= row["one_nn"] <= 1 for row in found["rows"])
     best = max((row for row in found["rows"] if row["k"] == 8), key=lambda row: row["one_nn"])
     assert f"**{best['one_nn']:.3f}**" in printed.out

@@ -6,11 +6,13 @@
 
 Each encoder is measured on the images that its recipe holds out (for a recipe with cached views and no test images, on a random fifth): density, dead units,
 1-NN, kNN and retrieval by cosine, a linear probe, and 1-NN with only the k largest values. Its density is also measured on images of another kind.
-Recipes with cached views train on features that are computed once, as `rlpjepa bench codes` does. Rows in FILE are kept, so a command that was stopped goes on.
+Recipes with cached views train on features that are computed once, as `rlpjepa bench codes` does. Rows in FILE are kept, so a command that was stopped goes on;
+it must have the same recipe, arms, limit and other images.
 """
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from torch import Tensor
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.bench.features import load_features
+from rlpjepa_zoo.bench.machine import shown_command
 from rlpjepa_zoo.bench.measures import densities, measure
 from rlpjepa_zoo.bench.methods import METHODS
 from rlpjepa_zoo.config.pretrain import Recipe
@@ -72,7 +75,7 @@ def by_training(other: Path | None, limit: int) -> Codes:
     return codes
 
 
-def on_features(recipe: Recipe, other: Path | None) -> Codes:
+def on_features(recipe: Recipe, other: Path | None, limit: int) -> Codes:
     """Projectors on features that are computed once."""
     resolved, features = load_features(recipe, progress=True)
     far = of_other(features.encoder, other)
@@ -82,7 +85,7 @@ def on_features(recipe: Recipe, other: Path | None) -> Codes:
         method = METHODS["ours"](recipe, torch.device("cpu"))
         method.fit(features, None)
         z, test_z = (method.codes(rows, None) for rows in (features.train, features.test))
-        return (z, features.train_labels, test_z, features.test_labels), far and method.codes(far[0], None)
+        return (z[:limit], features.train_labels[:limit], test_z, features.test_labels), far and method.codes(far[0], None)
 
     return codes
 
@@ -121,6 +124,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def recorded(path: Path | None, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier command, which must have trained and measured in the same way."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if wrong := [key for key, value in about.items() if found.get(key) != value]:
+        raise SystemExit(f"--json: {path} has rows of another {' and '.join(wrong)}; give another file")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
 def main() -> None:
     parser = result.parser(__doc__)
     parser.add_argument("recipe", nargs="?")
@@ -136,9 +150,12 @@ def main() -> None:
         print(table(json.loads(options.table.read_text())["rows"]))
         return
     arms = {name: text.split() for name, text in options.arm} if options.arm else ARMS
-    rows: list[dict[str, Any]] = json.loads(options.json.read_text())["rows"] if options.json and options.json.exists() else []
     base = Recipe.load(options.recipe, options.overrides)
-    train = by_training(options.other, options.limit) if base.encoder.cached_views is None else on_features(base, options.other)
+    about = {"recipe": base.shareable(), "arms": arms, "limit": options.limit, "other": options.other and options.other.name}
+    rows = recorded(options.json, about)
+    train = (
+        by_training(options.other, options.limit) if base.encoder.cached_views is None else on_features(base, options.other, options.limit)
+    )
     for seed in range(options.seeds):
         for density in options.density:
             for arm, more in arms.items():
@@ -146,9 +163,8 @@ def main() -> None:
                     continue
                 recipe = Recipe.load(options.recipe, [*options.overrides, f"target.density={density}", f"seed={seed}", *more])
                 rows.append({"asked": density, "arm": arm, "seed": seed} | measured(recipe, train))
-                shown = " ".join(text for text in options.overrides if "path" not in text and "local-dir" not in text)
-                found = {"arms": arms, "rows": rows}
-                result.tell(f"python benchmarks/density.py {options.recipe} {shown}".rstrip(), found, "1 thread", options.json)
+                command = shown_command(["python", "benchmarks/density.py", *sys.argv[1:]])
+                result.tell(command, about | {"rows": rows}, f"{torch.get_num_threads()} threads", options.json)
     print(table(rows))
 
 

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from rlpjepa_zoo.cli.options import write_file
 from rlpjepa_zoo.core import package
 
 
@@ -22,4 +23,4 @@ def tell(command: str, found: dict[str, Any], cores: str, path: Path | None) -> 
     text = json.dumps(whole, indent=1)
     print(text)
     if path is not None:
-        path.write_text(text + "\n")
+        write_file(path, (text + "\n").encode())

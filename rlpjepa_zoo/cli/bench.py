@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +92,7 @@ def codes(
     Its own objective is one of the methods. Without test images in the data, a fifth of the images is held out.
     """
     from ..bench.codes import Asked, compare_codes, default_methods
+    from ..bench.machine import shown_command
     from ..bench.tables import codes_table
     from ..config.pretrain import Recipe
 
@@ -102,8 +102,8 @@ def codes(
     asked: Any = Asked(names, None if k is None else tuple(whole_numbers("--k", k)), seeds, linear)  # type: ignore[arg-type]  # refused there if it is another word
     resolved = Recipe.load(recipe, overrides or [])
     given = {"--methods": methods, "--k": k, "--seeds": seeds, "--linear": linear}
-    words = [recipe, *(overrides or []), *(f"{name} {value}" for name, value in given.items() if value is not None)]
-    command = " ".join(["rlpjepa bench codes", *map(_without_folders, words)])
+    words = [recipe, *(overrides or []), *(word for name, value in given.items() if value is not None for word in (name, str(value)))]
+    command = shown_command(["rlpjepa", "bench", "codes", *words])
 
     def save(found: dict[str, Any], ending: str = ".part") -> None:
         if out is not None:
@@ -114,16 +114,6 @@ def codes(
     if out is not None:
         out.with_name(out.name + ".part").unlink(missing_ok=True)
     print_values({"command": command, **found, "text": codes_table(found)}, as_json)
-
-
-def _without_folders(word: str) -> str:
-    """A word of a command without the folders of this machine: of a path only the last part.
-
-    Example:
-        >>> _without_folders("encoder.backbone=local-dir:/data/vit"), _without_folders("data.name=owner/name")
-        ('encoder.backbone=local-dir:vit', 'data.name=owner/name')
-    """
-    return re.sub(r"(^|[=:])[/~.][^=:]*/(?=[^/])", r"\1", word)
 
 
 bench_app.command("codes")(with_imports(codes))

@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlpjepa_zoo.bench.measures import DENSE
 from rlpjepa_zoo.bench.tables import codes_table, means
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "#2a7f9e"
-OTHERS = ("#c8553d", "#d98e32", "#a8791c", "#7a6c9d", "#4f8a5b", "#1b2a41", "#8a97a6", "#b0567f")
-"""Colours of the other methods, in their order."""
+OURS = "#0b7a99"
+TRAINED = {"csr": "#c8553d", "csrv2": "#d98e32", "topk_sae": "#8a6fb0", "ncl": "#4f8a5b"}
+"""Colours of the other trained methods; those without training are grey."""
+GREY = "#8a97a6"
 
 
 def reports(folder: Path = ROOT / "benchmarks") -> dict[str, dict[str, Any]]:
@@ -72,51 +74,26 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
 def panel(axis: Any, report: Mapping[str, Any], measure: str = "one_nn") -> None:
     """One data set: a line for each method, its name at the right end; dotted, the dense features."""
     ends: list[tuple[str, str, float, float]] = []
-    colors = iter(OTHERS * 9)
     for name, of in means(report, measure).items():
         points = [(int(k), value) for k, value in of.items() if k != "all"]
-        color = OURS if name == "ours" else next(colors)
+        color = OURS if name == "ours" else TRAINED.get(name, GREY)
         if points:
             k, values = zip(*points, strict=True)
-            axis.plot(
-                k,
-                values,
-                color=color,
-                lw=2.6 if name == "ours" else 1.1,
-                marker="o",
-                ms=5 if name == "ours" else 2.5,
-                zorder=3 if name == "ours" else 2,
-            )
+            style = {"lw": 2.8, "ms": 5.5, "zorder": 3} if name == "ours" else {"lw": 1.2, "ms": 3, "zorder": 2}
+            axis.plot(k, values, color=color, marker="o", **style)
             ends.append((name, color, k[-1], values[-1]))
-        if name == "features" and "all" in of:
-            axis.axhline(of["all"], color=color, ls=":", lw=1)
-            axis.annotate(
-                "dense features",
-                (0, of["all"]),
-                (2, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=8,
-                color=color,
-            )
+        if name == DENSE and "all" in of:
+            axis.axhline(of["all"], color="black", ls=":", lw=1)
+            where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axis.annotate("dense features", (0, of["all"]), (4, 4), fontsize=8, **where)
     low, high = axis.get_ylim()
     most = max(end[2] for end in ends)
-    heights = apart([end[3] for end in ends], 0.055 * (high - low))
+    heights = apart([end[3] for end in ends], 0.062 * (high - low))
     outside = max(0.0, max(heights) - high) or min(0.0, min(heights) - low)
     for (name, color, k, value), height in zip(ends, (height - outside for height in heights), strict=True):
-        arrow = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-        weight = "bold" if name == "ours" else "normal"
-        axis.annotate(
-            name,
-            (k, value),
-            (most * 1.25, height),
-            va="center",
-            fontsize=9,
-            color=color,
-            weight=weight,
-            arrowprops=arrow,
-            annotation_clip=False,
-        )
+        leader = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
+        look = {"fontsize": 9, "color": color, "weight": "bold" if name == "ours" else "normal", "va": "center"}
+        axis.annotate(name, (k, value), (most * 1.4, height), arrowprops=leader, annotation_clip=False, **look)
     ticks = report["asked"]["k"]
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [str(k) for k in ticks])
@@ -131,7 +108,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(5.6 * len(found), 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(found), figsize=(5.4 * len(found), 4.6), squeeze=False, layout="constrained")
     for axis, report in zip(axes[0], found.values(), strict=True):
         panel(axis, report)
     axes[0, 0].set_ylabel("1-NN accuracy")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -89,7 +90,7 @@ def alarms(metrics: Mapping[str, float], theory: float | None, still_training: b
 
     Args:
         metrics: l0_eval (density of z in evaluation mode), dead_eval and always_on_eval (fraction of dimensions that no image, or every image,
-            activates), each if measured.
+            activates), n_eval (number of those images), each if measured.
         theory: density of the target law; None for an objective without one, of which only extremes are judged.
         held: whether the run held its density (`target.hold`).
         still_training: leave out what more training may correct: a density that is off by a factor, and all but many dead dimensions.
@@ -109,7 +110,10 @@ def alarms(metrics: Mapping[str, float], theory: float | None, still_training: b
             cure = "" if held else "train with target.hold=true, or "
             cure += f"shift the trained encoder: rlpjepa dial --density {theory:.3g} --mode shift"
             sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; {cure}")
-    if silent is not None and silent > (0.5 if still_training or theory is None else _MANY):
+    by_chance = (
+        0.0 if theory is None else (1 - theory) ** metrics.get("n_eval", math.inf)
+    )  # a dimension with the asked rate is zero in few images
+    if silent is not None and silent - by_chance > (0.5 if still_training or theory is None else _MANY):
         hold = "" if theory is None or held else "with target.hold=true, which brings dimensions back, or "
         cure = f"train {hold}with a lower learning rate or encoder.dim"
         sentences.append(f"{silent:.0%} of the dimensions are dead (no evaluation image activates them); {cure}")

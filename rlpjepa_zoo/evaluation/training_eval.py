@@ -82,7 +82,7 @@ def during_training(
         cache: of a run with a frozen backbone, the features of earlier calls.
 
     Returns:
-        l0_eval, l1_eval, dead_eval, always_on_eval, knn_features, knn_z; empty for a stream without evaluation images.
+        l0_eval, l1_eval, dead_eval, always_on_eval, n_eval (images of these), knn_features, knn_z; empty for a stream without evaluation images.
 
     Raises:
         DataError: none of the evaluation images can be read.
@@ -98,7 +98,7 @@ def during_training(
         queries = _sample(queries, probe.eval_images, recipe, "eval")
         test_features, test_z, test_y = _encode_on_ranks(encoder, queries, "queries", recipe, autocast, cache)
     measures = {"l0": l0, "l1": l1, "dead": dead, "always_on": always_on}
-    results = {f"{name}_eval": float(measure(test_z)) for name, measure in measures.items()}
+    results = {f"{name}_eval": float(measure(test_z)) for name, measure in measures.items()} | {"n_eval": len(test_z)}
     if int((y >= 0).sum()) > 1 and bool((test_y >= 0).any()):
         for name, rows, test_rows in (("features", features, test_features), ("z", z, test_z)):
             results[f"knn_{name}"] = knn_accuracy(rows, y, test_rows, test_y, probe.knn_k, probe.knn_temperature, leave_one_out)

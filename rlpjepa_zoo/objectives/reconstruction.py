@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import distributed
 
-__all__ = ["Reconstruction", "decoded"]
+__all__ = ["ReconstructionLoss", "decoded"]
 
 _FEW = 16
 """Where codes have at most D / 16 values, a decoder sums rows; else it multiplies matrices."""
@@ -38,7 +38,7 @@ def decoded(values: Tensor, columns: Tensor, weight: Tensor) -> Tensor:
     return values.new_zeros(len(values), len(weight)).scatter(1, columns, values) @ weight
 
 
-class Reconstruction(nn.Module):
+class ReconstructionLoss(nn.Module):
     """Mean over k of the squared error of a linear decoder on the k largest values of each row of z.
 
     Args:
@@ -47,7 +47,7 @@ class Reconstruction(nn.Module):
         active: the numbers k, each in 1 .. D.
 
     Example:
-        >>> term = Reconstruction(features=6, dim=8, active=[2, 4])
+        >>> term = ReconstructionLoss(features=6, dim=8, active=[2, 4])
         >>> loss = term(torch.randn(16, 6), torch.rand(16, 8, requires_grad=True))
         >>> loss.shape, loss.requires_grad
         (torch.Size([]), True)

@@ -249,9 +249,9 @@ def _figures(run: RunFiles[Recipe], sample: Sample | None) -> dict[str, Any]:
         figures |= {"images": len(sample.z), "density": density, "density_low": low, "density_high": high}
         figures |= {"dim": sample.z.shape[1], "dead": int((rates == 0).sum()), "always_on": int((rates == 1).sum())}
         figures["measured_step"] = (info.get("training") or {}).get("steps")
-    measured = {"l0_eval": figures["density_eval"], "dead_eval": figures["dead_eval"]}
+    measured = {"l0_eval": figures["density_eval"], "dead_eval": figures["dead_eval"], "n_eval": run.last("n_eval", "eval")}
     if sample is not None and measured["l0_eval"] is None:
-        measured = {"l0_eval": figures["density"], "dead_eval": figures["dead"] / figures["dim"]}
+        measured = {"l0_eval": figures["density"], "dead_eval": figures["dead"] / figures["dim"], "n_eval": len(sample.z)}
     figures["alarms"] = alarms({key: value for key, value in measured.items() if value is not None}, theory)
     return figures
 

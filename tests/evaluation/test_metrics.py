@@ -147,6 +147,7 @@ def test_batch_metrics_equal_the_single_functions(rng: np.random.Generator) -> N
         ({"l0_eval": 0.9, "dead_eval": 0.04, "always_on_eval": 0.5}, None, []),
         ({"l0_eval": 0.12, "always_on_eval": 0.06}, 0.12, ["6% of the dimensions are always on"]),
         ({"l0_eval": 0.12, "dead_eval": 0.06}, 0.12, ["6% of the dimensions are dead (no evaluation image activates them); train with target"]),
+        ({"l0_eval": 0.01, "dead_eval": 0.4, "n_eval": 100}, 0.01, []), ({"l0_eval": 0.01, "dead_eval": 0.4, "n_eval": 400}, 0.01, ["40%"]),
         ({"l0_eval": 0.0, "dead_eval": 1.0}, None, ["100% of the dimensions are dead"]),
     ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from processes import run_ranks
 
 from rlpjepa_zoo.core import distributed
-from rlpjepa_zoo.objectives.reconstruction import Reconstruction
+from rlpjepa_zoo.objectives.reconstruction import ReconstructionLoss
 
 
 def batch(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,9 +14,9 @@ def batch(n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 5, generator=source) * 3 + 2, torch.randn(n, 9, generator=source).relu()
 
 
-def term(active: list[int]) -> Reconstruction:
+def term(active: list[int]) -> ReconstructionLoss:
     torch.manual_seed(1)
-    return Reconstruction(5, 9, active)
+    return ReconstructionLoss(5, 9, active)
 
 
 def test_term_is_the_mean_squared_error_of_the_largest_values() -> None:

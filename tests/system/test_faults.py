@@ -65,7 +65,7 @@ def small(*more: str) -> Recipe:
 RANGES = {
     "I": range(1, 24),
     "R": range(1, 18),
-    "D": range(1, 17),
+    "D": range(1, 18),
     "N": range(1, 15),
     "A": range(1, 23),
     "E": range(1, 12),

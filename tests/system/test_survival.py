@@ -40,7 +40,11 @@ def test_a_non_finite_step_is_skipped_and_counted(
     assert [row["loss"] is None for row in found] == [i + 1 in (3, 7, 8) for i in range(12)]  # strict JSON knows no NaN
 
 
-def test_a_skipped_step_changes_only_the_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HELD = ["target.density=0.1", "target.hold=true", "reconstruction.active=[2, 8]"]
+
+
+@pytest.mark.parametrize("more", [[], HELD])
+def test_a_skipped_step_changes_only_the_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]) -> None:
     seen: dict[str, Any] = {}
 
     right = trainer.Trainer._update
@@ -58,8 +62,8 @@ def test_a_skipped_step_changes_only_the_counter(tmp_path: Path, monkeypatch: py
         return norm
 
     monkeypatch.setattr(trainer.Trainer, "_update", update)
-    poison(monkeypatch, {5})
-    train(tiny("train.epochs=2"), tmp_path / "run", progress=False)
+    poison(monkeypatch, {5}, "pixels")
+    train(tiny("train.epochs=2", *more), tmp_path / "run", progress=False)
     assert all(torch.equal(seen["after"][k], v) for k, v in seen["before"].items())
     assert all(torch.equal(a, b) for a, b in zip(seen["remembered"], seen["buffers"], strict=True)) and seen["buffers"]
 

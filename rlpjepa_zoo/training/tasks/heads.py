@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import distributed
 from ...models.encoder import Output, SparseEncoder
 from ...objectives.density import without_common_gradient
-from ...objectives.reconstruction import Reconstruction
+from ...objectives.reconstruction import ReconstructionLoss
 
 __all__ = ["EncoderWithHeads", "HeadsOutput"]
 
@@ -43,7 +43,7 @@ class EncoderWithHeads(nn.Module):
     def __init__(self, encoder: SparseEncoder, classes: int, active: Sequence[int] = (), held: bool = False) -> None:
         super().__init__()
         self.encoder, self.held = encoder, held
-        self.reconstruction = Reconstruction(encoder.config.features, encoder.config.dim, active) if active else None
+        self.reconstruction = ReconstructionLoss(encoder.config.features, encoder.config.dim, active) if active else None
         widths = {"features": encoder.config.features, "z": encoder.config.dim} if classes > 1 else {}
         self.probes = nn.ModuleDict({name: nn.Linear(width, classes) for name, width in widths.items()})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from images import table
 from PIL import Image
 from processes import run_ranks
 from refusals import refused
@@ -85,6 +86,31 @@ def test_held_density_is_exact_on_training_images_after_a_resume_too(tmp_path: P
     assert last is not None and last.state["task"]["shift"] != 0
     difference = last.model["encoder.projector.3.bias"] - published.last_layer.bias  # the weights that go on training are not shifted
     assert torch.allclose(difference, torch.full_like(difference, last.state["task"]["shift"]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [["train.ema=0.5"], ["views.local.count=2", "views.local.size=16"], ["train.precision=bf16"], ["encoder.projector_depth=1"]]
+)
+def test_held_density_is_exact_with(more: list[str], tmp_path: Path) -> None:
+    recipe = tiny("target.density=0.1", "target.hold=true", "probe.bank=96", *more)
+    train(recipe, tmp_path / "run", progress=False)
+    images = open_source(recipe.data, recipe.seed).images
+    z = load_encoder(tmp_path / "run/encoder").embed([images.read(i) for i in range(96)])
+    assert z.l0 == pytest.approx(0.1, abs=0.01 if "train.precision=bf16" in more else 2 / (96 * 32))
+
+
+def test_held_density_of_a_stream_is_exact_on_its_evaluation_images_if_there_are_any(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        table(range(96)).to_parquet(str(tmp_path / f"data/{split}-00000-of-00001.parquet"))
+    stream = [f"data.path={tmp_path / 'data'}", "data.source=hf", "data.streaming=true", "data.length=96", "data.shuffle_buffer=50"]
+    for name, more in (("with", ["data.eval_split=test"]), ("without", [])):
+        train(of_folder(tmp_path / "data", *stream, "target.density=0.1", "target.hold=true", *more), tmp_path / name, progress=False)
+        shift = (latest(tmp_path / name)[0] or pytest.fail("no checkpoint")).state["task"]["shift"]
+        assert (shift != 0) == (name == "with")
+        assert ("none to make the density exact on" in caplog.text) == (name == "without")
 
 
 def test_target_is_annealed_at_a_constant_ratio() -> None:

@@ -6,6 +6,9 @@ measured with only their k largest values, for several k, and with all. Methods 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,15 +19,17 @@ import torch
 from ..config.pretrain import Recipe
 from ..errors import NonFiniteError, UsageError
 from ..evaluation.intervals import paired_difference
-from ..evaluation.probes.base import Array
 from ..progress import progress_bar
 from .features import check_recipe, load_features
 from .machine import machine
 from .measures import DENSE, PROTOCOL, densities, measure
 from .methods import METHODS
 from .methods.base import Features, Method
+from .scores import PerImage, packed, unpacked
 
 __all__ = ["ALL", "K", "LINEAR_K", "Asked", "compare_codes", "default_methods"]
+
+log = logging.getLogger(__name__)
 
 K = (2, 4, 8, 16, 32, 64)
 """Values of a code, unless others are asked for; the standard of the field, and the two of CSRv2 below it."""
@@ -33,8 +38,8 @@ ALL = "all"
 LINEAR_K = (8, 32)
 """Where the linear probe, which is slow, is measured beside codes with all values."""
 
-_PerImage = dict[tuple[str, str], dict[str, list[Array]]]
-"""Scores of each test image in each repetition, by (measure, k) and method."""
+_GROWING = ("rows", "fits", "differences", "against_dense")
+"""What a report gains with each method."""
 _Intervals = dict[str, dict[str, dict[str, Mapping[str, float]]]]
 """A difference with its interval, by measure, k and method."""
 
@@ -80,7 +85,12 @@ class Asked(NamedTuple):
 
 
 def compare_codes(
-    recipe: Recipe, asked: Asked, device: str = "cpu", progress: bool = False, save: Callable[[dict[str, Any]], None] | None = None
+    recipe: Recipe,
+    asked: Asked,
+    device: str = "cpu",
+    progress: bool = False,
+    save: Callable[[dict[str, Any]], None] | None = None,
+    part: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Fit and measure methods.
 
@@ -89,10 +99,12 @@ def compare_codes(
         asked: methods, values of a code, repetitions.
         device: where backbone and methods compute.
         progress: show progress bars on stderr.
-        save: called with the report of the methods so far after each method, so that an interrupted comparison loses little.
+        save: called after each method with the report of the methods so far and their ``scores``.
+        part: what `save` got from an interrupted comparison. If recipe, question, images, machine and versions are the same, its methods are
+            taken over; else it is ignored.
 
     Returns:
-        ``asked``, ``recipe`` (YAML, shareable), ``data``, ``backbone``, numbers of images, classes, features and units, ``protocol``;
+        ``asked``, ``recipe`` (YAML, shareable), ``data``, ``backbone``, numbers of images, classes, features and units, ``checksum`` of the features, ``protocol``;
         ``methods``, a line about each; ``rows``, for each method, seed and k the measures and the density; ``fits``, for each method and seed
         (and k, if it is fitted for each) its seconds; ``differences``, for each measure, k and method the best mean over seeds minus its
         own, over test images, with a 95 % interval; ``against_dense``, for each measure, k and method its own minus that of the features with
@@ -107,7 +119,7 @@ def compare_codes(
     asked = asked.checked(recipe)
     recipe, features = load_features(recipe, device, progress)
     kinds = {name: METHODS[name] for name in asked.methods}
-    rows, fits, scores = list[dict[str, Any]](), list[dict[str, Any]](), _PerImage()
+    rows, fits, scores = list[dict[str, Any]](), list[dict[str, Any]](), PerImage()
 
     def report() -> dict[str, Any]:
         return {
@@ -116,7 +128,11 @@ def compare_codes(
             "rows": rows, "fits": fits, "differences": _differences(scores), "against_dense": _against_dense(scores), **machine(device),
         }  # fmt: skip
 
-    todo = {name: [*_cells(kind, asked, features, recipe.seed)] for name, kind in kinds.items()}
+    if part is not None and all(part.get(key) == value for key, value in _plain(report()).items() if key not in _GROWING):
+        rows, fits, scores = list(part["rows"]), list(part["fits"]), unpacked(part["scores"])
+        log.info("went on with the results of: %s", ", ".join(dict.fromkeys(row["method"] for row in rows)))
+    done = {row["method"] for row in rows}
+    todo = {name: [*_cells(kind, asked, features, recipe.seed)] for name, kind in kinds.items() if name not in done}
     with progress_bar("compare codes", sum(map(len, todo.values())), hidden=not progress, unit="code") as bar:
         for name, cells in todo.items():
             fitted: Method | None = None
@@ -131,7 +147,7 @@ def compare_codes(
                 rows.append({"method": name, "seed": seed, "k": k or ALL} | _measured(fitted, name, seed, k, asked, features, scores))
                 bar.update()
             if save is not None:
-                save(report())
+                save(report() | {"scores": packed(scores)})
     return report()
 
 
@@ -152,7 +168,7 @@ def _fit(kind: type[Method], recipe: Recipe, features: Features, k: int | None, 
     return method, time.perf_counter() - started
 
 
-def _measured(method: Method, name: str, seed: int, k: int | None, asked: Asked, features: Features, scores: _PerImage) -> dict[str, float]:
+def _measured(method: Method, name: str, seed: int, k: int | None, asked: Asked, features: Features, scores: PerImage) -> dict[str, float]:
     """Measures and density of the codes of a fitted method; adds the scores of each test image to `scores`."""
     train, test = (method.codes(x, k) for x in (features.train, features.test))
     if not (train.isfinite().all() and test.isfinite().all()):
@@ -170,17 +186,31 @@ def _about(recipe: Recipe, features: Features) -> dict[str, Any]:
     return {
         "recipe": recipe.shareable(), "data": recipe.data.label(), "backbone": features.encoder.config.architecture,
         "n_train": len(features.train), "n_test": len(features.test), "classes": len(features.train_labels[features.train_labels >= 0].unique()),
-        "features": features.train.shape[1], "units": recipe.encoder.dim,
+        "features": features.train.shape[1], "units": recipe.encoder.dim, "checksum": _checksum(features),
         "protocol": f"{PROTOCOL}. Trained methods: {steps} steps of {recipe.train.batch_size} images, {recipe.views.count} of "
         f"{recipe.encoder.cached_views} random views each, {recipe.optim.name}, lr = {recipe.lr:g}",
     }  # fmt: skip
+
+
+def _checksum(features: Features) -> str:
+    """Of the features that are measured, the first 16 digits of their sha256."""
+    digest = hashlib.sha256()
+    for part in (features.train, features.test, features.train_labels, features.test_labels):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as JSON gives it back."""
+    read: dict[str, Any] = json.loads(json.dumps(report))
+    return read
 
 
 def _first_line(kind: type[Method]) -> str:
     return (kind.__doc__ or "").strip().splitlines()[0]
 
 
-def _differences(scores: _PerImage) -> _Intervals:
+def _differences(scores: PerImage) -> _Intervals:
     """Best method minus each, for each measure and k, with intervals over test images; scores of an image are averaged over repetitions."""
     found: _Intervals = {}
     for (measured, k), of in scores.items():
@@ -190,7 +220,7 @@ def _differences(scores: _PerImage) -> _Intervals:
     return found
 
 
-def _against_dense(scores: _PerImage) -> _Intervals:
+def _against_dense(scores: PerImage) -> _Intervals:
     """Each method minus the features with all values, for each measure and k, with intervals as those of `_differences`."""
     found: _Intervals = {}
     for (measured, k), of in scores.items():

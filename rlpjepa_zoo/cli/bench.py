@@ -82,7 +82,10 @@ def codes(
         str, typer.Option(metavar="some|all|none", help="Where to train a linear probe; some: with all values and at k = 8 and 32.")
     ] = "some",
     device: Device = None,
-    out: Annotated[Path | None, path_option(help="JSON file for all measurements; OUT.part has those of the methods so far.")] = None,
+    out: Annotated[
+        Path | None,
+        path_option(help="JSON file for all measurements; OUT.part has those of the methods so far, and the same command goes on from it."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -105,15 +108,27 @@ def codes(
     words = [recipe, *(overrides or []), *(word for name, value in given.items() if value is not None for word in (name, str(value)))]
     command = shown_command(["rlpjepa", "bench", "codes", *words])
 
-    def save(found: dict[str, Any], ending: str = ".part") -> None:
-        if out is not None:
-            write_file(out.with_name(out.name + ending), (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
+    aside = None if out is None else out.with_name(out.name + ".part")
 
-    found = compare_codes(resolved, asked, choose_device(device), not (quiet or as_json), save)
-    save(found, "")
-    if out is not None:
-        out.with_name(out.name + ".part").unlink(missing_ok=True)
+    def save(found: dict[str, Any], path: Path | None) -> None:
+        if path is not None:
+            write_file(path, (json.dumps({"command": command, **found}, indent=1) + "\n").encode())
+
+    part = _read_part(aside)
+    found = compare_codes(resolved, asked, choose_device(device), not (quiet or as_json), lambda report: save(report, aside), part)
+    save(found, out)
+    if aside is not None:
+        aside.unlink(missing_ok=True)
     print_values({"command": command, **found, "text": codes_table(found)}, as_json)
+
+
+def _read_part(path: Path | None) -> dict[str, Any] | None:
+    """What an interrupted comparison has saved; None for nothing, or for what is no JSON object."""
+    try:
+        found = None if path is None else json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 bench_app.command("codes")(with_imports(codes))

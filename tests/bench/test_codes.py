@@ -251,6 +251,39 @@ def test_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.Ca
     assert f"**{best['one_nn']:.3f}**" in printed.out
 
 
+def test_interrupted_command_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rlpjepa_zoo")
+    few = [*COMMAND, "data.limit=128", "--k", "2,8", "--seeds", "2", "--methods", "features,random,pca", "--linear", "none"]
+    assert cli.run([*few, "--out", str(tmp_path / "whole.json")]) == 0
+    out, aside = tmp_path / "codes.json", tmp_path / "codes.json.part"
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["random"], "fit", broken)
+        assert cli.run([*few, "--out", str(out)]) == 130
+    part = json.loads(aside.read_text())
+    assert {row["method"] for row in part["rows"]} == {"features", "pca"} and not out.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["pca"], "fit", broken)
+        assert cli.run([*few, "--out", str(out)]) == 0
+    assert "went on with the results of: features, pca" in caplog.text and not aside.exists()
+    whole, parts = (json.loads(file.read_text()) for file in (tmp_path / "whole.json", out))
+    assert "scores" not in parts and [{**fit, "seconds": 0} for fit in whole["fits"]] == [{**fit, "seconds": 0} for fit in parts["fits"]]
+    assert {k: v for k, v in whole.items() if k not in ("fits", "command")} == {
+        k: v for k, v in parts.items() if k not in ("fits", "command")
+    }
+
+    for other in (json.dumps({**part, "checksum": "0"}), json.dumps([]), "{"):  # of other images, or damaged: begins again
+        aside.write_text(other)
+        out.unlink()
+        caplog.clear()
+        assert cli.run([*few, "--out", str(out)]) == 0 and "went on" not in caplog.text
+
+
 def test_json_of_the_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*COMMAND, "--methods", "random,features", "--k", "4", "--linear", "none", "--json"]) == 0
     printed = capsys.readouterr()

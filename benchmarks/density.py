@@ -36,7 +36,7 @@ from rlpjepa_zoo.models.encoder import SparseEncoder
 from rlpjepa_zoo.sparse.topk import keep_largest
 
 DENSITIES = (0.5, 0.25, 0.1, 0.05, 0.03, 0.01)
-ARMS = {"free": [], "held": ["target.hold=true"]}
+ARMS = {"free": ["target.hold=false"], "held": ["target.hold=true"]}
 CUTS = (4, 8, 16, 32)
 MOST = 2000
 """Images of another kind."""

@@ -144,10 +144,11 @@ def override(values: dict[str, Any], given: str, recipe: type[BaseModel]) -> Non
         raise UsageError(f"override '{given}': expected section.key=value")
     *parents, last = name.split(".")
     for parent in parents:
-        child = values.setdefault(parent, {})
-        if not isinstance(child, dict):
+        if values.get(parent) is None:  # a section that is off is turned on by one of its keys
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
             raise RecipeError(f"{name}: '{parent}' is not a section")
-        values = child
     values[last] = _typed_value(text, holds_text(recipe, [*parents, last]))
 
 

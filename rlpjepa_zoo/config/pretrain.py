@@ -134,8 +134,6 @@ class Recipe(Plan):
                 )
         if self.reconstruction is not None and len({*self.reconstruction.active}) < len(self.reconstruction.active):
             raise ValueError(f"reconstruction.active: {self.reconstruction.active} has a number twice")
-        if self.reconstruction is not None and (most := max(self.reconstruction.active)) > self.encoder.dim:
-            raise ValueError(f"reconstruction.active: {most} is more than encoder.dim = {self.encoder.dim}")
         if self.train.best == "excess" and "excess" not in objective.monitored:
             raise ValueError(f"train.best: objective {name} does not measure excess; choose knn_z or knn_features, or set it to null")
         try:

@@ -237,7 +237,7 @@ class Reconstruction(Section):
     weight: Positive = 5.0
     """Weight of the term: mean squared error, where the features have mean 0 and variance 1 over the batch and all dimensions."""
     active: Annotated[tuple[Count, ...], Field(min_length=1)] = (2, 8, 32)
-    """Numbers k: the features are reconstructed from the k largest values of z; mean over the numbers."""
+    """Numbers k: the features are reconstructed from the k largest values of z; mean over the numbers. encoder.dim or more means all values."""
 
 
 class Target(Section):

@@ -44,7 +44,7 @@ class ReconstructionLoss(nn.Module):
     Args:
         features: F, width of the features.
         dim: D, width of z.
-        active: the numbers k, each in 1 .. D.
+        active: the numbers k >= 1; D or more means all values.
 
     Example:
         >>> term = ReconstructionLoss(features=6, dim=8, active=[2, 4])
@@ -69,7 +69,7 @@ class ReconstructionLoss(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             wanted = self._standardised(features.detach().float())
-            values, columns = z.float().topk(max(self.active), dim=1)  # sorted, so the k largest are the first k
+            values, columns = z.float().topk(min(max(self.active), z.shape[1]), dim=1)  # sorted, so the k largest are the first k
             sums = [decoded(values[:, :k], columns[:, :k], self.weight) for k in self.active]
             return torch.stack([(each + self.bias - wanted).square().mean() for each in sums]).mean()
 

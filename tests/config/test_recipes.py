@@ -486,6 +486,15 @@ def test_override_below_a_number_is_refused() -> None:
         base("seed=1", "seed.x=1")
 
 
+def test_a_key_turns_a_section_on_that_is_off() -> None:
+    saved = base().dump()
+    assert "reconstruction: null" in saved and "  local: null" in saved
+    made = Recipe.parse(saved, ["reconstruction.active=[4]", "views.local.count=2", "views.local.size=16"])
+    assert made.reconstruction is not None and [*made.reconstruction.active] == [4]
+    assert made.views.local is not None and made.views.local.size == 16
+    assert base("reconstruction.active=[4]", "reconstruction=null").reconstruction is None
+
+
 @pytest.mark.parametrize("value", ["[", "*a", "{a", "'", "!!python/name:os.system"])
 def test_override_with_invalid_yaml_is_refused_by_its_key(value: str) -> None:
     with refused("train.epochs: got"):

@@ -35,6 +35,12 @@ def test_term_is_the_mean_squared_error_of_the_largest_values() -> None:
     assert float(module(features, z).detach()) == pytest.approx(np.mean(errors), rel=1e-5)
 
 
+def test_more_values_than_dimensions_are_all_values() -> None:
+    features, z = batch()
+    assert torch.equal(term([9])(features, z), term([40])(features, z))
+    assert torch.equal(term([2, 9])(features, z), term([2, 40])(features, z))
+
+
 def test_shift_and_scale_of_the_features_do_not_matter_and_they_get_no_gradient() -> None:
     features, z = batch()
     features.requires_grad_()

@@ -35,6 +35,7 @@ TINY = [
     "data.limit=192", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "objective.num_directions=64",
     "train.batch_size=64", "train.epochs=4", "train.num_workers=0", "train.log_every=1", "train.precision=no", "optim.lr=0.02",
     "optim.warmup_epochs=0.5", "probe.every_epochs=2", "probe.bank=100", "probe.eval_images=60", "train.checkpoint_minutes=1000",
+    "target.hold=false", "reconstruction=null",
 ]  # fmt: skip
 IMAGES = 200
 

@@ -22,6 +22,7 @@ TINY = [
     "data.limit=96", "encoder.backbone=test_resnet", "encoder.dim=32", "encoder.hidden_dim=32", "encoder.projector_depth=2",
     "objective.num_directions=64", "train.batch_size=32", "train.epochs=4", "train.num_workers=0", "train.log_every=1", "train.precision=no",
     "optim.lr=0.02", "optim.warmup_epochs=0.5", "probe.every_epochs=2", "probe.bank=90", "probe.eval_images=60", "train.checkpoint_minutes=1000",
+    "target.hold=false", "reconstruction=null",
 ]  # fmt: skip
 
 CACHED = ["encoder.freeze_backbone=true", "encoder.cached_views=3", "data.limit=160", "train.batch_size=64"]
@@ -29,7 +30,7 @@ CACHED = ["encoder.freeze_backbone=true", "encoder.cached_views=3", "data.limit=
 
 
 def tiny(*more: str) -> Recipe:
-    """Four epochs of three steps on digits."""
+    """Four epochs of three steps on digits, of the objective alone."""
     return Recipe.load("digits", [*TINY, *more])
 
 

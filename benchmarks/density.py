@@ -30,6 +30,7 @@ from rlpjepa_zoo.bench.machine import shown_command
 from rlpjepa_zoo.bench.measures import densities, measure
 from rlpjepa_zoo.bench.methods import METHODS
 from rlpjepa_zoo.config.pretrain import Recipe
+from rlpjepa_zoo.core import package, rng
 from rlpjepa_zoo.data.sources import open_images, open_source
 from rlpjepa_zoo.evaluation.encoding import encode
 from rlpjepa_zoo.models.encoder import SparseEncoder
@@ -58,16 +59,21 @@ def of_other(encoder: SparseEncoder, folder: Path | None) -> tuple[Tensor, Tenso
     return torch.cat([out.features for out in outputs]), torch.cat([out.z for out in outputs])
 
 
+def sample(n: int, limit: int) -> Tensor:
+    """Indices of at most `limit` of n images, drawn at random."""
+    return torch.randperm(n, generator=rng.generator(0, "bank"))[:limit].sort().values
+
+
 def by_training(other: Path | None, limit: int) -> Codes:
     """Complete runs."""
 
     def codes(recipe: Recipe) -> tuple[Split, Tensor | None]:
-        with tempfile.TemporaryDirectory() as folder:
-            encoder = rz.load_encoder(str(rz.train(recipe, Path(folder) / "run", progress=False)))
         source = open_source(recipe.data, recipe.seed)
         if source.eval is None:
             raise SystemExit("no evaluation images: give data.eval_split")
-        bank = source.images.take(range(min(limit, len(source.images))))
+        with tempfile.TemporaryDirectory() as folder:
+            encoder = rz.load_encoder(str(rz.train(recipe, Path(folder) / "run", progress=False)))
+        bank = source.images.take(sample(len(source.images), limit).numpy())
         (_, z, y), (_, test_z, test_y) = encode(encoder, bank), encode(encoder, source.eval)
         far = of_other(encoder, other)
         return (z, y, test_z, test_y), far and far[1]
@@ -85,7 +91,8 @@ def on_features(recipe: Recipe, other: Path | None, limit: int) -> Codes:
         method = METHODS["ours"](recipe, torch.device("cpu"))
         method.fit(features, None)
         z, test_z = (method.codes(rows, None) for rows in (features.train, features.test))
-        return (z[:limit], features.train_labels[:limit], test_z, features.test_labels), far and method.codes(far[0], None)
+        kept = sample(len(z), limit)
+        return (z[kept], features.train_labels[kept], test_z, features.test_labels), far and method.codes(far[0], None)
 
     return codes
 
@@ -151,7 +158,13 @@ def main() -> None:
         return
     arms = {name: text.split() for name, text in options.arm} if options.arm else ARMS
     base = Recipe.load(options.recipe, options.overrides)
-    about = {"recipe": base.shareable(), "arms": arms, "limit": options.limit, "other": options.other and options.other.name}
+    about = {
+        "versions": package.versions(),
+        "recipe": base.shareable(),
+        "arms": arms,
+        "limit": options.limit,
+        "other": options.other and options.other.name,
+    }
     rows = recorded(options.json, about)
     train = (
         by_training(options.other, options.limit) if base.encoder.cached_views is None else on_features(base, options.other, options.limit)

@@ -100,8 +100,8 @@ def compare_codes(
         device: where backbone and methods compute.
         progress: show progress bars on stderr.
         save: called after each method with the report of the methods so far and their ``scores``.
-        part: what `save` got from an interrupted comparison. If recipe, question, images, machine and versions are the same, its methods are
-            taken over; else it is ignored.
+        part: what `save` got from an interrupted comparison of the same recipe, question, images, machine and versions; its methods are taken
+            over.
 
     Returns:
         ``asked``, ``recipe`` (YAML, shareable), ``data``, ``backbone``, numbers of images, classes, features and units, ``checksum`` of the features, ``protocol``;
@@ -111,7 +111,7 @@ def compare_codes(
         all values (empty if `features` is not compared); machine and versions.
 
     Raises:
-        RecipeError, UsageError: what was asked does not fit, before anything is encoded.
+        RecipeError, UsageError: what was asked does not fit, before anything is encoded; or `part` is of another comparison.
         DataError, ModelError, HubError: as of `load_features`.
         NonFiniteError: a training diverged.
     """
@@ -128,7 +128,9 @@ def compare_codes(
             "rows": rows, "fits": fits, "differences": _differences(scores), "against_dense": _against_dense(scores), **machine(device),
         }  # fmt: skip
 
-    if part is not None and all(part.get(key) == value for key, value in _plain(report()).items() if key not in _GROWING):
+    if part is not None:
+        if other := [key for key, value in _plain(report()).items() if key not in _GROWING and part.get(key) != value]:
+            raise UsageError(f"OUT.part is of another comparison (other {', '.join(other)}); move it away to begin anew")
         rows, fits, scores = list(part["rows"]), list(part["fits"]), unpacked(part["scores"])
         log.info("went on with the results of: %s", ", ".join(dict.fromkeys(row["method"] for row in rows)))
     done = {row["method"] for row in rows}

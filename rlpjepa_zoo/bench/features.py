@@ -49,7 +49,7 @@ def with_test_images(source: Source, recipe: Recipe) -> tuple[Source, Images]:
     """Training and test images: those of the data, at most `probe.eval_images` for testing; else a random fifth, which is not trained on.
 
     Raises:
-        RecipeError: fewer than two classes.
+        RecipeError: fewer than two classes, or no test image with a label.
     """
     images, test = source.images, source.eval
     if test is None:
@@ -59,9 +59,11 @@ def with_test_images(source: Source, recipe: Recipe) -> tuple[Source, Images]:
     elif len(test) > recipe.probe.eval_images:
         order = torch.randperm(len(test), generator=rng.generator(recipe.seed, "eval")).numpy()
         test = test.take(np.sort(order[: recipe.probe.eval_images]))
-    if len(np.unique(_known(images))) < 2 or not len(_known(test)):
-        fix = "one folder for each class, or a column of class labels (data.label_column)"
-        raise RecipeError(f"data: codes are compared by labels, and the images have fewer than two classes; expected {fix}")
+    fix = "one folder for each class, or a column of class labels (data.label_column)"
+    if len(np.unique(_known(images))) < 2:
+        raise RecipeError(f"data: codes are compared by labels, and the training images have fewer than two classes; expected {fix}")
+    if not len(_known(test)):
+        raise RecipeError(f"data: codes are compared by labels, and no test image has one; expected {fix}")
     return source._replace(train=images, eval=test, length=len(images)), test
 
 

@@ -22,7 +22,9 @@ def is_cuda(device: str) -> bool:
 
 def machine(device: str) -> dict[str, Any]:
     """Device, processor and library versions, for the record."""
-    name = torch.cuda.get_device_name(device) if is_cuda(device) else f"{torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device) if is_cuda(device) else f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    )
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").is_file() else None
     cpu = f"{model[1] if model else platform.processor()}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"machine": f"{name}, {cpu}", "versions": package.versions()}

@@ -70,7 +70,7 @@ def densities(x: Tensor, test_x: Tensor) -> dict[str, float]:
     """Density of codes.
 
     Args:
-        x, test_x: (m, D), (n, D) codes of training and test images.
+        x, test_x: (m, D), (n, D) codes, or dense features, of training and test images.
 
     Returns:
         ``l0``, share of non-zero values of test images; ``dead``, share of units that are zero for all images; ``max_rate``, largest share of
@@ -81,9 +81,9 @@ def densities(x: Tensor, test_x: Tensor) -> dict[str, float]:
         >>> densities(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0]]))
         {'l0': 0.6667, 'dead': 0.3333, 'max_rate': 1.0}
     """
-    counts = (x > 0).sum(0) + (test_x > 0).sum(0)
+    counts = (x != 0).sum(0) + (test_x != 0).sum(0)
     values = {
-        "l0": float((test_x > 0).float().mean()),
+        "l0": float((test_x != 0).float().mean()),
         "dead": float((counts == 0).float().mean()),
         "max_rate": float(counts.max() / (len(x) + len(test_x))),
     }

@@ -14,7 +14,7 @@ __all__ = ["codes_table", "means", "measure_table"]
 Report = Mapping[str, Any]
 
 _COST = (
-    "Seconds: of all fits of one seed. Density: share of non-zero values of test images. Dead: share of units that no image activates. "
+    "Seconds: of all fits of one seed, their median times their number. Density: share of non-zero values of test images. Dead: share of units that no image activates. "
     "Largest rate: share of images that activate the most active unit."
 )
 
@@ -77,10 +77,9 @@ def _cost_table(report: Report) -> str:
         seeds = {fit["seed"] for fit in fits}
         rows = [row for row in report["rows"] if row["method"] == name]
         most = [row for row in rows if row["k"] == rows[-1]["k"] and "l0" in row]
+        seconds = float(np.median([fit["seconds"] for fit in fits])) * len(fits) / len(seeds)  # a fit that was held up does not count
         cells = [f"{np.mean([row[key] for row in most]):.3f}" if most else "" for key in ("l0", "dead", "max_rate")]
-        lines.append(
-            [name, f"{sum(fit['seconds'] for fit in fits) / len(seeds):.1f}", str(len(fits) // len(seeds)), str(rows[-1]["k"]), *cells]
-        )
+        lines.append([name, f"{seconds:.1f}", str(len(fits) // len(seeds)), str(rows[-1]["k"]), *cells])
     return _table(["cost and density", "seconds", "fits", "at k =", "density", "dead", "largest rate"], lines)
 
 

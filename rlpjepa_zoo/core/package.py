@@ -47,7 +47,7 @@ def import_user_module(name: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that affect results, and the imported modules of the user; packages that are not installed are left out."""
-    names = ("rlpjepa-zoo", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "numpy")
+    names = ("rlpjepa-zoo", "torch", "torchvision", "timm", "accelerate", "datasets", "huggingface_hub", "numpy", "scikit-learn")
     return {name: version for name in names if (version := _version(name)) is not None} | _USER_MODULES
 
 

@@ -101,7 +101,7 @@ def alarms(metrics: Mapping[str, float], theory: float | None, still_training: b
     """
     sentences = []
     density, silent, loud = (metrics.get(name) for name in ("l0_eval", "dead_eval", "always_on_eval"))
-    if density is not None and theory is not None:
+    if density is not None and theory:
         if density < 0.05 * theory:
             sentences.append(
                 f"collapsed: {density:.2g} of the coordinates are active, the target asks for {theory:.3g}; lower the learning rate"

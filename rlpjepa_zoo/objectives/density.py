@@ -23,7 +23,7 @@ _GAIN = 0.3
 _RISE = 0.1
 """Rise of a dead unit's bias in one step, in means of the active values."""
 _BY_CHANCE = 0.05
-"""Probability below which it is no chance that a unit with the asked rate is inactive in a whole batch."""
+"""Probability below which it is no chance that a unit with the asked rate is inactive in a whole batch, whose views count as if they were independent."""
 
 
 class _WithoutCommonGradient(torch.autograd.Function):
@@ -35,7 +35,7 @@ class _WithoutCommonGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (active,) = ctx.saved_tensors
-        gradient = gradient * active
+        gradient = torch.where(active, gradient, 0)  # not a product: where nothing is active, it may be infinite in half precision
         total, count = distributed.mean_over_ranks(torch.stack([gradient.float().sum(), active.float().sum()]))
         return torch.where(active, gradient - (total / count.clamp_min(1e-6)).to(gradient.dtype), 0)
 

@@ -62,6 +62,8 @@ def test_test_images_of_the_data_are_used_up_to_the_limit(compared: Compared) ->
 def test_measures_equal_their_definitions_and_leave_unlabelled_images_out() -> None:
     source = torch.Generator().manual_seed(0)
     x, test = (torch.rand(n, 12, generator=source) * (torch.rand(n, 12, generator=source) < 0.4) for n in (60, 30))
+    for rows in (x, test):
+        rows[:, 0] = torch.rand(len(rows), generator=source) + 0.5  # no two cosines are equal
     y, test_y = torch.randint(-1, 3, (60,), generator=source), torch.randint(-1, 3, (30,), generator=source)
     found = measure(x, y, test, test_y, linear=True)
     a, b = (v[labels >= 0] / v[labels >= 0].norm(dim=1, keepdim=True).clamp_min(1e-9) for v, labels in ((test, test_y), (x, y)))
@@ -80,6 +82,7 @@ def test_measures_equal_their_definitions_and_leave_unlabelled_images_out() -> N
 def test_densities_count_units() -> None:
     x, test = torch.tensor([[1.0, 0, 0, 0], [2.0, 0, 0, 0]]), torch.tensor([[0.0, 3.0, 0, 0]])
     assert densities(x, test) == {"l0": 0.25, "dead": 0.5, "max_rate": 0.6667}
+    assert densities(-x, -test) == densities(x, test)  # dense features may be negative
 
 
 # --- results --------------------------------------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def test_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_interrupted_command_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO", "rlpjepa_zoo")
     few = [*COMMAND, "data.limit=128", "--k", "2,8", "--seeds", "2", "--methods", "features,random,pca", "--linear", "none"]
@@ -277,11 +280,17 @@ def test_interrupted_command_goes_on_where_it_was(
         k: v for k, v in parts.items() if k not in ("fits", "command")
     }
 
-    for other in (json.dumps({**part, "checksum": "0"}), json.dumps([]), "{"):  # of other images, or damaged: begins again
-        aside.write_text(other)
-        out.unlink()
-        caplog.clear()
-        assert cli.run([*few, "--out", str(out)]) == 0 and "went on" not in caplog.text
+    out.unlink()
+    for other, message in (
+        ({**part, "checksum": "0"}, "other checksum"),
+        ({**part, "machine": "m", "versions": {}}, "other machine, versions"),
+    ):
+        aside.write_text(json.dumps(other))
+        capsys.readouterr()
+        assert cli.run([*few, "--out", str(out)]) == 2 and message in capsys.readouterr().err
+        assert json.loads(aside.read_text()) == other and not out.exists()
+    aside.write_text("{")
+    assert cli.run([*few, "--out", str(out)]) == 0 and not aside.exists()
 
 
 def test_json_of_the_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +365,7 @@ def test_images_without_two_classes_are_refused(image_folder: Path, tmp_path: Pa
             file.unlink()
         (image_folder / "blue").rmdir()
     recipe = of_folder(folder, "train.batch_size=8")
-    with refused(RecipeError, match="data: codes are compared by labels, and the images have fewer than two classes"):
+    with refused(RecipeError, match="data: codes are compared by labels, and the training images have fewer than two classes"):
         with_test_images(open_source(recipe.data), recipe)
 
 

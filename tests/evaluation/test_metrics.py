@@ -142,6 +142,7 @@ def test_batch_metrics_equal_the_single_functions(rng: np.random.Generator) -> N
     ("metrics", "theory", "words"),
     [
         ({"l0_eval": 0.12, "dead_eval": 0.04, "always_on_eval": 0.0}, 0.12, []), ({"l0_eval": 0.17}, 0.12, []), ({"l0_eval": 0.25}, 0.12, ["density missed: 0.25"]),
+        ({"l0_eval": 0.0}, 0.0, []),
         ({"l0_eval": 0.05}, 0.12, ["density missed"]), ({"l0_eval": 0.0, "dead_eval": 1.0}, 0.5, ["collapsed", "100% of the dimensions are dead"]),
         ({"l0_eval": 0.12, "dead_eval": 0.6}, 0.12, ["60% of the dimensions are dead"]), ({}, 0.12, []),
         ({"l0_eval": 0.9, "dead_eval": 0.04, "always_on_eval": 0.5}, None, []),

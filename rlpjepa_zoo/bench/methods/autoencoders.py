@@ -3,6 +3,8 @@
 Written from the papers. What is different here from the code of CSR's authors and from `SparseAutoEncoder` and `CSRLoss` of
 sentence-transformers, which follow it:
 
+- optimiser, rate, schedule, weight decay, batch size and number of units are those of the recipe (theirs: Adam at 4e-4, constant, no decay, batches
+  of 4096, four units for each feature);
 - features are centred and divided by one number, so that the rate of the recipe suits any backbone;
 - the decoder is a matrix of its own. It starts as the weight of the encoder, and its rows, one for each unit, have length 1 (theirs is that weight);
 - the two views are random views of an image (the authors encode the same features twice);

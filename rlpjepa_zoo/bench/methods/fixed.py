@@ -24,6 +24,10 @@ class Dense(Method):
     order = 0
     random = False
 
+    @classmethod
+    def allows(cls, k: int, width: int) -> bool:
+        return k <= width
+
     def fit(self, features: Features, k: int | None) -> None:
         pass
 
@@ -40,6 +44,10 @@ class PrincipalComponents(Method):
 
     order = 60
     random = False
+
+    @classmethod
+    def allows(cls, k: int, width: int) -> bool:
+        return k <= width
 
     def fit(self, features: Features, k: int | None) -> None:
         x = features.train.double()

@@ -55,13 +55,14 @@ class Retrieval(NamedTuple):
 def retrieval(x: Any, y: Any, test_x: Any, test_y: Any, queries: int | None = None, seed: int = 0) -> Retrieval:
     """Precision of the ranking of all training rows by cosine with a test row; the rows with the label of the test row are relevant.
 
-    Among equally near rows the lower index comes first. A query without relevant rows counts as 0.
+    Equally near rows, which are many for codes of few values, stand in one random order, so that a bank that is sorted by class gains nothing.
+    A query without relevant rows counts as 0.
 
     Args:
         x, y: (m, C), (m,) rows that are searched, and their labels.
         test_x, test_y: (n, C), (n,) queries.
         queries: use at most this many, drawn at random; the draw does not depend on x.
-        seed: of the draw.
+        seed: of the draws.
 
     Example:
         >>> retrieval(torch.eye(2), [0, 1], torch.eye(2), [0, 0]).average_precision.mean()
@@ -72,7 +73,8 @@ def retrieval(x: Any, y: Any, test_x: Any, test_y: Any, queries: int | None = No
     if queries is not None and queries < len(test_y):
         chosen = torch.randperm(len(test_y), generator=rng.generator(seed, "queries"))[:queries].sort().values.numpy()
         test_x, test_y = test_x[chosen], test_y[chosen]
-    labels, blocks = torch.as_tensor(y), []
+    order = torch.randperm(len(y), generator=rng.generator(seed, "ties")).numpy()
+    x, labels, blocks = x[order], torch.as_tensor(y[order]), []
     rank = torch.arange(1, len(y) + 1, dtype=torch.float64)
     for start, cosine in tiles(test_x, x):
         wanted = torch.as_tensor(test_y[start : start + len(cosine)])[:, None]

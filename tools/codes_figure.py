@@ -39,8 +39,10 @@ def density_section(folder: Path = ROOT / "benchmarks") -> str:
     for path in sorted(folder.glob("density-*.json")):
         found = json.loads(path.read_text())
         sizes = "{n_train:,} training and {n_test:,} test images".format(**found["rows"][0])
-        about = f"`{found['command']}`; {sizes}; {found['machine']}, torch {found['versions']['torch']}."
-        parts += [f"**{path.stem.removeprefix('density-')}**. {about}", table(found["rows"])]
+        arms = ", ".join(f"{name} `{' '.join(more)}`" if more else f"{name} as the recipe" for name, more in found["arms"].items())
+        other = f"; other images: {found['other']}" if found.get("other") else ""
+        about = f"`{found['command']}`; {sizes}{other}; {found['machine']}, torch {found['versions']['torch']}."
+        parts += [f"**{path.stem.removeprefix('density-')}**: {arms}. {about}", table(found["rows"])]
     return "\n" + "\n\n".join(parts or ["Nothing is recorded yet."]) + "\n"
 
 

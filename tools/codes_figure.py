@@ -50,7 +50,7 @@ def section(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown between the markers of the page."""
     if not found:
         return "\nNothing is recorded yet.\n"
-    parts = ["![1-NN accuracy against values of a code](measured/codes.png)"]
+    parts = []
     for report in found.values():
         about = f"`{report['command']}`; {report['machine']}, torch {report['versions']['torch']}, timm {report['versions']['timm']}."
         parts += [f"### {report['data']}, {report['backbone']}", about, codes_table(report, methods=False)]

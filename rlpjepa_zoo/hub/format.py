@@ -16,6 +16,9 @@ detected, and a folder with some old and some new files does not verify.
 To add a key: add a field to `Published`, a line to `pack` and a checked line to `parse`. `PublishedModel.contents` in `models/base.py` fills
 the field, and `models/pretrained.py` uses it on load if needed. Raise `FORMAT` if an older reader must refuse the folder, and write the new
 number only for models that use the key.
+
+Weights are float32. If float16 holds every matrix and kernel of a model exactly (`PublishedModel.rounded`), they are saved as float16, which
+takes half the bytes, and read as float32 with the same values; biases, normalisation and golden codes are float32 always.
 """
 
 from __future__ import annotations
@@ -38,8 +41,10 @@ __all__ = [
     "listed_files", "pack", "parse", "tensor_place",
 ]  # fmt: skip
 
-FORMAT = 3
-"""Newest version. Version 1 has no sha256 of config.json. Format 3 is written only for encoders with a dial (`sparse/topk.py`); a reader of format 2 would ignore it."""
+FORMAT = 4
+"""Newest version. Version 1 has no sha256 of config.json. Format 3 is written only for encoders with a dial (`sparse/topk.py`), which a reader of format 2
+would ignore; format 4 only for weights in float16."""
+FLOAT16 = "float16"
 
 CONFIG, BACKBONE, HEAD, GOLDEN = "config.json", "model.safetensors", "head.safetensors", "golden.safetensors"
 RECIPE, CARD, FIGURES = "recipe.yaml", "README.md", ("training.png", "accuracy.png")
@@ -103,6 +108,7 @@ class Published:
         projector: None for a classifier on features.
         classifier: None for an encoder.
         dial: None for an encoder without a dial, and for a classifier.
+        float16: whether matrices and kernels are saved as float16.
         name: source name in the examples of the card.
         needs_package: plain timm does not know the architecture.
         fingerprint: digest of weights and preprocessing.
@@ -116,6 +122,7 @@ class Published:
     projector: Projector | None = None
     classifier: LinearLayer | None = None
     dial: Dial | None = None
+    float16: bool = False
     name: str = "owner/repo"
     needs_package: bool = False
     fingerprint: str = ""
@@ -187,7 +194,8 @@ def pack(published: Published, files: Mapping[str, bytes]) -> dict[str, bytes]:
         **({} if published.dial is None else {"dial": published.dial.saved()}),
         "info": published.info,
         "versions": published.versions,
-        "format": 2 if published.dial is None else FORMAT,
+        **({"weights": FLOAT16} if published.float16 else {}),
+        "format": FORMAT if published.float16 else 2 if published.dial is None else 3,
         "files": listed,
         "sha256": _BLANK,
     }
@@ -245,6 +253,7 @@ def parse(text: bytes, where: str) -> Published:
         projector=projector,
         classifier=_classifier(block["classifier"], projector, where) if "classifier" in block else None,
         dial=_dial(block.get("dial"), where),
+        float16=_float16(block.get("weights"), where),
         name=str(block.get("name", "owner/repo")),
         needs_package=bool(block.get("needs_package")),
         fingerprint=str(block.get("fingerprint", "")),
@@ -280,6 +289,12 @@ def _dial(saved: Any, where: str) -> Dial | None:
         return Dial(**saved)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{where}: {_BLOCK}.dial is not what this version expects ({first_line(error)})") from error
+
+
+def _float16(saved: Any, where: str) -> bool:
+    if saved not in (None, FLOAT16):
+        raise ModelError(f"{where}: {_BLOCK}.weights: expected {FLOAT16}, got {saved!r}")
+    return saved == FLOAT16
 
 
 def listed_files(published: Published, where: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import tempfile
@@ -31,7 +32,12 @@ from ..sparse.topk import Dial
 from . import golden
 from .small_resnet import SMALL_RESNETS
 
-__all__ = ["Layers", "PublishedModel", "check_float_batch"]
+__all__ = ["Layers", "PublishedModel", "check_float_batch", "is_matrix"]
+
+
+def is_matrix(value: Tensor) -> bool:
+    """Whether a tensor of a model is a matrix or kernel, which may be saved as float16."""
+    return value.dim() >= 2 and value.is_floating_point()
 
 
 def check_float_batch(x: Tensor, error: type[ZooError], fix: str) -> None:
@@ -140,6 +146,28 @@ class PublishedModel(nn.Module):
 
     # --- the published folder --------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def rounded(self) -> Self:
+        """A copy whose matrices and kernels are rounded to float16. It computes in float32, and its saves take half the bytes.
+
+        Raises:
+            UsageError: a weight is beyond the range of float16.
+
+        Example:
+            >>> import rlpjepa_zoo
+            >>> enc = rlpjepa_zoo.create_encoder("test_resnet", dim=100).rounded()
+            >>> weight = enc.last_layer.weight
+            >>> weight.dtype, torch.equal(weight, weight.half().float())
+            (torch.float32, True)
+        """
+        twin = copy.deepcopy(self)
+        for key, value in twin._checked_state().items():
+            if is_matrix(value):
+                value.copy_(value.half().float())
+                if not value.isfinite().all():
+                    raise UsageError(f"{key} holds values beyond {torch.finfo(torch.float16).max:g}, the largest of float16")
+        return twin
+
     def save_pretrained(
         self, path: str | Path, recipe: str | None = None, info: Mapping[str, Any] | None = None, name: str = "owner/repo"
     ) -> Path:
@@ -203,12 +231,14 @@ class PublishedModel(nn.Module):
             scratch: path beside which timm writes a small file for a moment; in the system's folder for temporary files when None.
         """
         state = self._checked_state()
-        published, linear = self._description(info, name, scratch or Path(tempfile.gettempdir()) / CONFIG)
+        matrices = {key for key, value in state.items() if is_matrix(value)}
+        float16 = all(torch.equal(state[key].half().float(), state[key]) for key in matrices)
+        published, linear = self._description(info, name, scratch or Path(tempfile.gettempdir()) / CONFIG, float16)
         self._refuse_other_layers(published, state)
         tensors: dict[str, dict[str, Tensor]] = {file: {} for file in published.tensor_files}
         for key, value in state.items():
             file, place = tensor_place(key, published, linear)
-            tensors[file][place] = value
+            tensors[file][place] = value.half() if float16 and key in matrices else value
         tensors[GOLDEN] = golden.make(self)
         files = {file: tensor_bytes(content, {"format": "pt"}) for file, content in tensors.items()} | card.files(published)
         recipe = self.config.recipe if recipe is None else recipe
@@ -226,7 +256,7 @@ class PublishedModel(nn.Module):
                 raise UsageError(f"{key} is {value.dtype}; a published {self.noun} is float32, so call .float() first")
         return state
 
-    def _description(self, info: Mapping[str, Any] | None, name: str, scratch: Path) -> tuple[Published, str]:
+    def _description(self, info: Mapping[str, Any] | None, name: str, scratch: Path, float16: bool) -> tuple[Published, str]:
         """The model as config.json describes it, and timm's name of the linear layer (see `Layers`)."""
         timm_model = self._timm_model()
         layers = self._layers(timm_model)
@@ -238,6 +268,7 @@ class PublishedModel(nn.Module):
             projector=layers.projector,
             classifier=layers.classifier,
             dial=layers.dial,
+            float16=float16,
             name=name,
             needs_package=timm_config["architecture"] in SMALL_RESNETS,
             fingerprint=self.fingerprint(),

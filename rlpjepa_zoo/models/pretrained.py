@@ -23,6 +23,7 @@ from ..hub.folder import read_folder, read_recipe, verify_folder
 from ..hub.format import CONFIG, GOLDEN, LinearLayer, Projector, Published, tensor_place
 from ..ops.tensors import load_tensors, tensor_shapes
 from . import golden
+from .base import is_matrix
 from .classifier import Classifier, ClassifierConfig, head_name, plain_timm
 from .encoder import SparseEncoder
 from .factory import BUILDING, bounded_construction, create_encoder, float32_default, validate_arguments
@@ -197,7 +198,8 @@ def skeleton(published: Published, headers: dict[str, Header], path: Path, build
     places = {key: tensor_place(key, published, linear) for key in state}
     for name in published.tensor_files:
         if name != GOLDEN:
-            _compare({place: state[key] for key, (file, place) in places.items() if file == name}, headers[name], path / name)
+            expected = {place: state[key] for key, (file, place) in places.items() if file == name}
+            _compare(expected, headers[name], path / name, published.float16)
     golden.check_header(headers[GOLDEN], model.config, path / GOLDEN)
     return places
 
@@ -225,13 +227,13 @@ def _encoder_options(published: Published, where: str) -> dict[str, Any]:
 _DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def _compare(expected: dict[str, Tensor], header: Header, path: Path) -> None:
-    """Refuse a file whose header has other names, dtypes or shapes than the expected tensors."""
+def _compare(expected: dict[str, Tensor], header: Header, path: Path, float16: bool) -> None:
+    """Refuse a file whose header has other names, dtypes or shapes than the expected tensors; with float16, matrices are of that type."""
     for problem, names in (("missing", expected.keys() - header.keys()), ("unexpected", header.keys() - expected.keys())):
         if names:
             raise ModelError(f"{path}: {problem} tensors: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}")
     for name, (dtype, shape) in header.items():
-        wanted = _DTYPES.get(expected[name].dtype, "F32")
+        wanted = "F16" if float16 and is_matrix(expected[name]) else _DTYPES.get(expected[name].dtype, "F32")
         if shape != tuple(expected[name].shape) or dtype != wanted:
             raise ModelError(f"{path}: {name} is {dtype} of shape {shape}, expected {wanted} of shape {tuple(expected[name].shape)}")
 

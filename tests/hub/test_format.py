@@ -130,6 +130,53 @@ def test_encoder_on_a_plain_timm_folder_can_be_saved_and_loaded(tmp_path, encode
         assert torch.equal(loaded(batch()), enc(batch()))
 
 
+# --- float16 -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rounded_weights_take_half_the_bytes_and_load_as_they_are(tmp_path, encoder, published):
+    import timm
+
+    before = encoder.fingerprint()
+    rounded = encoder.rounded()
+    assert encoder.fingerprint() == before != rounded.fingerprint() and rounded(batch()).dtype == torch.float32
+    path = rounded.with_budget(4).save_pretrained(tmp_path / "half")
+    sizes = [sum((folder / name).stat().st_size for name in ("model.safetensors", "head.safetensors")) for folder in (path, published)]
+    assert sizes[0] < 0.65 * sizes[1]
+    block = read_config(path)["rlpjepa_zoo"]
+    assert (block["format"], block["weights"]) == (4, "float16") and "weights" not in read_config(published)["rlpjepa_zoo"]
+
+    loaded = load_encoder(path)
+    assert all(value.dtype != torch.float16 for value in loaded.state_dict().values())
+    assert loaded.config.dial is not None and loaded.fingerprint() == rounded.with_budget(4).fingerprint()
+    again = loaded.save_pretrained(tmp_path / "again")  # such as with results on the card: the weights stay as they are
+    assert all((again / name).read_bytes() == (path / name).read_bytes() for name in ("model.safetensors", "head.safetensors"))
+    backbone = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        assert torch.equal(backbone(batch()), rounded.features(batch()))
+        difference = (rounded.features(batch()) - encoder.features(batch())).abs().max() / encoder.features(batch()).abs().max()
+    assert 0 < difference < 5e-3
+
+
+def test_weights_beyond_float16_are_not_rounded():
+    wide = make()
+    with torch.no_grad():
+        wide.last_layer.weight[0, 0] = 7e4
+    with refused(UsageError, match="projector.6.weight holds values beyond 65504"):
+        wide.rounded()
+
+
+@pytest.mark.parametrize("value", [None, "bfloat16", 1], ids=repr)
+def test_other_types_of_weights_are_refused(tmp_path, encoder, value):
+    path = encoder.rounded().save_pretrained(tmp_path / "half")
+    with config_of(path) as config:
+        if value is None:
+            del config["rlpjepa_zoo"]["weights"]  # then the files should be float32
+        else:
+            config["rlpjepa_zoo"]["weights"] = value
+    with refused(ModelError, match="is F16 of shape|weights: expected float16, got"):
+        load_encoder(path)
+
+
 # --- what is in the folder -----------------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +536,7 @@ def test_nan_in_a_valid_config_is_refused(copy):
         load_encoder(copy)
 
 
-@pytest.mark.parametrize("value", [4, 99, 0, -1, "1", None, 1.0, [1]], ids=repr)
+@pytest.mark.parametrize("value", [5, 99, 0, -1, "1", None, 1.0, [1]], ids=repr)
 def test_another_format_is_refused(copy, value):
     with config_of(copy) as config:
         config["rlpjepa_zoo"]["format"] = value

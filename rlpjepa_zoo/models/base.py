@@ -256,7 +256,7 @@ class PublishedModel(nn.Module):
                 raise UsageError(f"{key} is {value.dtype}; a published {self.noun} is float32, so call .float() first")
         return state
 
-    def _description(self, info: Mapping[str, Any] | None, name: str, scratch: Path, float16: bool) -> tuple[Published, str]:
+    def _description(self, info: Mapping[str, Any] | None, name: str, scratch: Path, float16: bool = False) -> tuple[Published, str]:
         """The model as config.json describes it, and timm's name of the linear layer (see `Layers`)."""
         timm_model = self._timm_model()
         layers = self._layers(timm_model)

@@ -7,7 +7,7 @@
 Each encoder is measured on the images that its recipe holds out (for a recipe with cached views and no test images, on a random fifth): density, dead units,
 1-NN, kNN and retrieval by cosine, a linear probe, and 1-NN with only the k largest values. Its density is also measured on images of another kind.
 Recipes with cached views train on features that are computed once, as `rlpjepa bench codes` does. Rows in FILE are kept, so a command that was stopped goes on;
-it must have the same recipe, arms, limit and other images.
+the versions, recipe, arms, limit and other images must be the same.
 """
 
 import json

@@ -110,9 +110,8 @@ def alarms(metrics: Mapping[str, float], theory: float | None, still_training: b
             cure = "" if held else "train with target.hold=true, or "
             cure += f"shift the trained encoder: rlpjepa dial --density {theory:.3g} --mode shift"
             sentences.append(f"density missed: {density:.3g} measured, {theory:.3g} in theory; {cure}")
-    by_chance = (
-        0.0 if theory is None else (1 - theory) ** metrics.get("n_eval", math.inf)
-    )  # a dimension with the asked rate is zero in few images
+    # a dimension with the asked rate may be zero in all of few images
+    by_chance = 0.0 if theory is None else (1 - theory) ** metrics.get("n_eval", math.inf)
     if silent is not None and silent - by_chance > (0.5 if still_training or theory is None else _MANY):
         hold = "" if theory is None or held else "with target.hold=true, which brings dimensions back, or "
         cure = f"train {hold}with a lower learning rate or encoder.dim"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import OutputError, UsageError, ZooError
-from . import bench, embed, evaluate, hub, train
+from . import bench, embed, evaluate, hub, train, zoo
 from .options import with_imports
 from .terminal import ReaderGone, results_on_stdout, set_up, show_error, show_traceback
 
@@ -40,7 +40,7 @@ for function, name in (
 ):
     app.command(name=name)(function)
 app.add_typer(bench.bench_app, name="bench")
-app.add_typer(hub.zoo_app, name="zoo")
+app.add_typer(zoo.zoo_app, name="zoo")
 
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 

@@ -53,11 +53,22 @@ class Plan(Section):
             raise ValueError(f"optim.warmup_epochs: {self.optim.warmup_epochs:g} must be fewer than train.epochs = {self.train.epochs:g}")
         if self.optim.min_lr > self.lr:
             raise ValueError(f"optim.min_lr: {self.optim.min_lr:g} is above the rate used, {self.lr:g}")
-        sizes = {"data.image_size": self.data.image_size} | ({"views.local.size": self.views.local.size} if self.views.local else {})
-        for name, size in sizes.items():
+        for name, size in self.sizes.items():
             if self.views.blur and size is not None and size < 7:
                 raise ValueError(f"views.blur: its 13 taps need images of at least 7 pixels, {name} is {size}")
+        start, full = self.views.start_size, self.data.image_size
+        if start is not None and full is not None and start > full:
+            raise ValueError(f"views.start_size: views grow, but {start} is above data.image_size = {full}; lower it, or set it to null")
         return self
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """Recipe key -> height and width of the images that the backbone sees, in pixels; None where there are none or not known yet."""
+        local = self.views.local
+        return {
+            "data.image_size": self.data.image_size, "views.start_size": self.views.start_size,
+            "views.local.size": local.size if local else None,
+        }  # fmt: skip
 
     @property
     def lr(self) -> float:

@@ -152,6 +152,7 @@ class Recipe(Plan):
             "needs encoder.freeze_backbone=true, because features of a backbone that is trained change": not encoder.freeze_backbone,
             "has no meaning with data.streaming=true; set it to null": self.data.streaming,
             "keeps views of one size; set views.local to null": self.views.local is not None,
+            "keeps views of one size; set views.start_size to null": self.views.start_size is not None,
             f"{encoder.cached_views} is fewer than views.count = {self.views.count}": encoder.cached_views < self.views.count,
         }
         for reason, wrong in refused.items():

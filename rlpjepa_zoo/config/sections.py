@@ -175,6 +175,11 @@ class Views(Section):
     """Probability of a horizontal flip."""
     noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise added after normalisation."""
+    start_size: ImageSize | None = None
+    """Height and width of the views in the first epoch, in pixels; those of local views stay. They grow from epoch to epoch, in multiples of 4, to
+    data.image_size. A step costs less at a small size. Null: data.image_size in all epochs."""
+    growth: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of the epochs after which the views have data.image_size; without views.start_size it has no meaning."""
     local: Local | None = None
     """Local views of multi-crop, a section of their own; null draws none."""
 
@@ -189,6 +194,23 @@ class Views(Section):
                 raise ValueError(f"views.{name}: expected [low, high] with low <= high{' <= 1' if share else ''}, got {list(pair)}")
         return self
 
+    def size_at(self, epoch: int, epochs: float, full: int) -> int:
+        """Return height and width of the views in an epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            epochs: length of the run.
+            full: data.image_size.
+
+        Example:
+            >>> [Views(start_size=16).size_at(epoch, 8, 32) for epoch in range(8)]
+            [16, 16, 20, 24, 24, 28, 32, 32]
+        """
+        if self.start_size is None:
+            return full
+        grown = self.start_size + (full - self.start_size) * epoch / (self.growth * epochs)
+        return full if grown >= full else max(self.start_size, int(grown) // 4 * 4)
+
     def describe(self) -> str:
         """Describe the views in one line, for cards."""
         parts = [
@@ -199,6 +221,8 @@ class Views(Section):
         ]
         if self.rotate or self.translate or self.zoom != (1.0, 1.0):
             parts.append("affine (rotate {:g} degrees, translate {:g}, zoom {:g} to {:g})".format(self.rotate, self.translate, *self.zoom))
+        if self.start_size is not None:
+            parts.append(f"{self.start_size} pixels in the first epoch, all after {self.growth:.0%} of the epochs")
         if self.jitter:
             strengths = f"brightness {self.brightness:g}, contrast {self.contrast:g}, saturation {self.saturation:g}, hue {self.hue:g}"
             parts.append(f"colour jitter p = {self.jitter:g} ({strengths})")

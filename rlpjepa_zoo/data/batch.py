@@ -53,7 +53,7 @@ class Assemble:
     """
 
     def __init__(self, recipe: Plan, finish: bool) -> None:
-        self.augment, self.finish = Augment(recipe.views, recipe.data, recipe.seed), finish
+        self.augment, self.finish = Augment(recipe.views, recipe.data, recipe.seed, recipe.train.epochs), finish
 
     def __call__(
         self, pictures: Sequence[Image.Image] | Tensor, labels: Sequence[int], rows: Sequence[int], epoch: int, bad: list[tuple[int, str]]

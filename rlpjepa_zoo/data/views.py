@@ -62,6 +62,7 @@ class Augment:
     Args:
         views, data: sections of the recipe.
         seed: seed of the run.
+        epochs: length of the run, over which the views may grow (`views.start_size`).
 
     Example:
         >>> augment = Augment(Views(), Data(source="digits", image_size=16), seed=0)
@@ -71,11 +72,16 @@ class Augment:
         (torch.Size([2, 4, 3, 16, 16]), torch.float32)
     """
 
-    def __init__(self, views: Views, data: Data, seed: int) -> None:
-        self.views, self.data, self.seed = views, data, seed
-        self.groups = [Group(0, views.count, data.image_size, views.crop_scale)]
+    def __init__(self, views: Views, data: Data, seed: int, epochs: float = 1) -> None:
+        self.views, self.data, self.seed, self.epochs = views, data, seed, epochs
+
+    def groups(self, epoch: int) -> list[Group]:
+        """The views of an epoch by their size: the global ones, then the local ones if there are any."""
+        views, size = self.views, self.views.size_at(epoch, self.epochs, self.data.image_size)
+        groups = [Group(0, views.count, size, views.crop_scale)]
         if views.local is not None:
-            self.groups.append(Group(views.count, views.local.count, views.local.size, views.local.crop_scale))
+            groups.append(Group(views.count, views.local.count, views.local.size, views.local.crop_scale))
+        return groups
 
     def __call__(self, images: list[Tensor], epoch: int, rows: Tensor) -> list[Tensor]:
         """Normalised views of images at any stage: decoded, cropped or finished.
@@ -104,7 +110,7 @@ class Augment:
             For each group (V, b, 3, S, S) uint8.
         """
         crops = []
-        for group in self.groups:
+        for group in self.groups(epoch):
             boxes = self._boxes(group, epoch, rows, np.tile(np.array(pixels.shape[-2:]), (len(rows), 1)))
             views = [crop_and_resize(pixels, one.reshape(-1, 4), group.size, self.data.interpolation) for one in boxes]
             crops.append(torch.stack(views))
@@ -113,7 +119,7 @@ class Augment:
     def crop_one(self, picture: Image.Image, epoch: int, row: int) -> list[Tensor]:
         """The same for one image of any size, with PIL: for each group (V, 3, S, S) uint8."""
         crops = []
-        for group in self.groups:
+        for group in self.groups(epoch):
             boxes = self._boxes(group, epoch, torch.tensor([row]), np.array([[picture.height, picture.width]]))[:, 0]
             size, mode = (group.size, group.size), _PIL[self.data.interpolation]
             views = [picture.crop((x, y, x + w, y + h)).resize(size, mode) for y, x, h, w in boxes.tolist()]
@@ -156,7 +162,7 @@ class Augment:
             For each group (V, b, 3, S, S) float32 on the same device.
         """
         finished = []
-        for group, x in zip(self.groups, cropped, strict=True):
+        for group, x in zip(self.groups(epoch), cropped, strict=True):
             draws = self._draws(group, epoch, rows)
             flat, n = x.flatten(0, 1), x.shape[0] * x.shape[1]
             step = max(1, CPU_CHUNK // flat[0].numel()) if x.device.type == "cpu" else n

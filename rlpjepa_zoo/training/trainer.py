@@ -92,7 +92,7 @@ class Trainer:
         if self.recipe.train.epochs > 1:
             task.source = decode_small_sets(task.source, self.recipe.data.cache_gb, progress)
         self.core, self.source = task.core, task.source
-        self.augment = Augment(self.recipe.views, self.recipe.data, self.recipe.seed)
+        self.augment = Augment(self.recipe.views, self.recipe.data, self.recipe.seed, self.recipe.train.epochs)
         options = self.recipe.train
         module = task.module()
         optimizer = build_optimizer(self.recipe.optim.name, task.param_groups(), self.recipe.optim)

@@ -92,7 +92,7 @@ def test_operations_equal_torchvision_on_pil_images(name: str) -> None:
     make, rows = augment(**options), torch.arange(n)
     result = make([pixels.contiguous()], 0, rows)[0][0] * 255
     operations = {"affine"} if name in ("rotation", "translation", "zoom") else {k for k in STILL if options.get(k)}
-    expected = one_by_one(pixels, make._draws(make.groups[0], 0, rows), operations)
+    expected = one_by_one(pixels, make._draws(make.groups(0)[0], 0, rows), operations)
     difference = (result - expected).abs()
     most, share = {"hue": (12.0, 0.01), "rotation": (1.01, 0.01), "zoom": (1.01, 0.01), "blur": (1.01, 0.001)}.get(name, (0.01, 0.0))
     assert float(difference.max()) <= most and float((difference > 0.01).float().mean()) <= share
@@ -226,6 +226,25 @@ def test_local_views_are_small_crops() -> None:
     width = (local[:, :, 0, 8, 15] - local[:, :, 0, 8, 0]) * 16 / 15
     height = (local[:, :, 1, 15, 8] - local[:, :, 1, 0, 8]) * 16 / 15
     assert 0.045 < float((width * height).min()) and float((width * height).max()) < 0.33
+
+
+def test_views_grow_from_epoch_to_epoch() -> None:
+    pixels, rows = torch.from_numpy(photographs(6)).permute(0, 3, 1, 2), torch.arange(6)
+    views, data = Views(**{**RICH, "start_size": 18, "growth": 0.5}), Data(**PLAIN)
+    make = Augment(views, data, seed=0, epochs=8)
+    made = [make([pixels], epoch, rows) for epoch in range(8)]
+    assert [x[0].shape[-1] for x in made] == [18, 20, 24, 28, 32, 32, 32, 32]
+    assert {x[1].shape[-1] for x in made} == {16}  # local views stay
+    assert torch.equal(made[4][0], augment(**RICH)([pixels], 4, rows)[0])  # the same draws
+    one = [x[:, 2] for x in make.crop(pixels, 1, rows)]
+    alone = make.crop_one(Image.fromarray(photographs(6)[2]), 1, 2)
+    assert [x.shape for x in alone] == [x.shape for x in one]
+
+
+@pytest.mark.parametrize(("growth", "epochs", "sizes"), [(1.0, 3, [24, 24, 28]), (0.75, 1, [24]), (0.5, 0.5, [24]), (0.01, 2, [24, 32])])
+def test_the_first_epoch_has_the_start_size(growth: float, epochs: float, sizes: list[int]) -> None:
+    views = Views(start_size=24, growth=growth)
+    assert [views.size_at(epoch, epochs, 32) for epoch in range(len(sizes))] == sizes
 
 
 def test_draws_are_uniform_and_independent() -> None:

@@ -1,4 +1,4 @@
-"""Training runs with non-finite steps, averaged and best weights, local views, trackers, changed data, and a rank that fails."""
+"""Training runs with non-finite steps, averaged and best weights, local and growing views, trackers, changed data, and a rank that fails."""
 
 import json
 import logging
@@ -245,6 +245,19 @@ def test_local_views_are_encoded_and_matched_like_global_ones(tmp_path: Path, mo
     train(recipe, tmp_path / "run", progress=False)
     assert shapes == {(5, 32, 32)}
     assert "2 views and 3 local ones of 16 pixels" in load_encoder(tmp_path / "run/encoder").config.info["augmentations"]
+
+
+def test_growing_views_resume_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny("views.start_size=16", "train.num_workers=1")
+    sizes, right = list[int](), trainer.Trainer._forward
+    monkeypatch.setattr(trainer.Trainer, "_forward", lambda self, batch: (sizes.append(batch.images[0].shape[-1]), right(self, batch))[1])
+    train(recipe, tmp_path / "whole", progress=False)
+    assert sizes == sorted(sizes) and {16, 32} < {*sizes}
+    train_in_two_parts(monkeypatch, recipe, tmp_path / "run", 7)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert torch.equal(codes(tmp_path / "run/encoder"), codes(tmp_path / "whole/encoder"))
+    described = load_encoder(tmp_path / "run/encoder").config.info["augmentations"]
+    assert "16 pixels in the first epoch, all after 75% of the epochs" in described
 
 
 def test_a_fixed_size_backbone_refuses_local_views_at_the_start(tmp_path: Path) -> None:

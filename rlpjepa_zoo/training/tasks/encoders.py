@@ -52,8 +52,7 @@ def build_encoder(recipe: Recipe) -> SparseEncoder:
         )  # fmt: skip
     for sentence in preprocessing_warnings(recipe, encoder):
         log.warning("%s", sentence)
-    local = recipe.views.local
-    check_sizes(encoder, {"data.image_size": data.image_size, "views.local.size": local.size if local else None}, "encoder.args")
+    check_sizes(encoder, recipe.sizes, "encoder.args")
     return encoder
 
 

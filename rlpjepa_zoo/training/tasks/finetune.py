@@ -140,7 +140,7 @@ class FinetuneTask(Task):
             classifier.requires_grad_(False).head.requires_grad_(True)
         else:
             classifier.requires_grad_(True)
-        check_sizes(classifier, {"data.image_size": data.image_size}, "start.args" if recipe.start.of_timm else None)
+        check_sizes(classifier, recipe.sizes, "start.args" if recipe.start.of_timm else None)
         return classifier.train()
 
     def module(self) -> nn.Module:

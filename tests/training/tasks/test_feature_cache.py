@@ -168,6 +168,7 @@ def test_unreadable_images_are_counted_once_and_replaced(image_folder: Path, tmp
         (["encoder.cached_views=4"], "encoder.cached_views: needs encoder.freeze_backbone=true"),
         (["encoder.cached_views=1", *FROZEN], "encoder.cached_views: 1 is fewer than views.count = 2"),
         (["encoder.cached_views=4", *FROZEN, "views.local={count: 2, size: 16}"], "encoder.cached_views: keeps views of one size"),
+        (["encoder.cached_views=4", *FROZEN, "views.start_size=16"], "encoder.cached_views: keeps views of one size"),
         (
             [
                 "encoder.cached_views=4",

@@ -105,6 +105,9 @@ class Train(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an exponential moving average of the weights. The averaged weights are measured and published. The decay warms up from 0 as
     1 - (1 + t)^(-2/3) at update t. Null publishes the weights themselves."""
+    stop_after: Count | None = None
+    """Step after which the run ends early, with evaluation and publishing as at its end. Schedules keep the length of train.epochs, so a resume
+    with another value, or null for the whole length, goes on as if the run had not ended."""
     max_skipped: CountOrZero = 5
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run."""
     processes: Count | None = None

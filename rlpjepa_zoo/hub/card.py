@@ -20,25 +20,28 @@ from ..core.source import ModelSource
 from ..errors import ModelError, UsageError
 from ..text import code, markdown, printable, quoted
 from . import card_figures
-from .card_figures import ACCURACIES, SPACES, classifier_results, encoder_results
+from .card_figures import ACCURACIES, SPACES, classifier_results, codes_tables, encoder_results, transfer_tables
 from .folder import snapshot_folder
-from .format import CARD, Published, is_card, pack
+from .format import CARD, LOG, NOTICE, Published, is_card, pack
 
-__all__ = ["Info", "Start", "checked_info", "files", "pretraining_data", "render", "rewritten"]
+__all__ = ["Info", "Start", "checked_info", "files", "render", "rewritten"]
 
 
 def files(model: Published) -> dict[str, bytes]:
-    """The card and its figures: README.md, training.png if the run was recorded, accuracy.png if a curve was measured."""
+    """The card, its figures and the notice: README.md, training.png if the run was recorded, accuracy.png if a curve was measured, NOTICE."""
     info, figures = model.info, dict[str, bytes]()
     theory = (info.get("density") or {}).get("theory")
     if info.get("history") and theory is not None:
         figures["training.png"] = card_figures.training(info["history"], theory)
     if any(((info.get("results") or {}).get("curve") or {}).get(kind) for kind in ACCURACIES):
         figures["accuracy.png"] = card_figures.accuracy(info["results"])
-    return {CARD: render(model, tuple(figures)).encode(), **figures}
+    notice = {NOTICE: info["notice"].encode()} if info.get("notice") else {}
+    return {CARD: render(model, tuple(figures)).encode(), **figures, **notice}
 
 
-def rewritten(path: Path, name: str, license: str | None = None, notes: str | None = None, chosen: str | None = None) -> dict[str, bytes]:
+def rewritten(
+    path: Path, name: str, license: str | None = None, notes: str | None = None, chosen: str | None = None, log: bytes | None = None
+) -> dict[str, bytes]:
     """The files of a published folder with a new card; weights, golden codes and recipe are unchanged.
 
     Args:
@@ -47,6 +50,7 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
         license: SPDX identifier; unchanged when None.
         notes: Markdown of your own that the card shows; unchanged when None.
         chosen: rule by which this checkpoint was selected, if any; appended to the protocol.
+        log: the log of the run (metrics.jsonl); unchanged when None.
 
     Raises:
         ModelError: a file other than the card does not verify.
@@ -61,7 +65,8 @@ def rewritten(path: Path, name: str, license: str | None = None, notes: str | No
     if chosen is not None and results:
         results["protocol"] = "; ".join(text for text in (results.get("protocol"), chosen) if text)
     model = dataclasses.replace(model, name=name, info=info)
-    return pack(model, {name: content for name, content in contents.items() if not is_card(name)} | files(model))
+    kept = {name: content for name, content in contents.items() if not is_card(name)} | ({} if log is None else {LOG: log})
+    return pack(model, kept | files(model))
 
 
 MOST_NOTES = 100_000
@@ -69,27 +74,6 @@ MOST_NOTES = 100_000
 
 
 # --- the record that the card shows ---------------------------------------------------------------------------------------------------
-
-_DATA = {
-    "in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k", "inw21k": "ImageNet-W21k",
-    "inat21": "iNaturalist 2021", "jft": "JFT-300M", "lvd142m": "LVD-142M", "lvd1689m": "LVD-1689M", "laion2b": "LAION-2B",
-    "laion400m": "LAION-400M", "laiona": "LAION-Aesthetic", "webli": "WebLI", "datacompxl": "DataComp-XL", "datacomp1b": "DataComp-1B",
-    "dfndr2b": "DFNDR-2B", "dfn2b": "DFN-2B", "dfn5b": "DFN-5B", "metaclip": "MetaCLIP", "metaclip2": "MetaCLIP 2", "merged2b": "Merged-2B",
-    "openai": "the image-text pairs of OpenAI's CLIP", "yfcc15m": "YFCC-15M", "yfcc100m": "YFCC-100M", "ig1b": "Instagram images",
-}  # fmt: skip
-"""Data sets by their names in timm's tags of weights."""
-
-
-def pretraining_data(tag: str | None) -> str | None:
-    """Data sets that a tag of timm's weights names, in order; None if it names none.
-
-    Example:
-        >>> pretraining_data("augreg_in21k_ft_in1k"), pretraining_data("fb_dist")
-        ('ImageNet-21k, then ImageNet-1k', None)
-    """
-    named = [_DATA[word] for word in (tag or "").split("_") if word in _DATA]
-    return ", then ".join(dict.fromkeys(named)) or None
-
 
 Number = int | float
 
@@ -162,6 +146,24 @@ class _Results(_Open):
     against: dict[str, _Against] | None = None
 
 
+class _Codes(_Open):
+    """Measures of codes of k values, of this encoder and of other methods on the same images."""
+
+    data: str
+    protocol: str
+    k: list[int]
+    rows: dict[str, dict[str, list[float | None]]]
+    """Method -> measure -> one value for each k."""
+
+    @model_validator(mode="after")
+    def _one_for_each_k(self) -> Self:
+        for method, measures in self.rows.items():
+            for name, values in measures.items():
+                if len(values) != len(self.k):
+                    raise ValueError(f"{name} of {method} has {len(values)} numbers for {len(self.k)} values of k")
+        return self
+
+
 class Start(_Open):
     """The weights that the backbone started from.
 
@@ -184,6 +186,9 @@ class Info(_Open):
     target: _Target | None = None
     density: Density | None = None
     results: _Results | None = None
+    transfer: dict[str, _Results] | None = None
+    """Results on other data sets, by their name."""
+    codes: _Codes | None = None
     history: list[_Row] | None = None
     training: dict[str, str | int | float | None] | None = None
     data: str | None = None
@@ -195,6 +200,8 @@ class Info(_Open):
     augmentations: str | None = None
     license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.+-]*$")
     notes: str | None = Field(None, max_length=MOST_NOTES)
+    notice: str | None = Field(None, max_length=MOST_NOTES)
+    """Attributions that must stay with the weights; also the file NOTICE."""
 
 
 def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +217,9 @@ def checked_info(info: Mapping[str, Any]) -> dict[str, Any]:
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"info.{where}: {first['msg'].lower()}, got {str(first['input'])[:60]!r}") from error
     results = record.get("results") or {}
-    for where, scores in [("results", results), *((f"results.against.{k}", v) for k, v in (results.get("against") or {}).items())]:
+    compared = {f"results.against.{name}": scores for name, scores in (results.get("against") or {}).items()}
+    transferred = {f"transfer.{name}": scores for name, scores in (record.get("transfer") or {}).items()}
+    for where, scores in {"results": results, **compared, **transferred}.items():
         for key, value in scores.items():
             if not _is_score(key):
                 continue
@@ -270,6 +279,8 @@ def _context(model: Published, figures: tuple[str, ...]) -> dict[str, Any]:
         "missed": bool(asked and measured and not 0.67 < measured / asked < 1.5),
         "pixels_are_better": best["pixels"] > max(best["z"], best["features"]),
         "results": encoder_results(results, figures) if model.classifier is None else classifier_results(results),
+        "codes": codes_tables(info["codes"] or {}), "transfer": transfer_tables(info["transfer"] or {}),
+        "notice": printable(info["notice"] or "", keep="\n").strip().replace("```", ""),
     }  # fmt: skip
 
 

@@ -17,12 +17,14 @@ __all__ = [
     "SPACES",
     "accuracy",
     "classifier_results",
+    "codes_tables",
     "draw_accuracy",
     "draw_training",
     "encoder_results",
     "hide_spines",
     "new_figure",
     "training",
+    "transfer_tables",
 ]
 
 INK, ACCENT, SECOND, SOFT = "#1b2a41", "#c8553d", "#2a7f9e", "#b8c4d0"
@@ -124,6 +126,8 @@ def draw_accuracy(axes: Any, results: dict[str, Any]) -> None:
 SPACES = {"z": "sparse embedding z", "features": "dense backbone features", "pixels": "raw pixels"}
 """Representations that are measured, by the suffix of their keys in results."""
 ACCURACIES = ("knn", "linear", "one_shot")
+CODE_MEASURES = {"one_nn": "1-NN", "knn": "kNN", "map": "retrieval mAP", "linear": "linear probe"}
+"""Measures of codes of k values (`bench/measures.py`), as short labels."""
 
 
 def encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[str]:
@@ -150,6 +154,39 @@ def encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[s
     if "accuracy.png" in figures:
         paragraphs.append("![Accuracy against active dimensions](accuracy.png)")
     return paragraphs
+
+
+def codes_tables(codes: dict[str, Any]) -> list[str]:
+    """A table for each measure of codes of k values: a row for each method, a column for each k."""
+    if not codes:
+        return []
+    measures = dict.fromkeys(name for of_method in codes["rows"].values() for name in of_method)
+    paragraphs = [f"On {markdown(codes['data'])}. {markdown(codes['protocol'])}."]
+    for name in measures:
+        rows = [
+            [markdown(method), *(_percent(value, None) for value in of_method[name])]
+            for method, of_method in codes["rows"].items()
+            if name in of_method
+        ]
+        paragraphs.append(_table([f"{CODE_MEASURES.get(name) or markdown(name)}, k =", *map(str, codes["k"])], rows))
+    return paragraphs
+
+
+def transfer_tables(transfer: dict[str, dict[str, Any]]) -> list[str]:
+    """One table of the results on other data sets, with the density and the number of images of each."""
+    kinds = measures_of({key: value for scores in transfer.values() for key, value in scores.items()})
+    if not kinds:
+        return []
+    rows = []
+    for name, scores in transfer.items():
+        density = f"{scores['l0']:.3f}" if "l0" in scores else "-"
+        counts = f"{scores.get('n_train') or 0:,} / {scores.get('n_test') or 0:,}"
+        for row in _rows(scores, kinds, ""):
+            rows.append([markdown(name), counts, density, *row])
+            name = counts = density = ""
+    head = ["data", "training / test images", "density of z", "", *(measure_label(kind) or kind for kind in kinds)]
+    protocols = [f"{markdown(name)}: {markdown(scores['protocol'])}." for name, scores in transfer.items() if scores.get("protocol")]
+    return [_table(head, rows), *protocols]
 
 
 def classifier_results(results: dict[str, Any]) -> list[str]:

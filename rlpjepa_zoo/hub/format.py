@@ -5,6 +5,8 @@
     head.safetensors      the projector
     golden.safetensors    two images, their preprocessed inputs, features and codes (of a classifier: inputs of its linear layer, and logits)
     recipe.yaml           the training recipe (absent when the model was not trained from a recipe)
+    log.jsonl             the log of the training run (only encoders of the zoo have it; `rlpjepa zoo reproduce` compares with it)
+    NOTICE                attributions that must stay with the weights, the text of info["notice"] (absent without one)
     README.md             the generated card; *.png, its figures (absent when nothing was measured)
 
 The block of a classifier has the key "classifier". A classifier on features has its linear layer in model.safetensors, as every timm
@@ -37,19 +39,20 @@ if TYPE_CHECKING:
     from ..sparse.topk import Dial
 
 __all__ = [
-    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "MARK", "NAMES", "PICKLES", "RECIPE", "LinearLayer", "Projector", "Published", "is_card",
+    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "NAMES", "NOTICE", "PICKLES", "RECIPE", "LinearLayer", "Projector", "Published", "is_card",
     "listed_files", "pack", "parse", "tensor_place",
 ]  # fmt: skip
 
 FORMAT = 4
 """Newest version. Version 1 has no sha256 of config.json. Format 3 is written only for encoders with a dial (`sparse/topk.py`), which a reader of format 2
-would ignore; format 4 only for weights in float16."""
+would ignore; format 4 only for weights in float16, and for folders with a log or a notice."""
 FLOAT16 = "float16"
 
 CONFIG, BACKBONE, HEAD, GOLDEN = "config.json", "model.safetensors", "head.safetensors", "golden.safetensors"
 RECIPE, CARD, FIGURES = "recipe.yaml", "README.md", ("training.png", "accuracy.png")
 REQUIRED = (BACKBONE, HEAD, GOLDEN, CARD)
-NAMES = (CONFIG, *REQUIRED, RECIPE, *FIGURES)
+LOG, NOTICE = "log.jsonl", "NOTICE"
+NAMES = (CONFIG, *REQUIRED, RECIPE, LOG, NOTICE, *FIGURES)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
 """Suffixes of files that may hold a pickle."""
 MARK = b"rlpjepa_zoo"
@@ -179,6 +182,7 @@ def pack(published: Published, files: Mapping[str, bytes]) -> dict[str, bytes]:
     Raises:
         UsageError: `published.info` is not JSON.
     """
+    newest = published.float16 or not {LOG, NOTICE}.isdisjoint(files)
     timm = dict(published.timm)
     license = {"license": published.info["license"]} if published.info.get("license") is not None else {}
     timm["pretrained_cfg"] = {key: value for key, value in timm["pretrained_cfg"].items() if key != "license"} | license
@@ -195,7 +199,7 @@ def pack(published: Published, files: Mapping[str, bytes]) -> dict[str, bytes]:
         "info": published.info,
         "versions": published.versions,
         **({"weights": FLOAT16} if published.float16 else {}),
-        "format": FORMAT if published.float16 else 2 if published.dial is None else 3,
+        "format": FORMAT if newest else 2 if published.dial is None else 3,
         "files": listed,
         "sha256": _BLANK,
     }
@@ -314,5 +318,6 @@ def listed_files(published: Published, where: str) -> dict[str, dict[str, Any]]:
 
 
 def is_card(name: str) -> bool:
-    """Whether a file is the card or one of its figures, which may be edited or lost without harm to the model."""
-    return name == CARD or name.endswith(".png")
+    """Whether a file is the card or one of its figures, which may be edited or lost without harm to the model, or the notice, which is written
+    with the card."""
+    return name in (CARD, NOTICE) or name.endswith(".png")

@@ -21,14 +21,23 @@ from ..core.files import MAX_JSON, parse_json
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
-from ..hub.card import Start, pretraining_data
+from ..hub.card import Start
 from ..hub.download import fetch
 from ..hub.format import BACKBONE, CONFIG, Projector
 from ..ops.modules import make_projector
 from ..ops.tensors import tensor_shapes
 from .encoder import EncoderConfig, SparseEncoder
 
-__all__ = ["BUILDING", "bounded_construction", "create_encoder", "float32_default", "fresh_copy", "refused_arguments", "validate_arguments"]
+__all__ = [
+    "BUILDING",
+    "bounded_construction",
+    "create_encoder",
+    "float32_default",
+    "fresh_copy",
+    "pretraining_data",
+    "refused_arguments",
+    "validate_arguments",
+]
 
 BUILDING = threading.Lock()
 """Held while a model is built with a seeded global generator and a changed default dtype, which all threads share."""
@@ -114,6 +123,27 @@ def _as_saved(arguments: dict[str, Any], where: str) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(arguments))
     validate_arguments(plain, where)
     return plain
+
+
+_DATA = {
+    "in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k", "inw21k": "ImageNet-W21k",
+    "inat21": "iNaturalist 2021", "jft": "JFT-300M", "lvd142m": "LVD-142M", "lvd1689m": "LVD-1689M", "laion2b": "LAION-2B",
+    "laion400m": "LAION-400M", "laiona": "LAION-Aesthetic", "webli": "WebLI", "datacompxl": "DataComp-XL", "datacomp1b": "DataComp-1B",
+    "dfndr2b": "DFNDR-2B", "dfn2b": "DFN-2B", "dfn5b": "DFN-5B", "metaclip": "MetaCLIP", "metaclip2": "MetaCLIP 2", "merged2b": "Merged-2B",
+    "openai": "the image-text pairs of OpenAI's CLIP", "yfcc15m": "YFCC-15M", "yfcc100m": "YFCC-100M", "ig1b": "Instagram images",
+}  # fmt: skip
+"""Data sets by their names in timm's tags of weights."""
+
+
+def pretraining_data(tag: str | None) -> str | None:
+    """Data sets that a tag of timm's weights names, in order; None if it names none.
+
+    Example:
+        >>> pretraining_data("augreg_in21k_ft_in1k"), pretraining_data("fb_dist")
+        ('ImageNet-21k, then ImageNet-1k', None)
+    """
+    named = [_DATA[word] for word in (tag or "").split("_") if word in _DATA]
+    return ", then ".join(dict.fromkeys(named)) or None
 
 
 def _start_record(source: ModelSource, weights: dict[str, Any] | None, frozen: bool) -> dict[str, Any]:

@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.num_workers",
     "train.keep",
+    "train.stop_after",
     "train.processes",
     "train.timeout_minutes",
     "train.loader_timeout_minutes",

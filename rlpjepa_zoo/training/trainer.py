@@ -87,6 +87,7 @@ class Trainer:
             self.data = fingerprint(task.source, self.recipe.data.verify)
             self.per_epoch = steps_of_an_epoch(task.source, self.recipe)
             self.total, _ = self.recipe.steps(task.source.length)
+            self.end = min(self.total, self.recipe.train.stop_after or self.total)
         step = saved.step if saved is not None else 0
         check_same_on_all_ranks(step, task.source, self.data, task.core.fingerprint(), self.recipe.flat())
         if self.recipe.train.epochs > 1:
@@ -123,11 +124,11 @@ class Trainer:
     def run(self) -> Path:
         """Train to the last step; returns the folder of the artifact."""
         recipe, task = self.recipe, self.task
-        if self.step >= self.total:
+        if self.step >= self.end:
             log.warning("%s: already complete after %d steps", self.out, self.step)
             self._publish(again=True)
             return self._finish()
-        loader = self._loader(range(self.step, self.total))
+        loader = self._loader(range(self.step, self.end))
         if self.best is not None and self.best[0] == self.step:
             self._publish(again=True)  # the run may have been killed between this checkpoint and its publication
         self.trained.wrapped.train()
@@ -135,9 +136,9 @@ class Trainer:
         if self.step == 0:
             self._measure_start()
         self.saved_at = self.logged_at = (self.step, time.monotonic())
-        progress_bar = self.run_log.progress_bar(recipe.name, self.step, self.total, not self.progress)
+        progress_bar = self.run_log.progress_bar(recipe.name, self.step, self.end, not self.progress)
         with self.signals, Batches(loader) as batches, progress_bar:
-            while self.step < self.total:
+            while self.step < self.end:
                 started = time.monotonic()
                 batch = self._next(batches)
                 lr = set_learning_rates(self.trained.optimizer, recipe.optim, self.step, self.total, self.per_epoch)
@@ -151,7 +152,7 @@ class Trainer:
                 progress_bar.update()
                 self.bad.add(batch.bad, self.step)
 
-                last = self.step == self.total
+                last = self.step == self.end
                 if last or self.step % recipe.train.log_every == 0:
                     self._log_step(output, lr, norm)
                 if last or self.step % max(1, self.per_epoch * task.every_epochs) == 0:
@@ -191,7 +192,7 @@ class Trainer:
         if (save or code) and self.saved_at[0] != self.step:
             self._save()
         if code:
-            reason = f"stopped by a signal after step {self.step} of {self.total}; go on with --resume --out {self.out}"
+            reason = f"stopped by a signal after step {self.step} of {self.end}; go on with --resume --out {self.out}"
             raise StoppedBySignal(reason, int(code))
         if isinstance(result, DataError):
             raise result
@@ -247,7 +248,7 @@ class Trainer:
         if better:
             self.best = (self.step, self.last_metrics[metric])
         self._log({"kind": "eval", **metrics})
-        if self.step < self.total:  # `_finish` logs the alarms of the last evaluation
+        if self.step < self.end:  # `_finish` logs the alarms of the last evaluation
             for sentence in self.task.describe(metrics, final=False).alarms:
                 log.warning("step %d: %s", self.step, sentence)
         self._save()

@@ -88,6 +88,50 @@ def test_incomplete_info_gives_an_incomplete_card(tmp_path, encoder, info):
     rz.load_encoder(path)
 
 
+def test_notice_is_a_file_and_stays_with_the_weights(tmp_path, encoder):
+    notice = "Weights of Model X\nCopyright its authors"
+    path = encoder.save_pretrained(tmp_path / "enc", info={**INFO, "notice": notice})
+    assert (path / "NOTICE").read_text() == notice and f"```text\n{notice}\n```" in (path / "README.md").read_text()
+    assert read_config(path)["rlpjepa_zoo"]["format"] == 4
+    again = rz.load_encoder(path).save_pretrained(tmp_path / "again")
+    assert (again / "NOTICE").read_bytes() == (path / "NOTICE").read_bytes()
+    (path / "NOTICE").write_text("other")
+    with refused(ModelError, match="NOTICE: differs"):
+        rz.load_encoder(path)
+    without = rz.load_encoder(write_folder(path, card.rewritten(path, "owner/repo"))).save_pretrained(path, info=INFO)
+    assert not (without / "NOTICE").exists() and rz.load_encoder(without).config.info == INFO
+
+
+CODES = {
+    "data": "photographs",
+    "protocol": "1-NN among 50 images",
+    "k": [4, 8],
+    "rows": {"this encoder": {"one_nn": [0.5, None], "map": [0.1, 0.2]}, "CSR": {"one_nn": [0.4, 0.6]}},
+}
+OF_CIFAR = {"n_train": 5000, "n_test": 100, "l0": 0.05, "knn_z": 0.5, "knn_features": 0.6, "linear_z": 0.7, "protocol": "as above"}
+TRANSFER = {"CIFAR-10": OF_CIFAR}
+
+
+def test_card_shows_codes_beside_other_methods_and_other_data_sets(tmp_path, encoder):
+    text = (encoder.save_pretrained(tmp_path / "enc", info={**INFO, "codes": CODES, "transfer": TRANSFER}) / "README.md").read_text()
+    assert "| 1-NN, k = | 4 | 8 |\n|---|---|---|\n| this encoder | 50.0 % | - |\n| CSR | 40.0 % | 60.0 % |" in text
+    assert "| retrieval mAP, k = | 4 | 8 |\n|---|---|---|\n| this encoder | 10.0 % | 20.0 % |\n\n" in text
+    assert "| CIFAR-10 | 5,000 / 100 | 0.050 | sparse embedding z | 50.0 % | 70.0 % |" in text
+    assert "|  |  |  | dense backbone features | 60.0 % | - |" in text
+
+
+@pytest.mark.parametrize(
+    ("info", "match"),
+    [
+        ({"codes": {**CODES, "k": [4]}}, "info.codes"), ({"codes": {"k": [4]}}, "info.codes.data"),
+        ({"transfer": {"CIFAR-10": {"knn_z": "0.5"}}}, "info.transfer.CIFAR-10.knn_z"), ({"notice": 5}, "info.notice"),
+    ],
+)  # fmt: skip
+def test_malformed_tables_are_refused_when_saving(tmp_path, encoder, info, match):
+    with refused(UsageError, match=match):
+        encoder.save_pretrained(tmp_path / "enc", info={**INFO, **info})
+
+
 def test_card_states_missed_density_and_better_pixels(encoder, tmp_path):
     results = {"knn_z": 0.5, "knn_pixels": 0.6}
     path = encoder.save_pretrained(tmp_path / "enc", info={**INFO, "density": {"asked": 0.1, "eval": 0.25}, "results": results})
@@ -177,11 +221,17 @@ def test_card_shows_foreign_text_as_text(tmp_path, encoder):
     results = {**INFO["results"], "protocol": HOSTILE, "data": HOSTILE, "against": against}
     info = {**INFO, **words, "training": {HOSTILE: HOSTILE}, "results": results}
     info["density"] = {**INFO["density"], "eval_images": HOSTILE}
+    info["codes"] = {"data": HOSTILE, "protocol": HOSTILE, "k": [4], "rows": {HOSTILE: {HOSTILE: [0.5]}}}
+    info |= {"transfer": {HOSTILE: OF_CIFAR | {"protocol": HOSTILE}}, "notice": HOSTILE}
     path = encoder.save_pretrained(tmp_path / "enc", info=info, name=f"local-dir:{HOSTILE}")
     text = (path / "README.md").read_text()
     assert text.replace("\n", "").isprintable()
     tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(text.split("---\n", 2)[2])
     inline = [child for token in tokens for child in token.children or []]
     assert not {"html_block", "html_inline"} & {token.type for token in [*tokens, *inline]}
-    assert {str(token.attrGet("href")).partition(":")[0] for token in inline if token.type == "link_open"} <= {"https", "recipe.yaml"}
-    assert "heading" not in [token.content for token in tokens] and len([t for t in tokens if t.type == "fence"]) == 3
+    assert {str(token.attrGet("href")).partition(":")[0] for token in inline if token.type == "link_open"} <= {
+        "https",
+        "recipe.yaml",
+        "NOTICE",
+    }
+    assert "heading" not in [token.content for token in tokens] and len([t for t in tokens if t.type == "fence"]) == 4

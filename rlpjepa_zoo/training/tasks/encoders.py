@@ -73,8 +73,8 @@ def with_backbone_preprocess(recipe: Recipe) -> Recipe:
 
 
 def start_weights(encoder: SparseEncoder) -> dict[str, Any]:
-    """The part of an encoder's record that tells which pretrained weights its backbone started from."""
-    return {key: encoder.config.info[key] for key in ("base_model", "backbone") if key in encoder.config.info}
+    """The part of an encoder's record that tells which pretrained weights its backbone started from, with the notice that stays with them."""
+    return {key: encoder.config.info[key] for key in ("base_model", "backbone", "notice") if key in encoder.config.info}
 
 
 def start_encoder(start: Start, seed: int) -> SparseEncoder:

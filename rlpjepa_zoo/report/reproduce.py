@@ -1,0 +1,111 @@
+"""`rlpjepa zoo reproduce`: train an encoder of the zoo again from its recipe, and compare the losses with its log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config.pretrain import Recipe
+from ..core.files import parse_json
+from ..errors import ModelError, UsageError
+from ..hub.download import resolve
+from ..hub.folder import read_folder, read_recipe, verify_folder
+from ..hub.format import LOG
+from ..training.run_dir import read_metrics
+from ..training.tasks.pretrain import train
+
+__all__ = ["TOLERANCE", "Compared", "Reproduction", "compare", "reproduce"]
+
+TOLERANCE = 0.05
+"""Largest relative difference of a loss that counts as the same. Threads, processors and versions of torch round differently, and a training in
+bfloat16 drifts by up to two per cent in its first steps for that reason; another recipe, seed or set of images differs by more."""
+_KEYS = ("l0_eval", "knn_z", "knn_features")
+"""Measures of evaluations that are compared if both runs measured them at the same step."""
+
+
+class Compared(NamedTuple):
+    """A number of the published log, and the same number now."""
+
+    step: int
+    name: str
+    logged: float
+    now: float
+
+    @property
+    def difference(self) -> float:
+        """Relative difference of a loss, absolute difference of a share."""
+        return abs(self.now - self.logged) / (abs(self.logged) if self.name == "loss" else 1.0)
+
+
+class Reproduction(NamedTuple):
+    """Result of `reproduce`."""
+
+    numbers: list[Compared]
+    run: Path
+    """Run directory."""
+
+    @property
+    def largest(self) -> Compared:
+        """The loss with the largest difference."""
+        return max((number for number in self.numbers if number.name == "loss"), key=lambda number: number.difference)
+
+    @property
+    def same(self) -> bool:
+        """Whether every loss is within `TOLERANCE`."""
+        return self.largest.difference <= TOLERANCE
+
+
+def compare(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[Compared]:
+    """Losses of the same steps, and measures of the evaluations after the same steps.
+
+    Args:
+        published, rows: rows of two logs.
+
+    Example:
+        >>> compare([{"kind": "train", "step": 5, "loss": 2.0}], [{"kind": "train", "step": 5, "loss": 2.1, "lr": 1.0}])
+        [Compared(step=5, name='loss', logged=2.0, now=2.1)]
+    """
+
+    def numbers(log: Sequence[dict[str, Any]]) -> dict[tuple[int, str], float]:
+        wanted = {"train": ("loss",), "eval": _KEYS}
+        found = [(row["step"], name, row.get(name)) for row in log for name in wanted.get(str(row.get("kind")), ())]
+        return {(step, name): value for step, name, value in found if isinstance(value, int | float)}
+
+    now = numbers(rows)
+    return [Compared(*place, value, now[place]) for place, value in numbers(published).items() if place in now]
+
+
+def reproduce(
+    name: str, overrides: Sequence[str], steps: int | None, out: Path, resume: bool = False, progress: bool = True
+) -> Reproduction:
+    """Train an encoder again from its recipe, and compare with its log.
+
+    Args:
+        name: of the zoo, or any source of an encoder with a log.
+        overrides: recipe keys, such as ``data.path=DIR``.
+        steps: end after so many steps; None trains the whole run.
+        out: run directory.
+        resume: go on with the run in `out`.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ModelError: no recipe or no log, a log that cannot be read, or no loss of the log was logged again.
+        UsageError, RecipeError, DataError and others: as of `resolve` and `train`.
+    """
+    folder = resolve(name)
+    published = read_folder(folder)
+    verify_folder(folder, published)
+    text = read_recipe(folder, published)
+    if text is None or LOG not in published.files:
+        raise ModelError(f"{name}: has no {'recipe.yaml' if text is None else LOG}, so there is nothing to compare with")
+    rows = [parse_json(line, f"{folder / LOG}") for line in (folder / LOG).read_bytes().splitlines()]
+    first = min((row["step"] for row in rows if row.get("kind") == "train"), default=1)
+    if steps is not None and steps < first:
+        raise UsageError(f"--steps {steps}: the first loss in the log of {name} is that of step {first}; give at least {first}")
+    recipe = Recipe.parse(text, [*overrides, *([] if steps is None else [f"train.stop_after={steps}"])])
+    train(recipe, out, resume=resume, progress=progress)
+    numbers = compare(rows, read_metrics(out / "metrics.jsonl")[0])
+    if not any(number.name == "loss" for number in numbers):
+        raise ModelError(f"{name}: no step of its log was logged again; leave train.log_every = {recipe.train.log_every} as it was")
+    return Reproduction(numbers, out)

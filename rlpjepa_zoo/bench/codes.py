@@ -45,7 +45,11 @@ _Intervals = dict[str, dict[str, dict[str, Mapping[str, float]]]]
 
 
 def default_methods() -> tuple[str, ...]:
-    """All methods, in the order of tables."""
+    """The methods that are compared if none is named, in the order of tables."""
+    return tuple(name for name in _all_methods() if METHODS[name].default)
+
+
+def _all_methods() -> tuple[str, ...]:
     return tuple(sorted(METHODS, key=lambda name: METHODS[name].order))
 
 
@@ -69,14 +73,14 @@ class Asked(NamedTuple):
         for name in self.methods:
             METHODS[name]
         if not self.methods:
-            raise UsageError(f"--methods: expected at least one of {', '.join(default_methods())}")
+            raise UsageError(f"--methods: expected at least one of {', '.join(_all_methods())}")
         dim = recipe.encoder.dim
         values = [k for k in K if k <= dim] if self.k is None else self.k
         if (wrong := next((k for k in values if not 1 <= k <= dim), None)) is not None:
             raise UsageError(f"--k: expected numbers from 1 to encoder.dim = {dim}, got {wrong}")
         if self.linear not in ("some", "all", "none"):
             raise UsageError(f"--linear: expected some, all or none, got '{self.linear}'")
-        methods = tuple(name for name in default_methods() if name in self.methods)
+        methods = tuple(name for name in _all_methods() if name in self.methods)
         return self._replace(methods=methods, k=tuple(sorted({*values})))
 
     def with_linear(self, k: int | None) -> bool:

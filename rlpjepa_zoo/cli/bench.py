@@ -21,6 +21,7 @@ from .options import (
     choose_device,
     path_option,
     print_values,
+    typed_command,
     whole_numbers,
     with_imports,
     write_file,
@@ -71,10 +72,14 @@ def loss(
 
 
 def codes(
+    context: typer.Context,
     recipe: RecipeName,
     overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="Any of features,ours,csr,csrv2,topk_sae,ncl,pca,random,pq; all if not given.")
+        str | None,
+        typer.Option(
+            help="Any of features,ours,csr,csrv2,topk_sae,ncl,pca,random,pq; all of these if not given. Also published: the head of an encoder."
+        ),
     ] = None,
     k: Annotated[str | None, typer.Option("--k", help="Values of a code; 2,4,8,16,32,64 if not given.")] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Repetitions of what is random.")] = 3,
@@ -95,7 +100,6 @@ def codes(
     Its own objective is one of the methods. Without test images in the data, a fifth of the images is held out.
     """
     from ..bench.codes import Asked, compare_codes, default_methods
-    from ..bench.machine import shown_command
     from ..bench.tables import codes_table
     from ..config.pretrain import Recipe
 
@@ -104,10 +108,7 @@ def codes(
     names = default_methods() if methods is None else tuple(name.strip() for name in methods.split(","))
     asked: Any = Asked(names, None if k is None else tuple(whole_numbers("--k", k)), seeds, linear)  # type: ignore[arg-type]  # refused there if it is another word
     resolved = Recipe.load(recipe, overrides or [])
-    given = {"--methods": methods, "--k": k, "--seeds": seeds, "--linear": linear}
-    words = [recipe, *(overrides or []), *(word for name, value in given.items() if value is not None for word in (name, str(value)))]
-    command = shown_command(["rlpjepa", "bench", "codes", *words])
-
+    command = typed_command(context)
     aside = None if out is None else out.with_name(out.name + ".part")
 
     def save(found: dict[str, Any], path: Path | None) -> None:

@@ -34,6 +34,7 @@ from .options import (
     own_folder,
     path_option,
     print_values,
+    typed_command,
     whole_numbers,
     write_file,
 )
@@ -117,7 +118,7 @@ def evaluate(
         return
     images = open_set(data, overrides)
     check_budgets(counts, encoder.config.dim)
-    report = run(
+    report = {"command": typed_command(context)} | run(
         encoder, images.train, images.test, batch_size, num_workers, progress, pixels, limit, probes=names, budgets=counts,
         shots=images_per_class, seeds=seeds, queries=queries, against=against or (), note=images.note,
     )  # fmt: skip

@@ -194,6 +194,25 @@ def print_values(values: dict[str, Any], as_json: bool) -> None:
         print("\n".join(f"{name}: {format_value(value)}" for name, value in values.items()))
 
 
+def typed_command(context: typer.Context) -> str:
+    """The command as it was given, without where and how results are shown, and without the folders of this machine."""
+    from ..bench.machine import shown_command
+
+    words, values = context.command_path.split(), context.params
+    for option in context.command.params:
+        name = str(option.name)
+        given = getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if not given or name in ("out", "as_json", "quiet", "plot", "on_card"):
+            continue
+        if option.param_type_name == "argument":
+            words += values[name] if isinstance(values[name], list) else [str(values[name])]
+        elif getattr(option, "is_flag", False):
+            words.append((option.opts if values[name] else option.secondary_opts)[0])
+        else:
+            words += [word for value in (values[name] if option.multiple else [values[name]]) for word in (option.opts[0], str(value))]
+    return shown_command(words)
+
+
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table: fitted to the terminal, or with unlimited width if stdout is not a terminal."""
     from rich.console import Console

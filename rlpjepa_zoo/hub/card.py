@@ -140,6 +140,7 @@ class _Results(_Open):
     n_train: int | None = None
     n_test: int | None = None
     protocol: str | None = None
+    command: str | None = None
     data: str | None = None
     curve: _Curve | None = None
     skipped: dict[str, str] | None = None

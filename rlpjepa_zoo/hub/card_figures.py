@@ -142,7 +142,8 @@ def encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[s
         rows += _rows(other, kinds, f"{_cell(name)}: ")
     counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
     note = "; ".join(text for text in (", ".join(counts), markdown(results.get("protocol", ""))) if text)
-    paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *_differences(results)]
+    shown = [f"`{code(results['command'])}`"] if results.get("command") else []
+    paragraphs = [_table([heading, *(labels[kind] for kind in kinds)], rows), *([note] if note else []), *shown, *_differences(results)]
     if curve := results.get("curve"):
         rows = []
         for kind in kinds:
@@ -185,7 +186,11 @@ def transfer_tables(transfer: dict[str, dict[str, Any]]) -> list[str]:
             rows.append([markdown(name), counts, density, *row])
             name = counts = density = ""
     head = ["data", "training / test images", "density of z", "", *(measure_label(kind) or kind for kind in kinds)]
-    protocols = [f"{markdown(name)}: {markdown(scores['protocol'])}." for name, scores in transfer.items() if scores.get("protocol")]
+    protocols = [
+        f"{markdown(name)}: {markdown(scores['protocol'])}." + (f" `{code(scores['command'])}`" if scores.get("command") else "")
+        for name, scores in transfer.items()
+        if scores.get("protocol")
+    ]
     return [_table(head, rows), *protocols]
 
 

@@ -93,7 +93,7 @@ def test_every_method_is_measured_where_it_has_codes(known: Recipe) -> None:
     assert found["asked"]["k"] == (2, 4, 32) and found["asked"]["seeds"] == [0, 1] and [*found["methods"]] == [*default_methods()]
     cells = {(row["method"], row["seed"], row["k"]) for row in found["rows"]}
     assert len(cells) == len(found["rows"])
-    for name in METHODS:
+    for name in default_methods():
         kind = METHODS[name]
         expected = {k for k in (2, 4, 32) if kind.allows(k, 96)} | ({"all"} if kind.one_fit else set())
         assert {k for method, _, k in cells if method == name} == expected
@@ -102,6 +102,20 @@ def test_every_method_is_measured_where_it_has_codes(known: Recipe) -> None:
     assert {"l0", "dead", "max_rate"} <= found["rows"][0].keys() and "linear" not in found["rows"][0]
     assert all(row["l0"] <= row["k"] / 32 + 1e-4 for row in found["rows"] if row["method"] == "csr")
     assert not {"l0", "dead"} & next(row for row in found["rows"] if row["method"] == "pq").keys()
+
+
+def test_the_head_of_a_published_encoder_is_measured_as_it_is(compared: Compared, known: Recipe, tmp_path: Path) -> None:
+    encoder = compared[1].encoder.with_budget(6).eval()  # its dial is left out
+    folder = encoder.save_pretrained(tmp_path / "encoder")
+    recipe = known.model_copy(update={"encoder": known.encoder.model_copy(update={"backbone": f"local-dir:{folder}"})})
+    method = METHODS["published"](recipe, torch.device("cpu"))
+    method.fit(compared[1], None)
+    with torch.no_grad():
+        expected = encoder.outputs(compared[1].test)
+    assert torch.equal(method.codes(compared[1].test, None), expected)
+    assert "published" not in default_methods()
+    with refused(RecipeError, match="encoder.backbone: method published needs an encoder of this package"):
+        METHODS["published"](known, torch.device("cpu")).fit(compared[1], None)
 
 
 def test_a_new_method_is_one_class(known: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,8 @@ class Method(ABC):
 
     order: ClassVar[int]
     """Place in tables."""
+    default: ClassVar[bool] = True
+    """Whether it is compared if no methods are named."""
     one_fit: ClassVar[bool] = True
     """Whether one fit serves every k. Otherwise there is a fit for each k, and no code with all values."""
     random: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Our own method, as `rlpjepa train` trains it."""
+"""Our own method, as `rlpjepa train` trains it, and the head of an encoder that it has trained."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...errors import RecipeError, ZooError
 from ...evaluation.training_eval import shift_on
 from ...models.encoder import SparseEncoder
+from ...models.pretrained import load_encoder
 from ...ops.modules import make_projector
 from ...training.optim import ParamGroup
 from ...training.tasks.pretrain import PretrainTask
 from . import METHODS
-from .base import Features, Learned
+from .base import Features, Learned, Method
 
-__all__ = ["Ours"]
+__all__ = ["Ours", "PublishedHead"]
 
 
 @METHODS.register("ours")
@@ -59,3 +61,27 @@ class Ours(Learned):
 
     def clipped(self) -> Iterable[nn.Parameter]:
         return self.task.core.parameters()  # as in a run, without the decoder
+
+
+@METHODS.register("published")
+class PublishedHead(Method):
+    """The projector of the published encoder whose backbone gives the features, as it is, without a dial.
+
+    The backbone is that of an encoder of this package, such as ``encoder.backbone=local-dir:FOLDER``.
+    """
+
+    order = 5
+    default = False
+    random = False
+
+    def fit(self, features: Features, k: int | None) -> None:
+        source = self.recipe.encoder.backbone
+        try:
+            self.encoder = load_encoder(source, device=str(self.device))
+        except ZooError as error:
+            raise RecipeError(
+                f"encoder.backbone: method published needs an encoder of this package, such as local-dir:FOLDER ({error})"
+            ) from error
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder.outputs(x)

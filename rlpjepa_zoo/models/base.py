@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,6 +27,7 @@ from ..hub.folder import write_folder
 from ..hub.format import CONFIG, GOLDEN, RECIPE, LinearLayer, Projector, Published, pack, tensor_place
 from ..hub.push import push
 from ..ops import modules
+from ..ops.memory import reused_memory
 from ..ops.tensors import hash_tensors, tensor_bytes
 from ..sparse.topk import Dial
 from . import golden
@@ -72,9 +73,11 @@ class PublishedModel(nn.Module):
         """Codes of an encoder, before a dial, or logits of a classifier, from `features(x)`."""
         raise NotImplementedError
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode inside the block, for all threads; afterwards every module is in its own mode again."""
-        return modules.evaluating(self)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside the block, for all threads; afterwards every module is in its own mode again. On a CPU, batches reuse memory."""
+        with modules.evaluating(self), reused_memory(self.device):
+            yield
 
     def train(self, mode: bool = True) -> Self:
         """Training mode, or evaluation mode; it takes effect after the blocks of `evaluating` of all threads."""

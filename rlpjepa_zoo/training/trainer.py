@@ -28,6 +28,7 @@ from ..data.loader import Batches, make_loader, rows_loader, steps_of_an_epoch
 from ..data.sources import fingerprint
 from ..data.views import Augment
 from ..errors import DataError, NonFiniteError, OutputError, RecipeError, StoppedBySignal
+from ..ops.memory import reused_memory
 from . import checkpoint
 from .announce import announce, record, slow_save
 from .checkpoint import Checkpoint
@@ -51,7 +52,7 @@ def run_task(task: Task, out: Path, resume: bool = False, allow_change: Sequence
     accelerator = start_accelerator(options, out, task.unused_parameters)
     global_state = torch.get_rng_state()
     try:
-        with explain_errors(options, task.memory_keys), ExitStack() as held:
+        with explain_errors(options, task.memory_keys), reused_memory(accelerator.device), ExitStack() as held:
             with distributed.fail_together():
                 if accelerator.is_main_process:
                     held.enter_context(files.lock(out))

@@ -31,6 +31,7 @@ from ...data.loader import Batches, views_of
 from ...data.memory import decode_to_memory
 from ...data.sources import Source, fingerprint
 from ...errors import DataError, OutputError, RecipeError, UsageError, first_line
+from ...ops.memory import reused_memory
 from ...ops.tensors import hash_tensors
 from ...progress import progress_bar
 from ..resume import environment
@@ -144,7 +145,7 @@ def _encode(
     try:
         loader, at = views_of(source.images, recipe.with_views(count), mine, chunk), 0
         bar = progress_bar(f"encode {count} views of each", len(mine), hidden=not progress)
-        with Batches(loader) as batches, bar, torch.no_grad():
+        with Batches(loader) as batches, bar, torch.no_grad(), reused_memory(encoder.device):
             while at < len(mine):
                 batch = batches.next()
                 x = batch.images[0].flatten(0, 1).to(encoder.device).contiguous(memory_format=memory_format)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -39,6 +39,7 @@ LIST_COLUMNS = {
     "data": "data",
     "dim": "dim",
     "density": "density",
+    "licence": "license",
     "linear z": "linear_z",
     "kNN z": "knn_z",
     "MB": "megabytes",
@@ -49,22 +50,39 @@ LIST_COLUMNS = {
 
 def list_(
     pattern: Annotated[str, typer.Argument(help="Shell pattern of names.")] = "*",
+    data: Annotated[str | None, typer.Option(help="Part of the training data's name, or a shell pattern of the whole name.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the weights, such as apache-2.0.")] = None,
+    max_megabytes: Annotated[float | None, typer.Option(help="Largest size of the published files, in MB.")] = None,
+    min_density: Annotated[float | None, typer.Option(help="Smallest measured density of z, in 0..1.")] = None,
+    max_density: Annotated[float | None, typer.Option(help="Largest measured density of z, in 0..1.")] = None,
+    min_linear: Annotated[float | None, typer.Option(help="Smallest accuracy of a linear probe on z, in 0..1.")] = None,
+    min_knn: Annotated[float | None, typer.Option(help="Smallest kNN accuracy of z, in 0..1.")] = None,
     recipes: Annotated[bool, typer.Option("--recipes", help="List recipes instead of encoders.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the encoders of the zoo (offline), or the recipes."""
+    """List the encoders of the zoo that pass every filter (offline), or the recipes.
+
+    Accuracies are those on each encoder's own evaluation images. An encoder without a figure passes no filter on it.
+    """
     from ..hub import zoo
 
+    filters: dict[str, Any] = {
+        "data": data, "license": license, "max_megabytes": max_megabytes, "min_density": min_density, "max_density": max_density,
+        "min_linear": min_linear, "min_knn": min_knn,
+    }  # fmt: skip
+    given = {name: value for name, value in filters.items() if value is not None}
     if recipes:
         import fnmatch
 
         from ..config.load import list_recipes
         from ..config.plan import command_of
 
+        if given:
+            raise UsageError(f"--recipes: takes no filter of encoders; leave out --{next(iter(given)).replace('_', '-')}")
         names = fnmatch.filter(list_recipes(), pattern)
         print(json.dumps(names) if as_json else "\n".join(f"{name:28}rlpjepa {command_of(name)}" for name in names))
         return
-    rows = [{"name": name, **zoo.entry(name)} for name in zoo.list_encoders(pattern)]
+    rows = [{"name": name, **zoo.entry(name)} for name in zoo.list_encoders(pattern, **given)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return

@@ -233,7 +233,7 @@ def test_list_prints_encoders_and_recipes(capsys: pytest.CaptureFixture[str]) ->
     for row in json.loads(capsys.readouterr().out):
         assert {"name", "architecture", "dim", "density", "sha256"} <= set(row)
     assert run(["list", "nothing-*"]) == 0
-    assert capsys.readouterr().out.strip() == "name  backbone  data  dim  density  linear z  kNN z  MB  repo"
+    assert capsys.readouterr().out.strip() == "name  backbone  data  dim  density  licence  linear z  kNN z  MB  repo"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

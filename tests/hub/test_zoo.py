@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from refusals import refused
-from tiny_hub import INFO, REPO, WRITER, codes, make
+from tiny_hub import INFO, REPO, WRITER, codes, ids, make
 
 import rlpjepa_zoo as rz
 from rlpjepa_zoo.errors import HubError, ModelError, UsageError
@@ -58,6 +58,96 @@ def test_names_are_sorted_filtered_and_need_no_network(small_zoo, no_network):
     assert rz.list_encoders("*cifar10*") == ["cifar10-resnet18", "cifar10-vit"]
     assert rz.list_encoders("digits-tiny") == ["digits-tiny"]
     assert rz.list_encoders("no-such-*") == []
+
+
+FIGURES = {
+    "a": {"data": "digits", "license": "mit", "megabytes": 2.0, "density": 0.1, "linear_z": 0.9, "knn_z": 0.8},
+    "b": {"data": "Vendor/CIFAR10 (copy)", "license": "Apache-2.0", "megabytes": 8.5, "density": 0.4, "linear_z": 0.5, "knn_z": 0.45},
+    "c": {"data": "cifar100", "license": None, "megabytes": 20.0, "density": 0.0, "linear_z": None},
+    "far": {"repo": "someone/far"},
+}
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "manifest.json").write_text(json.dumps({"format": 1, "encoders": FIGURES}))
+    monkeypatch.setattr(zoo, "resource", lambda name: tmp_path / name)
+    zoo._manifest.cache_clear()
+    yield
+    zoo._manifest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, ["a", "b", "c", "far"]),
+        ({"pattern": "[a-b]", "max_megabytes": 100}, ["a", "b"]),
+        ({"data": "cifar10"}, ["b", "c"]),
+        ({"data": "CIFAR10 ("}, ["b"]),
+        ({"data": "*cifar10?"}, ["c"]),
+        ({"data": "igit"}, ["a"]),
+        ({"data": "igit*"}, []),
+        ({"data": "*"}, ["a", "b", "c"]),
+        ({"license": "APACHE-2.0"}, ["b"]),
+        ({"license": "apache"}, []),
+        ({"license": "none"}, []),
+        ({"max_megabytes": 8.5}, ["a", "b"]),
+        ({"max_megabytes": float("inf")}, ["a", "b", "c"]),
+        ({"min_density": 0}, ["a", "b", "c"]),
+        ({"min_density": 0.1, "max_density": 0.1}, ["a"]),
+        ({"max_density": 0.0}, ["c"]),
+        ({"max_density": 1}, ["a", "b", "c"]),
+        ({"min_linear": 0.5}, ["a", "b"]),
+        ({"min_linear": 0.0}, ["a", "b"]),
+        ({"min_knn": 0.5}, ["a"]),
+        ({"data": "i", "min_knn": 0.4, "max_density": 0.3}, ["a"]),
+    ],
+    **ids,
+)
+def test_filters(figures, no_network, run, filters, expected):
+    assert rz.list_encoders(**filters) == expected
+    pattern = [filters["pattern"]] if "pattern" in filters else []
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in filters.items() if key != "pattern"]
+    code, out, _ = run("list", *pattern, *options, "--json")
+    assert (code, [row["name"] for row in json.loads(out)]) == (0, expected)
+    code, out, _ = run("list", *pattern, *options)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:]] == expected
+
+
+@pytest.mark.parametrize("name", ["min_density", "max_density", "min_linear", "min_knn", "max_megabytes"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), 90])
+def test_bounds_out_of_range_are_refused(figures, run, name, value):
+    if name == "max_megabytes":
+        value = -abs(value)  # any positive size is in range
+    with refused(UsageError, match=f"{name}: expected a .* got {value}"):
+        rz.list_encoders(**{name: value})
+    code, out, err = run("list", f"--{name.replace('_', '-')}={value}")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+def test_contradictions_of_filters_are_refused(figures, run):
+    with refused(UsageError, match="min_density 0.3 is above max_density 0.2"):
+        rz.list_encoders(min_density=0.3, max_density=0.2)
+    code, out, err = run("list", "--recipes", "--max-megabytes", "3")
+    assert (code, out) == (2, "") and "--recipes: takes no filter of encoders; leave out --max-megabytes" in err
+
+
+@pytest.mark.parametrize("name", ["resnet10_small_narrow", "test_convnext3", "test_efficientnet", "levit_128s"])
+def test_described_parameters_are_those_of_the_encoder(tmp_path, name):
+    encoder = rz.create_encoder(name, dim=12, hidden_dim=10, projector_depth=2)
+    for saved in (encoder, encoder.rounded()):
+        folder = saved.save_pretrained(tmp_path / "enc")
+        assert zoo.describe(folder)["parameters"] == sum(p.numel() for p in encoder.parameters())
+
+
+def test_described_bytes_are_those_of_the_embeddings(tmp_path, encoder):
+    e = encoder.embed(torch.randn(9, 3, 16, 16))
+    folder = encoder.save_pretrained(tmp_path / "enc", info={**INFO, "density": {"eval": e.nnz / (9 * 12)}})
+    record = zoo.describe(folder)
+    assert record["bytes_per_image"] == round((e.nbytes - e.indptr.nbytes) / 9) > 0
+    assert (record["image_size"], record["license"], record["dim"]) == ([16, 16], "apache-2.0", 12)
+    assert zoo.describe(encoder.save_pretrained(tmp_path / "untrained"))["bytes_per_image"] is None
 
 
 def test_shipped_list_is_sorted_and_has_a_record_for_each_name(no_network):

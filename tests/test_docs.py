@@ -1,5 +1,6 @@
 """The documents hold: their blocks run, links and named files exist, claims equal result files, tables and manifest are up to date."""
 
+import csv
 import doctest
 import importlib
 import json
@@ -298,6 +299,29 @@ def test_manifest_table_and_notes_are_up_to_date(tmp_path: Path) -> None:
     finally:
         sys.path.pop(0)
     assert add_to_zoo.table() in README and add_to_zoo.notes() in BENCHMARKS
+    assert add_to_zoo.rows() == (ROOT / "hub/zoo.csv").read_text()
+
+
+def test_the_table_of_the_zoo_agrees_with_the_manifest_and_the_folders() -> None:
+    manifest = json.loads((ROOT / "hub/manifest.json").read_text())["encoders"]
+    with open(ROOT / "hub/zoo.csv", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == manifest.keys()
+    for name, row in rows.items():
+        info = json.loads((ROOT / "hub" / name / "config.json").read_text())["rlpjepa_zoo"]["info"]
+        listed = {"backbone": "architecture", "knn_z": "knn_z", "linear_z": "linear_z", "knn_features": "knn_features"}
+        listed |= {
+            key: key for key in ("parameters", "data", "dim", "density", "license", "megabytes", "bytes_per_image", "linear_features")
+        }
+        assert {column: row[column] for column in listed} == {column: str(manifest[name][key]) for column, key in listed.items()}
+        assert row["image_size"] == "x".join(map(str, manifest[name]["image_size"]))
+        assert (row["minutes"], row["hardware"]) == (str(info["training"]["minutes"]), info["training"]["hardware"])
+        assert row["command"] == f"rlpjepa train {row['recipe']}" and row["recipe"] == info["recipe"]
+        curve = info["results"]["curve"]
+        assert row["evaluation"] == info["results"].get("command", "")
+        for probe in ("knn", "linear"):
+            cells = {key: cell for key, cell in row.items() if key.startswith(f"{probe}_z_k") and cell}
+            assert cells == {f"{probe}_z_k{k}": str(value) for k, value in zip(curve["active"], curve[probe], strict=True)}
 
 
 def strip(manifest: dict[str, dict]) -> dict[str, dict]:

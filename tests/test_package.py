@@ -29,6 +29,7 @@ def test_wheel_contains_recipes_zoo_and_types(wheel: Path) -> None:
         "rlpjepa_zoo/_shipped/recipes/cifar10-resnet18.yaml",
         "rlpjepa_zoo/_shipped/recipes/accelerate/gpu8.yaml",
         "rlpjepa_zoo/_shipped/hub/manifest.json",
+        "rlpjepa_zoo/_shipped/hub/zoo.csv",
     ):
         assert wanted in names
     assert not [n for n in names if n.startswith(("tests", "tools", "recipes", "hub")) or n.endswith((".pkl", ".bin", ".pt"))]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ from .options import (
     AsJson,
     License,
     Notes,
+    Private,
     Revision,
     SourceName,
     card_name,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ..hub.push import Kind
 
 T = TypeVar("T")
+Contents: TypeAlias = dict[str, bytes | Path]
+"""Bytes, or the local file that holds them, by file name."""
 PUSH_THREAD = "hub-push"
 """Name of the thread that pushes; `rlpjepa_zoo.cli.app.main` does not wait for it."""
 
@@ -92,10 +95,7 @@ def list_(
 def push(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder of a run, of an encoder or of embeddings, or a zoo name.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hub; created if missing.")],
-    private: Annotated[
-        bool | None,
-        typer.Option("--private/--public", help="Visibility; an existing repository must have it. A new one is private if not given."),
-    ] = None,
+    private: Private = None,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; created if missing.")] = None,
     tag: Annotated[str | None, typer.Option(help="Tag for the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--pr", help="Open a pull request instead of committing.")] = False,
@@ -111,35 +111,45 @@ def push(
     Verifies an encoder first, then sends the changed files as one commit. Log in with `hf auth login`, or set HF_TOKEN.
     """
     from ..core.source import is_repository
-    from ..hub.push import Pushed
-    from ..hub.push import push as push_files
 
     if not is_repository(repo):
         raise UsageError(f"OWNER/NAME: expected a repository such as you/encoder, got '{repo}'")
-    kind, contents = _files_to_push(source, repo, license, _read_notes(notes))
+    kind, contents = files_to_push(source, repo, license, _read_notes(notes))
     if dry_run:
-        sizes = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}
+        sizes = file_sizes(contents)
         if as_json:
             print_values({"repo": repo, "files": sizes}, True)
             return
-        print("\n".join(f"{size:>12,}  {name}" for name, size in sizes.items()))
-        print(f"{sum(sizes.values()):>12,}  bytes in all, to {repo}; nothing was sent\n")
+        print_sizes(sizes, f"bytes in all, to {repo}; nothing was sent\n")
         print(bytes(contents["README.md"]).decode(), end="")
         return
-
-    def send() -> Pushed:
-        return push_files(
-            contents, repo, kind=kind, private=private, new_private=True, revision=revision, tag=tag, create_pr=create_pr, message=message,
-            overwrite=overwrite,
-        )  # fmt: skip
-
-    pushed = _interruptible(send)
-    result = {"repo": repo, "commit": pushed.commit, "changed": list(pushed.changed), "url": pushed.url}
-    changed = ", ".join(pushed.changed) or "nothing, so nothing was sent"
-    print_values(result if as_json else {**result, "changed": changed}, as_json)
+    pushed = send(
+        contents, repo, kind=kind, private=private, revision=revision, tag=tag, create_pr=create_pr, message=message, overwrite=overwrite
+    )
+    changed = ", ".join(pushed["changed"]) or "nothing, so nothing was sent"
+    print_values(pushed if as_json else {**pushed, "changed": changed}, as_json)
 
 
-def _files_to_push(source: str, repo: str, license: str | None, notes: str | None) -> tuple[Kind, dict[str, bytes | Path]]:
+def file_sizes(contents: Contents) -> dict[str, int]:
+    """Return the bytes of each file to push, by name."""
+    return {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in sorted(contents.items())}
+
+
+def print_sizes(sizes: dict[str, int], in_all: str) -> None:
+    """Print the size and name of each file, and a last line about their sum."""
+    print("\n".join(f"{size:>12,}  {name}" for name, size in sizes.items()))
+    print(f"{sum(sizes.values()):>12,}  {in_all}")
+
+
+def send(contents: Contents, repo: str, **options: Any) -> dict[str, Any]:
+    """Push files with the options of `rlpjepa_zoo.hub.push.push` and return what `--json` prints; a new repository is private."""
+    from ..hub.push import push as push_files
+
+    pushed = interruptible(lambda: push_files(contents, repo, new_private=True, **options))
+    return {"repo": repo, "commit": pushed.commit, "changed": list(pushed.changed), "url": pushed.url}
+
+
+def files_to_push(source: str, repo: str, license: str | None = None, notes: str | None = None) -> tuple[Kind, Contents]:
     """Return the kind of repository and the files for it. What does not load raises here and is not published."""
     import tempfile
 
@@ -179,7 +189,7 @@ def _read_notes(path: Path | None) -> str | None:
         raise UsageError(f"--notes {path}: cannot be read as UTF-8 text ({first_line(error)})") from error
 
 
-def _interruptible(work: Callable[[], T]) -> T:
+def interruptible(work: Callable[[], T]) -> T:
     """Call `work` in a thread, so that Ctrl-C ends the command while the Hub client waits for its own threads."""
     result: Future[T] = Future()
 

@@ -55,6 +55,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best available one if not given.")]
 License = Annotated[str | None, typer.Option("--license", help="Licence of the weights on the card, such as apache-2.0.")]
+Private = Annotated[
+    bool | None, typer.Option("--private/--public", help="Visibility; what exists must have it. What is new is private if not given.")
+]
 Notes = Annotated[Path | None, path_option(help="Markdown file with your own text for the card.")]
 Imports = Annotated[
     list[str] | None,

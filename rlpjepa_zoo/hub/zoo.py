@@ -1,21 +1,23 @@
-"""The list of published encoders, read offline from hub/manifest.json."""
+"""The list of published encoders, read offline from hub/manifest.json, and their collection on the Hub."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
 import math
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..core.files import sha256
 from ..core.package import resource
-from ..errors import UsageError, did_you_mean
+from ..errors import UsageError, ZooError, did_you_mean
 from .folder import read_folder
 from .format import CONFIG, GOLDEN, Published
+from .retry import Patience, check_token, explain
 
-__all__ = ["describe", "entry", "list_encoders", "local_folder", "write_manifest"]
+__all__ = ["collect", "describe", "entry", "list_encoders", "local_folder", "summary", "write_manifest"]
 
 
 @cache
@@ -157,3 +159,59 @@ def write_manifest(root: Path) -> None:
         record |= {key: listed.get(name, {}).get(key) for key in ("repo", "commit")}
     path.write_text(json.dumps({"format": 1, "encoders": encoders}, indent=1) + "\n")
     _manifest.cache_clear()
+
+
+# --- on the Hub ----------------------------------------------------------------------------------------------------------------------
+
+
+def summary(name: str) -> str:
+    """One line about an encoder, at most 500 characters: what it is, its density and the accuracy of z on its own evaluation images."""
+    record = entry(name)
+    text = f"{record['architecture']}, {record['parameters'] / 1e6:.3g} M parameters, trained on {record['data'] or 'images'}"
+    if record["density"] is not None:
+        text += f": {record['dim']} dimensions, density {record['density']:.3g}, {record['bytes_per_image']} bytes an image"
+    scores = [f"{label} {record[key]:.3f}" for key, label in (("knn_z", "kNN"), ("linear_z", "linear")) if record.get(key) is not None]
+    return (f"{text}; accuracy of z: {', '.join(scores)}" if scores else text)[:500]
+
+
+def collect(
+    owner: str, notes: Mapping[str, str], *, title: str, description: str, private: bool | None = None, token: str | None = None
+) -> str:
+    """Make the collection of that title, or complete it; only what differs is sent. Returns its address.
+
+    Args:
+        owner: user or organisation on the Hub.
+        notes: text beside each model, by repository. Other items of the collection stay.
+        title: identifies the collection among those of the owner.
+        description: at most 150 characters.
+        private: visibility; an existing collection must have it. A new one is private when None.
+        token: with write permission; the stored login when None.
+
+    Raises:
+        UsageError: the collection has the other visibility.
+        HubError: one line with the fix.
+    """
+    from huggingface_hub import HfApi
+
+    api, where = HfApi(token=check_token(token)), f"{owner}: collection '{title}'"
+    patience = Patience(where)
+    hidden = private is not False
+    try:
+        found = patience(lambda: api.create_collection(title, namespace=owner, description=description, private=hidden, exists_ok=True))
+        if private is not None and found.private != private:
+            raise UsageError(
+                f"{where}: is {'private' if found.private else 'public'} already; change that on its page, or leave the option out"
+            )
+        if found.description != description:
+            patience(lambda: api.update_collection_metadata(found.slug, description=description))
+        items = {item.item_id: item for item in found.items if item.item_type == "model"}
+        for repo, note in notes.items():
+            if repo not in items:
+                patience(partial(api.add_collection_item, found.slug, repo, "model", note=note, exists_ok=True))
+            elif items[repo].note != note:
+                patience(partial(api.update_collection_item, found.slug, items[repo].item_object_id, note=note))
+    except ZooError:
+        raise
+    except Exception as error:
+        raise explain(error, where) from error
+    return found.url

@@ -148,6 +148,59 @@ def test_gated_files_need_a_grant(hub_server: FakeHub, api: HfApi) -> None:
         assert Path(path).read_bytes() == WEIGHTS
 
 
+# Collections
+
+
+def test_collections_are_made_found_by_title_and_changed(hub_server: FakeHub, api: HfApi) -> None:
+    made = api.create_collection("Sparse & small", namespace="owner", description="first", private=True)
+    assert made.slug.startswith("owner/sparse-small-") and made.url == f"{hub_server.url}/collections/{made.slug}" and made.private
+    with pytest.raises(HfHubHTTPError) as error:
+        api.create_collection("Sparse & small", namespace="owner")
+    assert status(error) == 409
+    again = api.create_collection("Sparse & small", namespace="owner", description="second", exists_ok=True)
+    assert (again.slug, again.description) == (made.slug, "first")
+    changed = api.update_collection_metadata(made.slug, title="Sparse", description="second", private=False)
+    assert (changed.title, changed.description, changed.private) == ("Sparse", "second", False) and changed.slug != made.slug
+    assert api.get_collection(made.slug, token=False).slug == changed.slug  # the id at its end counts
+    with pytest.raises(HfHubHTTPError, match="150 characters"):
+        api.update_collection_metadata(made.slug, description="x" * 151)
+
+
+def test_items_of_a_collection_have_notes(hub_server: FakeHub, api: HfApi) -> None:
+    hub_server.create(REPO)
+    slug = api.create_collection("Sparse", namespace="owner").slug
+    with pytest.raises(HfHubHTTPError, match="does not exist") as error:
+        api.add_collection_item(slug, "owner/nothing", "model")
+    assert status(error) == 404
+    (item,) = api.add_collection_item(slug, REPO, "model", note="small").items
+    assert (item.item_id, item.item_type, item.note) == (REPO, "model", "small")
+    with pytest.raises(HfHubHTTPError) as error:
+        api.add_collection_item(slug, REPO, "model", note="large")
+    assert status(error) == 409
+    assert api.add_collection_item(slug, REPO, "model", note="large", exists_ok=True).items[0].note == "small"
+    api.update_collection_item(slug, item.item_object_id, note="large")
+    assert api.get_collection(slug).items[0].note == "large"
+    with pytest.raises(HfHubHTTPError, match="500 characters"):
+        api.update_collection_item(slug, item.item_object_id, note="x" * 501)
+
+
+def test_collections_of_others_are_not_changed_and_private_ones_hidden(hub_server: FakeHub, api: HfApi) -> None:
+    slug = api.create_collection("Sparse", namespace="owner", private=True).slug
+    for token, code in ((False, 404), ("hf_reader", 404)):
+        with pytest.raises(HfHubHTTPError) as error:
+            api.get_collection(slug, token=token)
+        assert status(error) == code
+    api.update_collection_metadata(slug, private=False)
+    for change in (
+        lambda: api.update_collection_metadata(slug, title="Mine", token="hf_reader"),
+        lambda: api.add_collection_item(slug, REPO, "model", token="hf_reader"),
+        lambda: api.create_collection("Sparse", namespace="owner", token="hf_reader"),
+    ):
+        with pytest.raises(HfHubHTTPError) as error:
+            change()
+        assert status(error) == 403
+
+
 # Commits
 
 

@@ -227,11 +227,11 @@ class Case:
 
     def lists(self, rng: Random) -> None:
         self.arguments = rng.choice((["list"], ["list", "*"], ["list", "--recipes"], ["list", "--recipes", "cifar*"], []))
-        self.may(self.odd_argument)
+        self.may(self.odd_argument, self.extra_option({"--data": "*", "--max-megabytes": "3", "--min-density": "0.1", "--min-knn": "1"}))
 
     def verifies(self, rng: Random) -> None:
-        self.arguments = ["zoo", "verify", "no-such-*"]
-        self.options = [("--folder", "in")]
+        self.arguments = rng.choice((["zoo", "verify", "no-such-*"], ["zoo", "push", "you", "test_*"]))
+        self.options = [("--folder", "in") if self.arguments[1] == "verify" else ("--dry-run", None)]
         self.may(self.odd_argument)
 
     def exports(self, rng: Random) -> None:

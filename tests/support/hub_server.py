@@ -146,6 +146,31 @@ class Repo:
         return commit
 
 
+@dataclass
+class Collection:
+    """A collection of repositories; items as the client reads them."""
+
+    title: str
+    owner: str
+    description: str | None = None
+    private: bool = False
+    items: list[dict[str, Any]] = field(default_factory=list)
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    @property
+    def slug(self) -> str:
+        return f"{self.owner}/{re.sub(r'[^a-z0-9]+', '-', self.title.lower()).strip('-')}-{self.id}"
+
+    def answer(self) -> dict[str, Any]:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        told = {"slug": self.slug, "title": self.title, "description": self.description, "owner": {"name": self.owner}, "items": self.items}
+        return told | {"private": self.private, "lastUpdated": now, "position": 0, "theme": "orange", "upvotes": 0}
+
+    def notes(self) -> dict[str, str | None]:
+        """The note of each item, by the repository."""
+        return {item["id"]: item["note"]["text"] if "note" in item else None for item in self.items}
+
+
 def read_card(text: str) -> tuple[dict[str, Any], list[str], list[str]]:
     """The metadata at the head of a README.md, and the errors and warnings that the Hub has about it."""
     block = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", text, re.DOTALL | re.MULTILINE)
@@ -175,6 +200,7 @@ def read_card(text: str) -> tuple[dict[str, Any], list[str], list[str]]:
 ID = r"(?P<id>[^/]+/[^/]+?)"
 API = rf"/api/(?P<type>model|dataset)s/{ID}"
 REV = r"(?P<rev>refs/pr/\d+|[^/]+)"
+COLLECTION = r"[^/]+/[^/]*-(?P<id>[0-9a-f]{24})"
 
 
 class FakeHub(Loopback):
@@ -193,6 +219,7 @@ class FakeHub(Loopback):
         with self._lock:
             self.users = {"hf_writer": User("owner"), "hf_reader": User("reader", can_write=False)}
             self.repos: dict[tuple[str, str], Repo] = {}
+            self.collections: dict[str, Collection] = {}  # by their ids
 
     def create(self, repo_id: str, *, type: str = "model", private: bool = False, gated: str | bool = False) -> Repo:
         """A new repository, with the first commit that the Hub makes."""
@@ -307,6 +334,65 @@ class FakeHub(Loopback):
         repo.gated = body.get("gated", repo.gated)
         repo.private = is_private(body) if body.keys() & {"private", "visibility"} else repo.private
         return {"private": repo.private, "gated": repo.gated}
+
+    # Routes: collections
+
+    @route("POST", "/api/collections")
+    def _collect(self, call: Call) -> Any:
+        user, body = self._user(call), call.json()
+        if not (user.can_write and user.owns(body["namespace"])):
+            raise Refusal(403, f'You don\'t have the rights to create a collection under the namespace "{body["namespace"]}"')
+        check_length("description", body.get("description", ""), 150)
+        for old in self.collections.values():
+            if (old.owner, old.title) == (body["namespace"], body["title"]):
+                raise Refusal(409, "You already created this collection", slug=old.slug)
+        new = Collection(body["title"], body["namespace"], body.get("description"), body["private"])
+        self.collections[new.id] = new
+        return new.answer()
+
+    def _collection(self, call: Call, *, write: bool = False) -> Collection:
+        """The collection of the call, if its sender may read it, or write to it."""
+        user, found = self.users[call.token] if call.token else None, self.collections.get(call.args["id"])
+        owned = found is not None and user is not None and user.owns(found.owner)
+        if found is None or (found.private and not owned):
+            raise Refusal(404, "Collection not found")
+        if write and not (owned and self._user(call).can_write):
+            raise Refusal(403, "You don't have the rights to change this collection with this token")
+        return found
+
+    @route("GET|PATCH", f"/api/collections/{COLLECTION}")
+    def _collected(self, call: Call) -> Any:
+        collection = self._collection(call, write=call.method == "PATCH")
+        if call.method == "GET":
+            return collection.answer()
+        body = call.json()
+        check_length("description", body.get("description", ""), 150)
+        for name in {"title", "description", "private"} & body.keys():
+            setattr(collection, name, body[name])
+        return {"success": True, "data": collection.answer()}
+
+    @route("POST", f"/api/collections/{COLLECTION}/items")
+    def _add_item(self, call: Call) -> Any:
+        collection, body = self._collection(call, write=True), call.json()
+        item = body["item"]
+        check_length("note", body.get("note", ""), 500)
+        if (item["type"], item["id"]) not in self.repos:
+            raise Refusal(404, f"{item['type']} {item['id']} does not exist")
+        if item["id"] in collection.notes():
+            raise Refusal(409, "This item is in the collection already")
+        note = {"note": {"text": body["note"], "html": body["note"]}} if "note" in body else {}
+        collection.items.append({"_id": secrets.token_hex(12), **item, "position": len(collection.items), **note})
+        return collection.answer()
+
+    @route("PATCH", f"/api/collections/{COLLECTION}/items/(?P<item>[0-9a-f]+)")
+    def _change_item(self, call: Call) -> Any:
+        collection, body = self._collection(call, write=True), call.json()
+        check_length("note", body.get("note", ""), 500)
+        item = next((item for item in collection.items if item["_id"] == call.args["item"]), None)
+        if item is None:
+            raise Refusal(404, "Item not found")
+        item["note"] = {"text": body["note"], "html": body["note"]}
+        return {"success": True}
 
     # Routes: what a repository holds
 
@@ -486,3 +572,8 @@ def is_lfs(path: str, size: int) -> bool:
 def is_private(body: dict[str, Any]) -> bool:
     """huggingface_hub 2 sends the visibility, 1 sent the flag."""
     return body.get("visibility") == "private" or bool(body.get("private"))
+
+
+def check_length(name: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise Refusal(400, f'"{name}" length must be less than or equal to {most} characters long')

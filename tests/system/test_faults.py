@@ -70,7 +70,7 @@ RANGES = {
     "A": range(1, 23),
     "E": range(1, 12),
     "X": range(1, 12),
-    "H": range(1, 31),
+    "H": range(1, 32),
     "C": range(1, 15),
     "S": range(1, 8),
     "B": range(1, 163),

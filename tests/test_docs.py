@@ -42,7 +42,11 @@ def sections(page: str) -> Iterator[tuple[str, str, str]]:
             yield page, heading, text
 
 
-IN_THIS_PROCESS = [section for page in ("README.md", "docs/hub.md", "docs/loss.md", "docs/pretraining.md") for section in sections(page)]
+IN_THIS_PROCESS = [
+    section
+    for page in ("README.md", "docs/quickstart.md", "docs/hub.md", "docs/loss.md", "docs/pretraining.md")
+    for section in sections(page)
+]
 IN_A_PROCESS_OF_THEIR_OWN = list(sections("docs/extending.md"))
 """Sections that add entries to registries."""
 

@@ -166,6 +166,14 @@ def test_cifar10_recipe_differs_in_name_and_data_only(kind: str) -> None:
     assert (ten.data.mean, ten.data.std) == CIFAR10 and (hundred.data.mean, hundred.data.std) == CIFAR100
 
 
+@pytest.mark.parametrize("kind", ["resnet50", "vit-small"])
+def test_imagenet1k_recipe_differs_in_name_and_length_only(kind: str) -> None:
+    hundred, thousand = Recipe.load(f"imagenet100-{kind}"), Recipe.load(f"imagenet1k-{kind}")
+    changed = {key for key, value in thousand.flat().items() if hundred.flat()[key] != value}
+    assert changed == {"name", "train.epochs", "optim.warmup_epochs", "probe.every_epochs"}
+    assert abs(thousand.steps(1_281_167)[0] / hundred.steps(126_689)[0] - 1) < 0.02
+
+
 def test_path_and_name_load_the_same_recipe(tmp_path: Path) -> None:
     copy = tmp_path / "mine.yaml"
     copy.write_bytes(find_recipe("digits").read_bytes())

@@ -7,6 +7,7 @@ in a tenth of a second instead of five. Every call gets new processes, so no sta
 import functools
 import multiprocessing.forkserver
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -110,6 +111,13 @@ def _join(context: Any, limit: float) -> None:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """Write a shell script that stands in for a program."""
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 def alive(pid: int) -> bool:

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import PATIENCE, alive, gone
+from processes import PATIENCE, alive, gone, program
 from refusals import refused
 from runs import TINY, rows, stop_after, tiny, wait_for_step
 
@@ -72,12 +71,6 @@ def test_accelerate_starts_fsdp_2_from_its_launch_file() -> None:
 
 
 # --- SLURM ----------------------------------------------------------------------------------------------------------------------------
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    path = folder / name
-    path.write_text(f"#!/bin/bash\n{text}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 def job_number() -> int:

@@ -122,7 +122,9 @@ def test_commands_of_the_pages_run_or_are_valid(
     rz.create_encoder("test_vit", dim=16, hidden_dim=16, img_size=32, patch_size=8).save_pretrained("runs/mine/encoder")
     hub_server.users["hf_you"] = User("you")
     monkeypatch.setenv("HF_TOKEN", "hf_you")
-    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/hub.md", "docs/pretraining.md", "docs/finetuning.md")]
+    pages = [
+        (ROOT / page).read_text() for page in ("README.md", "docs/hub.md", "docs/pretraining.md", "docs/cost.md", "docs/finetuning.md")
+    ]
     lines = [line for page in pages for block in blocks(page, "bash") for line in block.splitlines()]
     lines = [line for line in lines if line.startswith(("rlpjepa ", "accelerate ", "torchrun "))]
     assert len(lines) >= 12

@@ -132,7 +132,6 @@ def _without_values(encoder: SparseEncoder) -> None:
 def activation_bytes(recipe: Recipe) -> int:
     """Bytes that the backward pass needs of each view: what eight more views add."""
     size = recipe.data.image_size
-    assert size is not None  # noqa: S101 - recipes from random weights state it
     return (saved_bytes(skeleton(recipe), size, 16) - saved_bytes(skeleton(recipe), size, 8)) // 8
 
 
@@ -163,7 +162,7 @@ def count(recipe: Recipe) -> dict[str, Any]:
         "backbone": recipe.encoder.backbone, "images": images, "epochs": recipe.train.epochs, "steps": steps,
         "views": steps * recipe.train.batch_size * recipe.views.count, "macs per view": macs_per_view(recipe), "parameters": parameters,
         "activation bytes per view": activations, "memory": memory(recipe, parameters, activations), "checkpoint bytes": held,
-        "disk bytes": (recipe.train.keep + 1) * held + 4 * parameters, "photographs": recipe.data.source == "folder",
+        "disk bytes": (recipe.train.keep + 1) * held + 4 * parameters,
     }  # fmt: skip
 
 
@@ -202,6 +201,11 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
+def span(hours: float) -> str:
+    """A time in minutes, hours or days."""
+    return f"{short(60 * hours)} minutes" if hours < 1 else f"{short(hours)} hours" if hours < 100 else f"{short(hours / 24)} days"
+
+
 def size_table(found: Mapping[str, Any]) -> str:
     """What is counted."""
     lines = [
@@ -218,19 +222,13 @@ def size_table(found: Mapping[str, Any]) -> str:
 
 
 def hours_table(found: Mapping[str, Any]) -> str:
-    """What is estimated, and the few rows that are measured."""
+    """What is estimated; the two recipes behind encoders of the zoo are measured."""
     measured = measured_hours()
-    lines = [
-        "| recipe | RTX 3090: hours (estimate) | at a speed measured for | two CPU threads: days (estimate, too low) | measured |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| recipe | RTX 3090, estimate | from the speed of | two CPU threads, at least |", "|---|---|---|---|"]
     for name, row in found["recipes"].items():
         gpu, speed = gpu_hours(row), RTX3090.get(row["backbone"])
-        took = f"{60 * measured[name][0]:.2f} minutes, {measured[name][1]}" if name in measured else ""
-        lines.append(
-            f"| `{name}` | {'-' if gpu is None else short(gpu)} | {'-' if speed is None else f'`{speed.model}`'} "
-            f"| {short(hours(row, found['cpu']['flops']) / 24)} | {took} |"
-        )
+        cpu = f"{span(measured[name][0])} (measured)" if name in measured else span(hours(row, found["cpu"]["flops"]))
+        lines.append(f"| `{name}` | {'-' if gpu is None else span(gpu)} | {'-' if speed is None else f'`{speed.model}`'} | {cpu} |")
     return "\n".join(lines) + "\n"
 
 
@@ -240,19 +238,22 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def speeds_text(found: Mapping[str, Any]) -> str:
-    """The measured speeds behind the estimates, and two checks of them."""
-    speeds = ", ".join(f"`{s.model}` {s.per_second:,.0f} images a second ({s.flops / 1e12:.0f})" for s in RTX3090.values())
-    resnet, rows = found["recipes"]["imagenet100-resnet50"], found["recipes"]
-    paper = FLOPS * resnet["macs per view"] * resnet["views"] / PAPER_HOURS / 3600
-    small, took = rows["cifar10-cpu"], 60 * measured_hours()["cifar10-cpu"][0]
+    """The measured speeds behind the estimates, and checks of them."""
+    speeds = "; ".join(f"`{s.model}` {s.per_second:,.0f} images, {s.flops / 1e12:.0f} tera operations" for s in RTX3090.values())
+    rows, cpu = found["recipes"], found["cpu"]
+    resnet, small, took = rows["imagenet100-resnet50"], rows["cifar10-cpu"], measured_hours()["cifar10-cpu"]
+    estimate, paper = gpu_hours(resnet) or 0, FLOPS * resnet["macs per view"] * resnet["views"] / PAPER_HOURS / 3600
+    loading = json.loads((ROOT / "benchmarks/data_pipeline.json").read_text())["photographs"]["views_per_second"]["for a GPU"]
     return (
-        f"- RTX 3090, in brackets tera floating-point operations a second: {speeds}.\n"
-        f"- Two CPU threads: {found['cpu']['images per second']:g} images a second of the ResNet-18 of `benchmarks/training_step.json` "
-        f"({found['cpu']['flops'] / 1e12:.2f} tera operations a second; {found['cpu']['machine']}).\n"
-        f"- Check on a GPU: the paper reports {PAPER_HOURS} hours for `imagenet100-resnet50` on one L40S (appendix L, read in a note on the paper). That is "
-        f"{paper / 1e12:.0f} tera operations a second. The estimate for the RTX 3090 is {short(gpu_hours(resnet) or 0)} hours.\n"
-        f"- Check on a CPU: the estimate for `cifar10-cpu` is {60 * hours(small, found['cpu']['flops']):.0f} minutes, and the run took {took:.0f}. "
-        "It also drew views, logged and evaluated; and small networks reach fewer operations a second.\n"
+        f"- RTX 3090, in a second: {speeds}.\n"
+        f"- Two CPU threads, in a second: {cpu['images per second']:g} images, two views each, of the ResNet-18 of `benchmarks/training_step.json`, "
+        f"{cpu['flops'] / 1e12:.2f} tera operations ({cpu['machine']}).\n"
+        f"- Check of the first: the paper reports {PAPER_HOURS} hours for `imagenet100-resnet50` on one L40S (appendix L, as a note on the paper quotes it). "
+        f"That is {paper / 1e12:.0f} tera operations a second. The estimate for an RTX 3090 is {span(estimate)}.\n"
+        f"- Check of the second: the estimate for `cifar10-cpu` is {span(hours(small, cpu['flops']))}; the run took {span(took[0])} ({took[1]}). Small networks "
+        "make fewer operations a second, and a run also loads images, draws views and evaluates.\n"
+        f"- Loading: the estimate for `imagenet100-resnet50` needs {resnet['views'] / estimate / 3600:,.0f} views a second. Two workers made "
+        f"{statistics.median(loading):,.0f} of photographs of 500 x 375 pixels (`benchmarks/data_pipeline.json`).\n"
     )
 
 
@@ -278,22 +279,29 @@ def write(found: Mapping[str, Any]) -> None:
 
 
 def of_run(run: Path, found: Mapping[str, Any]) -> str:
-    """Hours of all recipes at the speed of a run: that of its own recipe as measured, the others by their multiply-accumulates."""
+    """Times of all recipes at the speed of a run: that of its own recipe as measured, if network and batch are those of the recipe; the others by their
+    multiply-accumulates."""
     files = read_run(run)
     speeds = files.series("images_per_second", "train")[1][1:]  # the first row has the start of the workers in it
     recipe = files.recipe
     if not speeds or not isinstance(recipe, Recipe):
         sys.exit(f"{run}: no pretraining run with two logged rows; train at least 2 * train.log_every = {2 * recipe.train.log_every} steps")
     speed = statistics.median(speeds)
-    flops = FLOPS * macs_per_view(recipe) * recipe.views.count * speed
+    macs = macs_per_view(recipe)
+    flops = FLOPS * macs * recipe.views.count * speed
     where = files.info.get("training", {}).get("hardware", "this machine")
     lines = [
-        f"{recipe.name} on {where}: {speed:,.1f} images a second with loading and views (median of {len(speeds)} rows), {flops / 1e12:.3g} tera operations a second.",
-        "Its own row is this speed times its length. The other rows are estimates: the same operations a second, other networks.",
-        "", "| recipe | hours | |", "|---|---|---|",
+        f"{recipe.name} on {where}: {speed:,.1f} images a second, loading and views included (median of {len(speeds)} rows); {flops / 1e12:.3g} tera operations.",
+        "The row of this recipe is its length at this speed. Estimates are for the same operations a second, with another network or batch.",
+        "", "| recipe | time | |", "|---|---|---|",
     ]  # fmt: skip
     for name, row in found["recipes"].items():
-        lines.append(f"| `{name}` | {short(hours(row, flops))} | {'measured speed' if name == recipe.name else 'estimate'} |")
+        same = (
+            name == recipe.name
+            and macs == row["macs per view"]
+            and recipe.train.batch_size * row["steps"] * recipe.views.count == row["views"]
+        )
+        lines.append(f"| `{name}` | {span(hours(row, flops))} | {'at the measured speed' if same else 'estimate'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -64,7 +64,7 @@ def small(*more: str) -> Recipe:
 
 RANGES = {
     "I": range(1, 24),
-    "R": range(1, 18),
+    "R": range(1, 19),
     "D": range(1, 18),
     "N": range(1, 15),
     "A": range(1, 23),

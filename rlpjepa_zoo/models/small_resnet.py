@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-SMALL_RESNETS = ("resnet10_small_narrow", "resnet18_small", "resnet34_small", "resnet50_small")
+SMALL_RESNETS = ("resnet10_small_narrow", "resnet18_small_narrow", "resnet18_small", "resnet34_small", "resnet50_small")
 
 
 class SmallImageResNet(ResNet):
@@ -63,6 +63,14 @@ def resnet10_small_narrow(pretrained: bool = False, **kwargs: Any) -> SmallImage
     """One basic block a stage, widths 32-64-128-256 behind a 64-wide stem: 1.2 M parameters, for CPUs."""
     return _create(
         "resnet10_small_narrow", pretrained, {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}, kwargs
+    )
+
+
+@register_model
+def resnet18_small_narrow(pretrained: bool = False, **kwargs: Any) -> SmallImageResNet:
+    """ResNet-18 of half the width, 32-64-128-256 behind a 64-wide stem: 2.8 M parameters, for CPUs."""
+    return _create(
+        "resnet18_small_narrow", pretrained, {"block": BasicBlock, "layers": (2, 2, 2, 2), "channels": (32, 64, 128, 256)}, kwargs
     )
 
 

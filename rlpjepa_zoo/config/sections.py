@@ -236,7 +236,7 @@ class Encoder(Section):
     """timm backbone and rectified projector."""
 
     backbone: str
-    """Any timm model name, or resnet18_small, resnet34_small, resnet50_small, resnet10_small_narrow."""
+    """Any timm model name, or resnet18_small, resnet34_small, resnet50_small, and the narrow resnet10_small_narrow and resnet18_small_narrow."""
     args: Annotated[dict[str, Any], BeforeValidator(parse_scalars)] = {}
     """Arguments of timm.create_model, such as {img_size: 32, patch_size: 4}."""
     pretrained: bool = False

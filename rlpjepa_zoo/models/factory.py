@@ -58,7 +58,8 @@ def create_encoder(
 
     Args:
         name: any timm name (``"resnet50"``, ``"vit_small_patch16_224.augreg_in1k"``, ``"hf-hub:owner/repo"``), or a small-image ResNet of
-            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``. A prefix ``timm:`` is ignored.
+            this package: ``resnet18_small``, ``resnet34_small``, ``resnet50_small``, ``resnet10_small_narrow``,
+            ``resnet18_small_narrow``. A prefix ``timm:`` is ignored.
         dim: D, width of the embedding, 1 .. 2^20.
         hidden_dim: H, width of the projector's hidden layers, 1 .. 2^20.
         pretrained: load timm's weights for the name.

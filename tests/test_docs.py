@@ -388,6 +388,14 @@ def test_embedding_speed_equals_the_result_file() -> None:
         assert abs(float(text) - measured) < 0.06
 
 
+def test_reused_memory_equals_the_result_file() -> None:
+    results = json.loads((ROOT / "benchmarks/memory.json").read_text())
+    ratios = [round(row["ratio"], 1) for kind in ("forward", "step") for row in results[kind].values()]
+    text = BENCHMARKS.split("## Memory of tensors on a CPU")[1].split("\n## ")[0]
+    claimed = [float(number) for number in re.findall(r"([0-9.]+) times", text)]
+    assert claimed == ratios[:-1] and 0.95 < ratios[-1] < 1.05  # the last: no faster
+
+
 def test_loss_speed_and_tables_equal_the_result_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     results, page = json.loads((ROOT / "benchmarks/loss.json").read_text()), (ROOT / "docs/loss.md").read_text()

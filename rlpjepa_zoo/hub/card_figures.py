@@ -139,7 +139,7 @@ def encoder_results(results: dict[str, Any], figures: tuple[str, ...]) -> list[s
     heading = "top-1 accuracy" if set(kinds) <= set(ACCURACIES) else "representation"
     rows = _rows(results, kinds, "")
     for name, other in (results.get("against") or {}).items():
-        rows += _rows(other, kinds, f"{_cell(name)}: ")
+        rows += _rows(other, kinds, f"{_other(name)}: ")
     counts = [f"{results[key]:,} {noun}" for key, noun in (("n_train", "training images"), ("n_test", "test images")) if key in results]
     note = "; ".join(text for text in (", ".join(counts), markdown(results.get("protocol", ""))) if text)
     shown = [f"`{code(results['command'])}`"] if results.get("command") else []
@@ -218,6 +218,11 @@ def _cell(text: str) -> str:
     return f"`{cut(code(' '.join(text.split())), 100)}`"
 
 
+def _other(name: str) -> str:
+    """What an encoder is compared with, as a table shows it."""
+    return "random weights" if name == "random" else _cell(name)
+
+
 def _rows(scores: dict[str, Any], kinds: list[str], prefix: str) -> list[list[str]]:
     """A row of cells for each representation that was measured."""
     spaces = [space for space in SPACES if any(f"{kind}_{space}" in scores for kind in kinds)]
@@ -232,7 +237,7 @@ def _differences(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, other in (results.get("against") or {}).items():
         for row in other.get("differences", []):
-            subtrahend = _cell(name) if row["minus"] == name else f"{_cell(name)}, {_cell(row['minus'])}"
+            subtrahend = _other(name) if row["minus"] == name else f"{_other(name)}, {_cell(row['minus'])}"
             interval = " to ".join(f"{100 * row[end]:+.1f}" for end in ("low", "high"))
             measure = measure_label(row["measure"]) or _cell(row["measure"])
             rows.append([_cell(row["space"]), subtrahend, measure, f"{100 * row['difference']:+.1f} %", f"{interval} %", f"{row['n']:,}"])

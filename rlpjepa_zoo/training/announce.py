@@ -77,4 +77,5 @@ def _hardware(device: torch.device) -> str:
     """Name of the GPU, or number of threads and architecture of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of {platform.machine()} CPU"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {platform.machine()} CPU"

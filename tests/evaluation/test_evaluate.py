@@ -292,7 +292,7 @@ def test_card_shows_protocol_budgets_and_comparisons(encoder: SparseEncoder, hal
     assert head.split(" | ")[1:6] == ["kNN", "linear probe", "1-shot", "5-shot", "MLP probe"] and "retrieval mAP" in head
     row = next(line for line in text.splitlines() if line.startswith("| sparse embedding z |"))
     assert f"{100 * report['knn_z']:.1f} %" in row and f"± {100 * report['shot_5_std_z']:.1f}" in row
-    assert "| `random`: sparse embedding z |" in text and "paired bootstrap" in text and "| active dimensions | 2 | 8 |" in text
+    assert "| random weights: sparse embedding z |" in text and "paired bootstrap" in text and "| active dimensions | 2 | 8 |" in text
     again = card.rewritten(folder, "you/it")
     assert again["README.md"].decode().count("paired bootstrap") == 1 and again["accuracy.png"][:4] == b"\x89PNG"
 

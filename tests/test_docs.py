@@ -388,6 +388,13 @@ def test_embedding_speed_equals_the_result_file() -> None:
         assert abs(float(text) - measured) < 0.06
 
 
+def test_what_was_tried_on_a_cpu_equals_the_result_file() -> None:
+    page, found = (ROOT / "docs/pretraining.md").read_text(), json.loads((ROOT / "docs/measured/cifar-cpu.json").read_text())
+    for run in found["runs"]:
+        row = f"| {run['tried']} | {run['steps']} | {run['views']:,} | {run['knn_features']:.3f} | {run['knn_z']:.3f} |"
+        assert row in page
+
+
 def test_reused_memory_equals_the_result_file() -> None:
     results = json.loads((ROOT / "benchmarks/memory.json").read_text())
     ratios = [round(row["ratio"], 1) for kind in ("forward", "step") for row in results[kind].values()]

@@ -1,7 +1,7 @@
 """Maintain the zoo: publish a run as hub/NAME, put what was measured on its card, and write the manifest, hub/zoo.csv, the table in README.md and the
 notes in docs/benchmarks.md.
 
-    python tools/add_to_zoo.py add RUN NAME [--repo owner/name] [--license ID] [--notice FILE]   add or replace an encoder, without results
+    python tools/add_to_zoo.py add RUN NAME [--repo owner/name] [--license ID] [--notice FILE] [--data TEXT]   add or replace an encoder, without results
     python tools/add_to_zoo.py results NAME REPORT       its results, from `rlpjepa eval hub/NAME ... --out REPORT`
     python tools/add_to_zoo.py transfer NAME REPORT ...  its results on other data sets, from the same command
     python tools/add_to_zoo.py codes NAME REPORT         its codes beside other methods, from `rlpjepa bench codes ... --methods published,... --out REPORT`
@@ -10,7 +10,8 @@ notes in docs/benchmarks.md.
 
 Matrices and kernels are rounded to float16, so measure hub/NAME and not the run. The log of the run becomes log.jsonl. With --repo, the examples on
 the card name that repository, and `rlpjepa push hub/NAME owner/name` publishes the same bytes as hub/NAME, so one sha256 identifies both. --license is
-an SPDX identifier, apache-2.0 by default; --notice is a text that stays with the weights, such as the origin of a pretrained backbone.
+an SPDX identifier, apache-2.0 by default; --notice is a text that stays with the weights, such as the origin of a pretrained backbone; --data names the
+training images on the card, where the recipe does not.
 """
 
 import argparse
@@ -53,12 +54,12 @@ PEERS = {
 # --- one encoder ----------------------------------------------------------------------------------------------------------------------
 
 
-def add(run: Path, name: str, repo: str, license: str, notice: Path | None) -> None:
+def add(run: Path, name: str, repo: str, license: str, notice: Path | None, data: str | None) -> None:
     """Publish the encoder of a run as hub/NAME, in float16 and with the log of the run."""
     encoder = load_encoder(run).rounded()
     recipe = Recipe.parse((run / "recipe.yaml").read_text())
-    info = {key: value for key, value in encoder.config.info.items() if key != "results"} | {"license": license}
-    info |= {} if notice is None else {"notice": notice.read_text().strip()}
+    info = {key: value for key, value in encoder.config.info.items() if key not in ("results", "transfer", "codes")} | {"license": license}
+    info |= ({} if notice is None else {"notice": notice.read_text().strip()}) | ({} if data is None else {"data": data})
     folder = encoder.save_pretrained(ROOT / "hub" / name, recipe=recipe.shareable(), info=info, name=repo)
     write_folder(folder, card.rewritten(folder, repo, log=(run / "metrics.jsonl").read_bytes()))
 
@@ -68,12 +69,10 @@ Change = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 def record(name: str, change: Change, report: dict[str, Any]) -> None:
-    """Put a report into the record of hub/NAME; its weights and its log stay."""
+    """Put a report into the record of hub/NAME; all else stays."""
     folder = ROOT / "hub" / name
-    encoder, log = load_encoder(folder), (folder / "log.jsonl").read_bytes()
-    published = read_folder(folder)
-    encoder.save_pretrained(folder, info=change(encoder.config.info, report), name=published.name)
-    write_folder(folder, card.rewritten(folder, published.name, log=log))
+    model = read_folder(folder)
+    write_folder(folder, card.rewritten(folder, model.name, info=change(model.info, report)))
 
 
 def results(info: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
@@ -233,6 +232,7 @@ def main() -> None:
     adding.add_argument("--repo")
     adding.add_argument("--license", default="apache-2.0")
     adding.add_argument("--notice", type=Path)
+    adding.add_argument("--data")
     for command in ("results", "transfer", "codes"):
         reading = commands.add_parser(command)
         reading.add_argument("name")
@@ -245,7 +245,7 @@ def main() -> None:
     given = parser.parse_args()
     match given.command:
         case "add":
-            add(given.run, given.name, given.repo or given.name, given.license, given.notice)
+            add(given.run, given.name, given.repo or given.name, given.license, given.notice, given.data)
         case "pin":
             pin(given.name, given.repo, given.commit)
         case "table":

@@ -10,9 +10,11 @@ not known (those of your own images) or whose backbone is frozen are left out.
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,11 +93,16 @@ def skeleton(recipe: Recipe) -> SparseEncoder:
 
 
 def macs_per_view(recipe: Recipe) -> int:
-    """Multiply-accumulates of the convolutions and matrix products of one view, projector included."""
-    size, encoder = recipe.data.image_size, skeleton(recipe)
-    with FlopCounterMode(display=False) as counter:
-        encoder.both(torch.zeros(2, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 4
+    """Multiply-accumulates of the convolutions and matrix products of one view, projector included; the mean over epochs if views grow."""
+    encoder, full = skeleton(recipe), recipe.data.image_size or 0
+    epochs = range(1 if recipe.views.start_size is None else math.ceil(recipe.train.epochs))
+    sizes = Counter(recipe.views.size_at(epoch, recipe.train.epochs, full) for epoch in epochs)
+    counts = []
+    for size, times in sizes.items():
+        with FlopCounterMode(display=False) as counter:
+            encoder.both(torch.zeros(2, 3, size, size, device="meta"))
+        counts += [counter.get_total_flops() // 4] * times
+    return sum(counts) // len(counts)
 
 
 def saved_bytes(encoder: SparseEncoder, size: int, views: int) -> int:
@@ -286,6 +293,8 @@ def of_run(run: Path, found: Mapping[str, Any]) -> str:
     recipe = files.recipe
     if not speeds or not isinstance(recipe, Recipe):
         sys.exit(f"{run}: no pretraining run with two logged rows; train at least 2 * train.log_every = {2 * recipe.train.log_every} steps")
+    if recipe.views.start_size is not None:
+        sys.exit(f"{run}: its views grow, so the speed of its first steps is not that of the run")
     speed = statistics.median(speeds)
     macs = macs_per_view(recipe)
     flops = FLOPS * macs * recipe.views.count * speed

@@ -121,6 +121,8 @@ def compare_codes(
     """
     check_recipe(recipe, device)
     asked = asked.checked(recipe)
+    for name in asked.methods:
+        METHODS[name].check(recipe)
     recipe, features = load_features(recipe, device, progress)
     kinds = {name: METHODS[name] for name in asked.methods}
     rows, fits, scores = list[dict[str, Any]](), list[dict[str, Any]](), PerImage()

@@ -89,6 +89,8 @@ def evaluate(
     from ..evaluation.evaluate import evaluate as run
     from ..evaluation.protocol import Protocol, default_probes
     from ..evaluation.tables import accuracy_table
+    from ..hub.card import rewritten
+    from ..hub.folder import write_folder
     from ..models.classifier import Classifier
     from ..models.pretrained import load_published
 
@@ -124,7 +126,7 @@ def evaluate(
     )  # fmt: skip
     if folder is not None:
         info = with_results(encoder.config.info, report, images.name)
-        encoder.save_pretrained(folder, info=info, name=card_name(folder))
+        write_folder(folder, rewritten(folder, card_name(folder), info=info))
     if out is not None:
         write_file(out, (json.dumps({"source": source, "data": data, **report}, indent=1) + "\n").encode())
     if plot is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -63,12 +64,14 @@ class Plan(Section):
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """Recipe key -> height and width of the images that the backbone sees, in pixels; None where there are none or not known yet."""
-        local = self.views.local
-        return {
-            "data.image_size": self.data.image_size, "views.start_size": self.views.start_size,
-            "views.local.size": local.size if local else None,
-        }  # fmt: skip
+        """Recipe key -> height and width of the images that the backbone sees, in pixels; None where there are none or not known yet. Views that
+        grow have a key for each size on the way."""
+        local, full = self.views.local, self.data.image_size
+        sizes = {"data.image_size": full, "views.start_size": self.views.start_size, "views.local.size": local.size if local else None}
+        if self.views.start_size is not None and full is not None:
+            grown = {self.views.size_at(epoch, self.train.epochs, full) for epoch in range(math.ceil(self.train.epochs))}
+            sizes |= {f"views.start_size, grown to {size}": size for size in sorted(grown - {full, self.views.start_size})}
+        return sizes
 
     @property
     def lr(self) -> float:

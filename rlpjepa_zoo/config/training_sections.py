@@ -107,7 +107,8 @@ class Train(Section):
     1 - (1 + t)^(-2/3) at update t. Null publishes the weights themselves."""
     stop_after: Count | None = None
     """Step after which the run ends early, with evaluation and publishing as at its end. Schedules keep the length of train.epochs, so a resume
-    with another value, or null for the whole length, goes on as if the run had not ended."""
+    with another value, or null for the whole length, goes on with the losses that the run would have had. The evaluation at the end is one more, so
+    the shift of a held density may differ in its last digits."""
     max_skipped: CountOrZero = 5
     """Number of consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run."""
     processes: Count | None = None

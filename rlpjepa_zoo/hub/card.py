@@ -40,8 +40,9 @@ def files(model: Published) -> dict[str, bytes]:
 
 
 def rewritten(
-    path: Path, name: str, license: str | None = None, notes: str | None = None, chosen: str | None = None, log: bytes | None = None
-) -> dict[str, bytes]:
+    path: Path, name: str, license: str | None = None, notes: str | None = None, chosen: str | None = None, *, log: bytes | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:  # fmt: skip
     """The files of a published folder with a new card; weights, golden codes and recipe are unchanged.
 
     Args:
@@ -51,6 +52,7 @@ def rewritten(
         notes: Markdown of your own that the card shows; unchanged when None.
         chosen: rule by which this checkpoint was selected, if any; appended to the protocol.
         log: the log of the run (metrics.jsonl); unchanged when None.
+        info: the record; unchanged when None.
 
     Raises:
         ModelError: a file other than the card does not verify.
@@ -58,13 +60,13 @@ def rewritten(
     model, contents = snapshot_folder(path)
     given = {key: value for key, value in (("license", license), ("notes", notes)) if value is not None}
     try:
-        info = checked_info({**model.info, **given})
+        record = checked_info({**(model.info if info is None else info), **given})
     except UsageError as error:
-        raise (UsageError if given else ModelError)(f"{path}/config.json: {error}") from error
-    results = info.get("results")
+        raise (UsageError if given or info is not None else ModelError)(f"{path}/config.json: {error}") from error
+    results = record.get("results")
     if chosen is not None and results:
         results["protocol"] = "; ".join(text for text in (results.get("protocol"), chosen) if text)
-    model = dataclasses.replace(model, name=name, info=info)
+    model = dataclasses.replace(model, name=name, info=record)
     kept = {name: content for name, content in contents.items() if not is_card(name)} | ({} if log is None else {LOG: log})
     return pack(model, kept | files(model))
 

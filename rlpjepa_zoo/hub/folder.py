@@ -11,7 +11,7 @@ from typing import Any
 from ..core.files import MAX_JSON, disk_errors, partial_folder, sha256, sync_folder, write_durably
 from ..core.source import expanded
 from ..errors import ModelError, UsageError, no_folder
-from .format import CONFIG, NAMES, RECIPE, Published, is_card, listed_files, parse
+from .format import CARD, CONFIG, RECIPE, REPLACED, Published, is_card, listed_files, parse
 
 __all__ = ["find_folder", "matches", "read_folder", "read_recipe", "snapshot_folder", "verify_folder", "write_folder"]
 
@@ -29,7 +29,7 @@ def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
     if folder.name in ("", ".."):
         folder = folder.resolve()
     with disk_errors(folder, sum(map(len, contents.values())), "cannot write the model"):
-        existing = [name for name in NAMES if (folder / name).exists()]
+        existing = [name for name in REPLACED if (folder / name).exists()]
         if existing and CONFIG not in existing:
             raise UsageError(f"{folder}: holds {existing[0]}, which is not of an encoder; choose another folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> Path:
             else:
                 for name in contents:
                     os.replace(partial / name, folder / name)
-                for name in set(NAMES) - set(contents):
+                for name in set(REPLACED) - set(contents):
                     (folder / name).unlink(missing_ok=True)
                 sync_folder(folder)
         sync_folder(folder.parent)
@@ -98,7 +98,7 @@ def verify_folder(folder: str | Path, published: Published, only: Iterable[str] 
 def _fix(folder: Path, name: str) -> str:
     if not is_card(name):
         return "download or save the encoder again"
-    if folder.parent.name == "snapshots":  # of the Hub's cache
+    if folder.parent.name == "snapshots" and name == CARD:  # of the Hub's cache
         return "the card was edited on the Hub: its owner must push again, with own words given by --notes"
     return f"`rlpjepa card {folder} --write` writes the card anew, with your own words if you give them by --notes"
 

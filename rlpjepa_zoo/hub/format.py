@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..sparse.topk import Dial
 
 __all__ = [
-    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "NAMES", "NOTICE", "PICKLES", "RECIPE", "LinearLayer", "Projector", "Published", "is_card",
+    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "NAMES", "NOTICE", "PICKLES", "RECIPE", "REPLACED", "LinearLayer", "Projector", "Published", "is_card",
     "listed_files", "pack", "parse", "tensor_place",
 ]  # fmt: skip
 
@@ -52,7 +52,9 @@ CONFIG, BACKBONE, HEAD, GOLDEN = "config.json", "model.safetensors", "head.safet
 RECIPE, CARD, FIGURES = "recipe.yaml", "README.md", ("training.png", "accuracy.png")
 REQUIRED = (BACKBONE, HEAD, GOLDEN, CARD)
 LOG, NOTICE = "log.jsonl", "NOTICE"
-NAMES = (CONFIG, *REQUIRED, RECIPE, LOG, NOTICE, *FIGURES)
+REPLACED = (CONFIG, *REQUIRED, RECIPE, *FIGURES)
+"""Files that a save writes or removes. A log, or a notice, that a model does not have stays where it is: it may be somebody's own."""
+NAMES = (*REPLACED, LOG, NOTICE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
 """Suffixes of files that may hold a pickle."""
 MARK = b"rlpjepa_zoo"

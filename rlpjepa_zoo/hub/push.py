@@ -14,7 +14,7 @@ from typing import Any
 from ..core.files import MAX_JSON, sha256
 from ..core.source import is_repository
 from ..errors import HubError, UsageError, ZooError, first_line
-from .format import CARD, CONFIG, MARK, NAMES, parse
+from .format import CARD, CONFIG, MARK, NAMES, REPLACED, parse
 from .retry import BUSY, SILENCE, GaveUp, Patience, check_token, explain, network_error, status_of
 
 __all__ = ["DATASET", "MODEL", "Background", "Kind", "Pushed", "push"]
@@ -213,7 +213,7 @@ def _commit(
     info = _info(api, repo, kind, revision=revision, files_metadata=True)
     remote = {file.rfilename: file for file in info.siblings}
     changed = [name for name, content in contents.items() if name not in remote or not _same(content, remote[name])]
-    own = NAMES if kind is MODEL else [name for name in remote if kind.names.fullmatch(name)]
+    own = REPLACED if kind is MODEL else [name for name in remote if kind.names.fullmatch(name)]
     stale = [name for name in own if name in remote and name not in contents]
     if tagged is not None and (tagged != info.sha or changed or stale):
         raise HubError(f"{repo}: the tag exists already, on commit {tagged[:8]}; choose another tag")

@@ -114,7 +114,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
     ``parameters`` counts the weights and biases of backbone and projector. ``bytes_per_image`` is the mean size of an embedding as
     `SparseEmbeddings` saves it: 4 bytes for each non-zero value (float32) and 2 for its column (int16; 4 beyond 32,768 dimensions).
-    The start of its row and its id are not counted. ``megabytes`` is the size of all files.
+    The start of its row and its id are not counted. ``megabytes`` is the size of all files but config.json.
     """
     from ..sparse.io import index_dtype  # imports numpy, which the list of the zoo does without
 

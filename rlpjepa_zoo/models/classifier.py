@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.preprocess import Preprocess
 from ..errors import NonFiniteError, UsageError
 from ..hub.format import LinearLayer, Projector
+from ..ops.memory import reused_memory
 from ..ops.modules import as_weights, make_projector
 from .base import Layers, PublishedModel, check_float_batch
 from .encoder import EncoderConfig, SparseEncoder
@@ -173,7 +174,7 @@ class Classifier(PublishedModel):
             source, self.config.preprocess, self.device, batch_size=batch_size, num_workers=num_workers, on_error=on_error, fix=fix,
             progress="predict" if progress else None,
         )  # fmt: skip
-        with closing(batches):
+        with closing(batches), reused_memory(self.device):
             for batch in batches:
                 yield batch, self._probabilities(batch) if batch.ids else torch.zeros(0, len(self.classes))
 

@@ -226,7 +226,7 @@ class SparseEncoder(PublishedModel):
 
     def _dialled(self, dial: Dial | None) -> SparseEncoder:
         """This encoder with another dial. Its record has no results, which were measured without that dial."""
-        info = {k: v for k, v in self.config.info.items() if k != "results"}
+        info = {k: v for k, v in self.config.info.items() if k not in ("results", "transfer", "codes")}
         info["density"] = {k: v for k, v in (info.get("density") or {}).items() if k in ("asked", "theory")}
         twin = copy.copy(self)
         twin.__dict__ |= {"_hashed": None, "config": dataclasses.replace(self.config, dial=dial, info=info)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,10 @@ class Compared(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Relative difference of a loss, absolute difference of a share."""
-        return abs(self.now - self.logged) / (abs(self.logged) if self.name == "loss" else 1.0)
+        """Relative difference of a loss, absolute difference of a share; infinite if a number is not finite."""
+        if not (math.isfinite(self.logged) and math.isfinite(self.now)):
+            return math.inf
+        return abs(self.now - self.logged) / (max(abs(self.logged), 1e-12) if self.name == "loss" else 1.0)
 
 
 class Reproduction(NamedTuple):
@@ -57,7 +60,7 @@ class Reproduction(NamedTuple):
 
 
 def compare(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[Compared]:
-    """Losses of the same steps, and measures of the evaluations after the same steps.
+    """Losses of the same steps, and measures of the evaluations after the same steps. A loss that is not finite is null in a log.
 
     Args:
         published, rows: rows of two logs.
@@ -70,7 +73,8 @@ def compare(published: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
     def numbers(log: Sequence[dict[str, Any]]) -> dict[tuple[int, str], float]:
         wanted = {"train": ("loss",), "eval": _KEYS}
         found = [(row["step"], name, row.get(name)) for row in log for name in wanted.get(str(row.get("kind")), ())]
-        return {(step, name): value for step, name, value in found if isinstance(value, int | float)}
+        lost = [(step, name, math.nan if value is None and name == "loss" else value) for step, name, value in found]
+        return {(step, name): value for step, name, value in lost if isinstance(value, int | float)}
 
     now = numbers(rows)
     return [Compared(*place, value, now[place]) for place, value in numbers(published).items() if place in now]
@@ -90,7 +94,7 @@ def reproduce(
         progress: show progress bars on stderr.
 
     Raises:
-        ModelError: no recipe or no log, a log that cannot be read, or no loss of the log was logged again.
+        ModelError: no recipe or no log, a log that cannot be read, or a loss of the log was not logged again.
         UsageError, RecipeError, DataError and others: as of `resolve` and `train`.
     """
     folder = resolve(name)
@@ -99,13 +103,25 @@ def reproduce(
     text = read_recipe(folder, published)
     if text is None or LOG not in published.files:
         raise ModelError(f"{name}: has no {'recipe.yaml' if text is None else LOG}, so there is nothing to compare with")
+    for key in ("train.stop_after", "train.log_every"):
+        if any(override.partition("=")[0] == key for override in overrides):
+            raise UsageError(
+                f"{key}: the log is compared step by step; leave it out{', and give --steps' if key == 'train.stop_after' else ''}"
+            )
     rows = [parse_json(line, f"{folder / LOG}") for line in (folder / LOG).read_bytes().splitlines()]
-    first = min((row["step"] for row in rows if row.get("kind") == "train"), default=1)
-    if steps is not None and steps < first:
-        raise UsageError(f"--steps {steps}: the first loss in the log of {name} is that of step {first}; give at least {first}")
-    recipe = Recipe.parse(text, [*overrides, *([] if steps is None else [f"train.stop_after={steps}"])])
-    train(recipe, out, resume=resume, progress=progress)
-    numbers = compare(rows, read_metrics(out / "metrics.jsonl")[0])
-    if not any(number.name == "loss" for number in numbers):
-        raise ModelError(f"{name}: no step of its log was logged again; leave train.log_every = {recipe.train.log_every} as it was")
+    logged = sorted(row["step"] for row in rows if row.get("kind") == "train")
+    if not logged:
+        raise ModelError(f"{name}: no loss in its {LOG}, so there is nothing to compare with")
+    if steps is not None and steps < logged[0]:
+        raise UsageError(f"--steps {steps}: the first loss in the log of {name} is that of step {logged[0]}; give at least {logged[0]}")
+    train(
+        Recipe.parse(text, [*overrides, *([] if steps is None else [f"train.stop_after={steps}"])]), out, resume=resume, progress=progress
+    )
+    again, _ = read_metrics(out / "metrics.jsonl")
+    numbers = compare(rows, again)
+    missing = {step for step in logged if step <= again[-1]["step"]} - {number.step for number in numbers if number.name == "loss"}
+    if missing:
+        raise ModelError(
+            f"{name}: the loss of step {min(missing)} is in its log and not in that of {out}; the recipe has another length or interval"
+        )
     return Reproduction(numbers, out)

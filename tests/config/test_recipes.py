@@ -296,7 +296,7 @@ def test_zero_is_refused(name: str) -> None:
     "override",
     [
         "views.jitter=1.01", "views.hue=0.51", "views.rotate=181", "views.count=17", "views.crop_scale=[0.2, 1.5]",
-        "views.crop_scale=[0.9, 0.2]", "views.growth=0", "views.growth=1.1", "views.start_size=0", "views.start_size=33",
+        "views.crop_scale=[0.9, 0.2]", "views.growth=0", "views.growth=1.1", "views.growth=0.5", "views.start_size=0", "views.start_size=33",
         "views.crop_ratio=[2, 1]", "views.zoom=[0, 1]", "data.crop_pct=1.2", "data.std=[0, 1, 1]",
         "data.mean=[0.5, 0.5]", "data.mean=[1, 2, 3, 4]",
         "target.density=1", "optim.momentum=1.5", "optim.betas=[0.9]", "optim.betas=[0.9, 2]", "train.batch_size=1", "train.keep=1",

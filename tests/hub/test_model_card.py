@@ -99,7 +99,7 @@ def test_notice_is_a_file_and_stays_with_the_weights(tmp_path, encoder):
     with refused(ModelError, match="NOTICE: differs"):
         rz.load_encoder(path)
     without = rz.load_encoder(write_folder(path, card.rewritten(path, "owner/repo"))).save_pretrained(path, info=INFO)
-    assert not (without / "NOTICE").exists() and rz.load_encoder(without).config.info == INFO
+    assert (without / "NOTICE").exists() and rz.load_encoder(without).config.info == INFO  # it may be somebody's own, and is not listed
 
 
 CODES = {

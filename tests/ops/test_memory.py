@@ -30,9 +30,10 @@ def resident() -> int:
 
 
 @glibc
-def test_freed_memory_is_used_again_inside_and_given_back_after() -> None:
+def test_freed_memory_is_used_again_inside_and_given_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = page_faults()
     assert plain > 5 * BYTES // (1 << 21)  # pages of 4 kB to 2 MB
+    monkeypatch.setattr(memory, "_LONG", 0.0)
     with reused_memory(CPU):
         page_faults()
         assert page_faults() < plain / 20
@@ -42,27 +43,41 @@ def test_freed_memory_is_used_again_inside_and_given_back_after() -> None:
 
 
 @glibc
-def test_the_last_block_of_all_threads_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_short_blocks_cost_no_page_faults() -> None:
+    def small() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            with reused_memory(CPU):
+                torch.ones(1 << 20)  # 4 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    small()
+    assert small() < 2000  # 20,000 if each block gave its memory back
+
+
+@glibc
+def test_the_outermost_block_of_the_main_thread_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[int, int]] = []
     monkeypatch.setattr(memory, "_set", lambda library, parameters: calls.append(parameters))
-    entered, leave = threading.Event(), threading.Event()
 
-    def other() -> None:
-        with reused_memory(CPU):
-            entered.set()
-            leave.wait(10)
+    def nested() -> None:
+        with reused_memory(CPU), reused_memory(CPU):
+            raise KeyError
 
-    thread = threading.Thread(target=other)
-    with pytest.raises(KeyError), reused_memory(CPU):
-        thread.start()
-        assert entered.wait(10)
-        with reused_memory(CPU):
-            pass
-        raise KeyError
-    assert calls == [memory._INSIDE]
-    leave.set()
+    thread = threading.Thread(target=lambda: pytest.raises(KeyError, nested))
+    thread.start()
     thread.join()
+    assert not calls  # other threads have heaps of their own
+    with pytest.raises(KeyError):
+        nested()
     assert calls == [memory._INSIDE, memory._OUTSIDE] and memory._blocks == 0
+
+
+def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MALLOC_TOP_PAD_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert memory._glibc.__wrapped__() is None
 
 
 def test_other_devices_and_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from rlpjepa_zoo.errors import ModelError, UsageError
 from rlpjepa_zoo.hub import card
 from rlpjepa_zoo.hub.folder import write_folder
 from rlpjepa_zoo.models.pretrained import load_encoder
-from rlpjepa_zoo.report.reproduce import reproduce
+from rlpjepa_zoo.report.reproduce import Reproduction, compare, reproduce
 from rlpjepa_zoo.training.tasks.pretrain import train
 
 
@@ -56,8 +56,20 @@ def test_what_cannot_be_compared_is_refused(entry: Path, tmp_path: Path) -> None
     without = load_encoder(entry).save_pretrained(tmp_path / "without")
     with refused(ModelError, match=r"has no log\.jsonl, so there is nothing to compare with"):
         reproduce(str(without), [], 3, tmp_path / "run")
+    with refused(UsageError, match=r"train\.log_every: the log is compared step by step; leave it out"):
+        reproduce(str(entry), ["train.log_every=3"], 7, tmp_path / "run")
     sparse = write_folder(tmp_path / "sparse", card.rewritten(entry, "sparse", log=b'{"kind": "train", "step": 20, "loss": 1.0}\n'))
     with refused(UsageError, match=r"--steps 3: the first loss in the log of .+ is that of step 20; give at least 20"):
         reproduce(str(sparse), [], 3, tmp_path / "run")
-    with refused(ModelError, match=r"no step of its log was logged again"):
-        reproduce(str(sparse), [], None, tmp_path / "run", progress=False)
+    empty = write_folder(tmp_path / "empty", card.rewritten(entry, "empty", log=b'{"kind": "eval", "step": 20}\n'))
+    with refused(ModelError, match=r"no loss in its log\.jsonl"):
+        reproduce(str(empty), [], None, tmp_path / "run", progress=False)
+
+
+def test_a_loss_that_is_lost_or_zero_is_a_difference() -> None:
+    def log(*losses: float | None) -> list[dict]:
+        return [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+
+    assert not Reproduction(compare(log(2.0, 2.0), log(2.0, None)), Path()).same
+    assert not Reproduction(compare(log(0.0, 2.0), log(0.1, 2.0)), Path()).same
+    assert Reproduction(compare(log(0.0, 2.0), log(0.0, 2.05)), Path()).same

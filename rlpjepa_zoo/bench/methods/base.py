@@ -74,6 +74,14 @@ class Method(ABC):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
 
+    @classmethod  # noqa: B027 - most methods refuse nothing
+    def check(cls, recipe: Recipe) -> None:
+        """Refuse a recipe that the method cannot be compared with, before anything is encoded.
+
+        Raises:
+            RecipeError: names the key and the fix.
+        """
+
     @classmethod
     def allows(cls, k: int, width: int) -> bool:
         """Whether there can be a code of k values from features of this width."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ...config.pretrain import Recipe
 from ...errors import RecipeError, ZooError
 from ...evaluation.training_eval import shift_on
 from ...models.encoder import SparseEncoder
@@ -74,14 +75,25 @@ class PublishedHead(Method):
     default = False
     random = False
 
-    def fit(self, features: Features, k: int | None) -> None:
-        source = self.recipe.encoder.backbone
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        dim = cls._load(recipe).config.dim
+        if not recipe.encoder.pretrained:
+            raise RecipeError("encoder.pretrained: method published needs the features of the trained backbone; set it to true")
+        if recipe.encoder.dim != dim:
+            raise RecipeError(f"encoder.dim: the published encoder has {dim} dimensions; give encoder.dim={dim}")
+
+    @staticmethod
+    def _load(recipe: Recipe) -> SparseEncoder:
         try:
-            self.encoder = load_encoder(source, device=str(self.device))
+            return load_encoder(recipe.encoder.backbone)
         except ZooError as error:
             raise RecipeError(
                 f"encoder.backbone: method published needs an encoder of this package, such as local-dir:FOLDER ({error})"
             ) from error
+
+    def fit(self, features: Features, k: int | None) -> None:
+        self.encoder = self._load(self.recipe).to(self.device)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder.outputs(x)

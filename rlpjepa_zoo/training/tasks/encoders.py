@@ -167,6 +167,8 @@ def _fix(config: EncoderConfig, sizes: Mapping[str, int], key: str, arguments: s
     for change in changes:
         if works(change, sizes.values()):
             return "; ".join(f"give {arguments}.{name}={str(value).lower()}" for name, value in change.items())
+    if "," in key:
+        return "set views.start_size=null"
     for size in (-(-sizes[key] // 32) * 32, *config.preprocess.size, 224):
         if size != sizes[key] and works({}, [size]):
             return f"give {key}={size}"

@@ -21,6 +21,11 @@ REFUSED = [
     (["encoder.backbone=test_convnext3", "data.image_size=16"], "data.image_size", "data.image_size=32"),
     (["encoder.backbone=vit_tiny_patch16_224", "data.image_size=224", "views.local={count: 1, size: 96}"], "views.local.size", "encoder.args.dynamic_img_size=true"),
     (
+        ["encoder.backbone=vit_tiny_patch16_224", "encoder.args={img_size: 32, patch_size: 8, dynamic_img_size: true, depth: 1}", "views.start_size=16"],
+        "views.start_size, grown to 20",
+        "views.start_size=null",
+    ),
+    (
         ["encoder.backbone=vit_tiny_patch16_224", "data.image_size=224", "encoder.args={dynamic_img_size: true}", "views.local={count: 1, size: 90}"],
         "views.local.size",
         "views.local.size=96",
@@ -30,7 +35,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("more", "key", "fix"), REFUSED)
 def test_a_size_that_the_backbone_does_not_take_is_refused_with_a_change_that_works(more: list[str], key: str, fix: str) -> None:
-    with refused(RecipeError, match=rf"{re.escape(key)}: \w+ does not take images of \d+ pixels \(.+\); give {re.escape(fix)}"):
+    with refused(RecipeError, match=rf"{re.escape(key)}: \w+ does not take images of \d+ pixels \(.+\); (give|set) {re.escape(fix)}"):
         build_encoder(tiny(*more))
     changed = tiny(*more, fix)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Draw docs/neighbours.png for docs/quickstart.md: held-out photographs and their nearest neighbours by codes of 16 values.
+"""Draw docs/neighbours.jpg for docs/quickstart.md: held-out photographs and their nearest neighbours by codes of 16 values.
 
     python tools/photos_data.py CIFAR100 CLOTHING photos
     python tools/neighbours_picture.py photos/clothing
@@ -58,12 +58,12 @@ def draw(folder: str, path: Path) -> float:
     for axis, text in ((axes[0][0], "query"), (axes[0][1], "nearest"), (axes[0][2], "second"), (axes[0][NEIGHBOURS], f"{NEIGHBOURS}th")):
         axis.set_title(text, fontsize=9, color=DARK)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.955, bottom=0.01, wspace=0.06, hspace=0.06)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, pil_kwargs={"quality": 88})
     return float((bank.labels[nearest[:, 0]] == queries.labels).mean())
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    share = draw(sys.argv[1], ROOT / "docs" / "neighbours.png")
+    share = draw(sys.argv[1], ROOT / "docs" / "neighbours.jpg")
     print(f"{share:.3f} of the held-out photographs have a nearest neighbour of their class, with {ACTIVE} values a code")

@@ -138,9 +138,6 @@ class Local(Section):
     """Smallest and largest share of the image area that a random resized crop takes."""
 
 
-_GROWTH = 0.75
-
-
 class Views(Section):
     """Random views of an image. Order of the steps: crop or resize, affine, colour jitter, greyscale, blur, solarize, equalize, flip, noise."""
 
@@ -179,10 +176,9 @@ class Views(Section):
     noise: NonNegative = 0.0
     """Standard deviation of Gaussian noise added after normalisation."""
     start_size: ImageSize | None = None
-    """Height and width of the views in the first epoch, in pixels; those of local views stay. They grow from epoch to epoch, in multiples of 4, to
-    data.image_size. A step costs less at a small size. Null: data.image_size in all epochs."""
-    growth: Annotated[float, Field(gt=0, le=1)] = _GROWTH
-    """Share of the epochs after which the views have data.image_size; without views.start_size it has no meaning."""
+    """Height and width in pixels of the views in the first epoch; they grow in multiples of 4 to data.image_size, which null gives to all epochs."""
+    growth: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """views.start_size only: share of the epochs after which the views have data.image_size."""
     local: Local | None = None
     """Local views of multi-crop, a section of their own; null draws none."""
 
@@ -191,7 +187,7 @@ class Views(Section):
         pairs = {name: getattr(self, name) for name in ("crop_scale", "crop_ratio", "zoom")}
         if self.local is not None:
             pairs["local.crop_scale"] = self.local.crop_scale
-        if self.start_size is None and self.growth != _GROWTH:
+        if self.start_size is None and self.growth != Views.model_fields["growth"].default:
             raise ValueError(f"views.growth: {self.growth:g} has no meaning without views.start_size; give that too")
         for name, pair in pairs.items():
             share = name.endswith("crop_scale")

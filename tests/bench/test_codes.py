@@ -384,7 +384,7 @@ def test_images_without_two_classes_are_refused(image_folder: Path, tmp_path: Pa
 
 
 def test_no_methods_are_refused_and_no_k_are_those_that_fit(compared: Compared) -> None:
-    with refused(UsageError, match="--methods: expected at least one of features, ours, csr"):
+    with refused(UsageError, match="--methods: expected at least one of features, published, ours, csr"):
         Asked(()).checked(compared[0])
     assert Asked(("pca",)).checked(compared[0]).k == (2, 4, 8, 16, 32)
 

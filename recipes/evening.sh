@@ -76,7 +76,7 @@ for recipe in "${checked[@]+"${checked[@]}"}"; do
     words "$recipe"
     folder=$out/$name
     attempt train python -m rlpjepa_zoo train "${given[@]}" --out "$folder" --resume --quiet || continue
-    [ "$folder/eval.json" -nt "$folder/checkpoints" ] && continue # this training was evaluated before
+    [ -e "$folder/eval.json" ] && [ ! "$folder/checkpoints" -nt "$folder/eval.json" ] && continue # this training was evaluated before
     attempt eval python -m rlpjepa_zoo eval "$folder" --data "$folder/recipe.yaml" --probes knn,linear --no-pixels --limit 130000 --out "$folder/eval.json" --quiet
 done
 

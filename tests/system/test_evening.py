@@ -59,7 +59,15 @@ class Night:
         values = {"CALLS": str(self.folder / "calls"), "BAD": "nothing", "WAITS": "nothing", "OUT": str(self.out), **environment}
         values = {**os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **values}
         process = ["bash", str(SCRIPT), *words]
-        return subprocess.Popen(process, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+        def listen() -> None:
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # a suite in the background ignores it, and a shell cannot trap what it inherits as ignored
+
+        return subprocess.Popen(
+            process, env=values, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=listen
+        )
 
     def run(self, *words: str, **environment: str) -> tuple[int, str]:
         """Exit code and output."""

@@ -39,7 +39,7 @@ def test_freed_memory_is_used_again_inside_and_given_back_after(monkeypatch: pyt
         assert page_faults() < plain / 20
         kept = resident()
     assert resident() < kept - BYTES / 2
-    assert page_faults() > plain / 2  # as before
+    assert page_faults() > plain / 10  # the pages of one allocation at least
 
 
 @glibc

@@ -30,7 +30,7 @@ from rlpjepa_zoo.evaluation.evaluate import with_results
 from rlpjepa_zoo.hub import card, zoo
 from rlpjepa_zoo.hub.download import resolve
 from rlpjepa_zoo.hub.folder import read_folder, write_folder
-from rlpjepa_zoo.hub.format import Published
+from rlpjepa_zoo.hub.format import MEASURED, Published
 from rlpjepa_zoo.models.pretrained import load_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def add(run: Path, name: str, repo: str, license: str, notice: Path | None, data
     """Publish the encoder of a run as hub/NAME, in float16 and with the log of the run."""
     encoder = load_encoder(run).rounded()
     recipe = Recipe.parse((run / "recipe.yaml").read_text())
-    info = {key: value for key, value in encoder.config.info.items() if key not in ("results", "transfer", "codes")} | {"license": license}
+    info = {key: value for key, value in encoder.config.info.items() if key not in MEASURED} | {"license": license}
     info |= ({} if notice is None else {"notice": notice.read_text().strip()}) | ({} if data is None else {"data": data})
     folder = encoder.save_pretrained(ROOT / "hub" / name, recipe=recipe.shareable(), info=info, name=repo)
     write_folder(folder, card.rewritten(folder, repo, log=(run / "metrics.jsonl").read_bytes()))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..sparse.topk import Dial
 
 __all__ = [
-    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "NAMES", "NOTICE", "PICKLES", "RECIPE", "REPLACED", "LinearLayer", "Projector", "Published", "is_card",
+    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "MEASURED", "NAMES", "NOTICE", "PICKLES", "RECIPE", "REPLACED", "LinearLayer", "Projector", "Published", "is_card",
     "listed_files", "pack", "parse", "tensor_place",
 ]  # fmt: skip
 
@@ -55,6 +55,8 @@ LOG, NOTICE = "log.jsonl", "NOTICE"
 REPLACED = (CONFIG, *REQUIRED, RECIPE, *FIGURES)
 """Files that a save writes or removes. A log, or a notice, that a model does not have stays where it is: it may be somebody's own."""
 NAMES = (*REPLACED, LOG, NOTICE)
+MEASURED = ("results", "transfer", "codes")
+"""Keys of `Published.info` with what was measured of these weights with this dial."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
 """Suffixes of files that may hold a pickle."""
 MARK = b"rlpjepa_zoo"

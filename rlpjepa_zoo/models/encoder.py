@@ -19,7 +19,7 @@ from ..data.images import Row
 from ..data.preprocess import Preprocess
 from ..data.sources import open_images
 from ..errors import NonFiniteError, UsageError
-from ..hub.format import Projector
+from ..hub.format import MEASURED, Projector
 from ..ops.modules import as_weights, contents_key, make_projector, unwrapped
 from ..ops.tensors import unit_rows
 from ..sparse.columns import columns_of
@@ -226,7 +226,7 @@ class SparseEncoder(PublishedModel):
 
     def _dialled(self, dial: Dial | None) -> SparseEncoder:
         """This encoder with another dial. Its record has no results, which were measured without that dial."""
-        info = {k: v for k, v in self.config.info.items() if k not in ("results", "transfer", "codes")}
+        info = {k: v for k, v in self.config.info.items() if k not in MEASURED}
         info["density"] = {k: v for k, v in (info.get("density") or {}).items() if k in ("asked", "theory")}
         twin = copy.copy(self)
         twin.__dict__ |= {"_hashed": None, "config": dataclasses.replace(self.config, dial=dial, info=info)}

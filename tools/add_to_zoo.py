@@ -140,7 +140,8 @@ def table() -> str:
         info = encoder.info
         measured, density = info.get("results") or {}, info["density"]
         asked = "-" if density["asked"] is None else f"{density['asked']:.3f}"
-        head = f"| `{name}` | {info['data']} | {asked} / {density['theory']:.3f} / {density['eval']:.3f} "
+        other = f"; measured on {measured['data']}" if measured.get("data", info["data"]) not in (info["data"], info.get("dataset")) else ""
+        head = f"| `{name}` | {info['data']}{other} | {asked} / {density['theory']:.3f} / {density['eval']:.3f} "
         for space, text in (("z", "z (sparse)"), ("features", "features (dense)"), ("pixels", "raw pixels")):
             if f"knn_{space}" in measured:
                 knn, linear, one_shot = (f"{measured[f'{probe}_{space}']:.3f}" for probe in ("knn", "linear", "one_shot"))

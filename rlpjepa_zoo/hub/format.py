@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from ..sparse.topk import Dial
 
 __all__ = [
-    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "MEASURED", "NAMES", "NOTICE", "PICKLES", "RECIPE", "REPLACED", "LinearLayer", "Projector", "Published", "is_card",
-    "listed_files", "pack", "parse", "tensor_place",
+    "BACKBONE", "CARD", "CONFIG", "GOLDEN", "HEAD", "LOG", "MARK", "MEASURED", "NAMES", "NOTICE", "PICKLES", "RECIPE", "REPLACED", "LinearLayer",
+    "Projector", "Published", "is_card", "listed_files", "pack", "parse", "tensor_place",
 ]  # fmt: skip
 
 FORMAT = 4

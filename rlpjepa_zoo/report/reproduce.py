@@ -19,8 +19,8 @@ from ..training.tasks.pretrain import train
 __all__ = ["TOLERANCE", "Compared", "Reproduction", "compare", "reproduce"]
 
 TOLERANCE = 0.05
-"""Largest relative difference of a loss that counts as the same. Threads, processors and versions of torch round differently, and a training in
-bfloat16 drifts by up to two per cent in its first steps for that reason; another recipe, seed or set of images differs by more."""
+"""Largest relative difference of a loss that counts as the same. Threads, processors and versions of torch round differently. The value
+is chosen, not measured: on the machine of the log the losses are equal."""
 _KEYS = ("l0_eval", "knn_z", "knn_features")
 """Measures of evaluations that are compared if both runs measured them at the same step."""
 

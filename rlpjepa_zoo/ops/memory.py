@@ -52,8 +52,9 @@ def reused_memory(device: torch.device) -> Iterator[None]:
     """Keep memory that is freed inside the block for the next tensors; give it back at the end of the block.
 
     glibc maps every tensor above 32 MB anew and unmaps it when it is freed, so the kernel zeroes each page of each activation of each step. That
-    takes up to half of the time of a forward pass on a CPU. In return the process keeps up to some times the size of its largest tensor. Nothing is done without glibc, for another device, if environment variables of glibc's
-    malloc are set, or outside of the main thread, whose heap alone can hold tensors of any size.
+    takes up to half of the time of a forward pass on a CPU. In return the process may keep some times the size of its largest tensor.
+    Nothing is done without glibc, for another device, if environment variables of glibc's malloc are set, or outside of the main thread,
+    whose heap alone can hold tensors of any size.
 
     Args:
         device: where the tensors are.

@@ -1,6 +1,6 @@
 """Draw docs/neighbours.jpg for docs/quickstart.md: held-out photographs and their nearest neighbours by codes of 16 values.
 
-    python tools/photos_data.py CIFAR100 CLOTHING photos
+    python tools/photos_data.py CIFAR10 CIFAR100 CLOTHING photos
     python tools/neighbours_picture.py photos/clothing
 
 Encoder: `lite0.photos` of the zoo. Queries: the first held-out photograph of each of six classes. The neighbours are the training photographs with

@@ -3,8 +3,8 @@
     python tools/photos_data.py CIFAR10 CIFAR100 CLOTHING OUT
 
 CIFAR10 and CIFAR100 are folders with the training images of those sets as parquet, CLOTHING one with those of
-alexeygrigorev/clothing-dataset-small. Written are OUT/train/train.parquet, without labels: 5,000 images of each CIFAR set and four fifths of the
-photographs, in random order; and OUT/clothing/train.parquet and test.parquet, with labels: the same four fifths of the photographs, and the
+alexeygrigorev/clothing-dataset-small. Written are OUT/train/train.parquet, without labels: 5,000 training images of each CIFAR set and four fifths of
+the photographs, in random order; and OUT/clothing/train.parquet and test.parquet, with labels: the same four fifths of the photographs, and the
 fifth that is held out, which is the one that `rlpjepa bench codes` holds out with seed 0.
 """
 

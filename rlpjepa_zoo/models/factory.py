@@ -21,9 +21,9 @@ from ..core.files import MAX_JSON, parse_json
 from ..core.source import ModelSource
 from ..data.preprocess import Preprocess
 from ..errors import ModelError, UsageError, ZooError, did_you_mean, first_line
-from ..hub.card import Start
+from ..hub.card import MOST_NOTES, Start
 from ..hub.download import fetch
-from ..hub.format import BACKBONE, CONFIG, Projector
+from ..hub.format import BACKBONE, CONFIG, NOTICE, Projector
 from ..ops.modules import make_projector
 from ..ops.tensors import tensor_shapes
 from .encoder import EncoderConfig, SparseEncoder
@@ -148,7 +148,7 @@ def pretraining_data(tag: str | None) -> str | None:
 
 
 def _start_record(source: ModelSource, weights: dict[str, Any] | None, frozen: bool) -> dict[str, Any]:
-    """What a card says about the weights that a backbone starts from: the keys base_model and backbone of `rlpjepa_zoo.hub.card.Info`.
+    """What a card says about the weights that a backbone starts from: base_model, backbone and notice of `rlpjepa_zoo.hub.card.Info`.
 
     Args:
         source: of the backbone.
@@ -166,7 +166,9 @@ def _start_record(source: ModelSource, weights: dict[str, Any] | None, frozen: b
         name=full if known else source.label.removeprefix("hf-hub:"), data=pretraining_data(tag),
         license=license if isinstance(license, str) else None, frozen=frozen,
     )  # fmt: skip
-    return {"backbone": start.model_dump(exclude_none=True)} | ({"base_model": repo} if repo else {})
+    record = {"backbone": start.model_dump(exclude_none=True)} | ({"base_model": repo} if repo else {})
+    notice = source.path / NOTICE if source.kind == "folder" else None
+    return record | ({"notice": notice.read_text("utf-8", "replace").strip()[:MOST_NOTES]} if notice and notice.is_file() else {})
 
 
 def fresh_copy(encoder: SparseEncoder) -> SparseEncoder:

@@ -169,9 +169,9 @@ class Trainer:
                 return make_loader(self.source, self.recipe, steps, rank, world, finish=self.device.type == "cpu")
         if self.trained.sharded:
             raise RecipeError("encoder.cached_views: not for sharded weights; use data parallelism, or set it to null")
-        autocast, memory_format, started = self.accelerator.autocast, self.trained.memory_format, time.monotonic()
-        features, bad = cache_views(self.core, self.source, self.task.recipe, autocast, memory_format, self.progress)
-        self.seconds += time.monotonic() - started
+        autocast, memory_format = self.accelerator.autocast, self.trained.memory_format
+        features, bad, seconds = cache_views(self.core, self.source, self.task.recipe, autocast, memory_format, self.progress)
+        self.seconds = self.seconds or seconds  # those of a checkpoint have them
         self.bad.add(bad, self.step)
         return rows_loader(features, self.source.length, self.recipe, steps, rank, world)
 

@@ -190,6 +190,16 @@ def test_card_of_a_new_projector_names_the_start_weights(tmp_path, pretrained_fo
     assert "**not trained**" in text and "The backbone has the pretrained weights of [test_resnet.r160_in1k]" in text
 
 
+def test_notice_of_the_start_weights_stays_with_what_is_made_of_them(tmp_path, pretrained_folder):
+    (pretrained_folder / "NOTICE").write_text("Copyright The Authors\n")
+    enc = rz.create_encoder(f"local-dir:{pretrained_folder}", dim=8, hidden_dim=8, pretrained=True)
+    assert (enc.save_pretrained(tmp_path / "enc") / "NOTICE").read_text() == "Copyright The Authors"
+    assert "notice" not in rz.create_encoder(f"local-dir:{pretrained_folder}", dim=8, hidden_dim=8).config.info
+    (pretrained_folder / "NOTICE").write_text("x" * 100_001)
+    long = rz.create_encoder(f"local-dir:{pretrained_folder}", dim=8, hidden_dim=8, pretrained=True)
+    assert len((long.save_pretrained(tmp_path / "long") / "NOTICE").read_text()) == 100_000
+
+
 def test_card_of_random_weights_names_none(tmp_path):
     for frozen, words in ((False, "It was trained without labels"), (True, "; the backbone has random weights and was frozen")):
         enc = rz.create_encoder("test_resnet", dim=8, hidden_dim=8, freeze_backbone=frozen)

@@ -84,7 +84,7 @@ class CachedViews(Dataset[Batch]):
 
 def cache_views(
     encoder: Any, source: Source, recipe: Recipe, autocast: Autocast, memory_format: torch.memory_format, progress: bool
-) -> tuple[CachedViews, list[tuple[int, str]]]:
+) -> tuple[CachedViews, list[tuple[int, str]], float]:
     """Encode `encoder.cached_views` views of every training image, those of epoch 0. Each rank encodes its share; all ranks keep all.
 
     Args:
@@ -95,7 +95,8 @@ def cache_views(
         progress: show a progress bar on stderr.
 
     Returns:
-        The features, and (row, reason) of the images that this rank could not read; another image takes the place of each.
+        The features; (row, reason) of the images that this rank could not read, another image takes the place of each; and the seconds
+        that encoding took, in this run or in the one whose features are read from disk.
 
     Raises:
         RecipeError: the features need more than `data.cache_gb`.
@@ -115,22 +116,24 @@ def cache_views(
         result, how = found, f"read from {path}"
     else:
         result = _encode(encoder, source, recipe, autocast, memory_format, progress, chunk, dtype)
-        how = f"in {time.monotonic() - started:.0f} s"
+        result = result._replace(seconds=time.monotonic() - started)
+        how = f"in {result.seconds:.0f} s"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
             _write(path, result)
     log.info(
         "cached features: %d views of %d images, %d wide, %s, %.3g GB, %s",
         count, n, width, str(dtype).removeprefix("torch."), result.features.nbytes / 2**30, how,
     )  # fmt: skip
-    return CachedViews(result.features, result.labels, recipe.views.count, recipe.seed), result.bad
+    return CachedViews(result.features, result.labels, recipe.views.count, recipe.seed), result.bad, result.seconds
 
 
 class _Encoded(NamedTuple):
-    """Features (N, n, F) and labels (N,) of all images, and the unreadable ones."""
+    """Features (N, n, F) and labels (N,) of all images, the unreadable ones, and the seconds that encoding took."""
 
     features: Tensor
     labels: Tensor
     bad: list[tuple[int, str]]
+    seconds: float = 0.0
 
 
 def _encode(
@@ -209,7 +212,8 @@ def _read(path: Path) -> _Encoded | None:
         if _digest(features, labels) != about.get("sha256"):
             raise ValueError("differs from its sha256")
         path.touch()  # used now
-        return _Encoded(features, labels, [(int(row), str(reason)) for row, reason in json.loads(about["bad"])])
+        bad = [(int(row), str(reason)) for row, reason in json.loads(about["bad"])]
+        return _Encoded(features, labels, bad, float(about.get("seconds", 0)))
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         log.warning("%s: not used, the views are encoded again (%s)", path, first_line(error))
         return None
@@ -221,7 +225,7 @@ def _write(path: Path, result: _Encoded) -> None:
     if size > limit:
         log.info("features are not kept on disk: %.3g GB are more than RLPJEPA_CACHE_GB = %.3g", size / 2**30, limit / 2**30)
         return
-    about = {"sha256": _digest(result.features, result.labels), "bad": json.dumps(result.bad)}
+    about = {"sha256": _digest(result.features, result.labels), "bad": json.dumps(result.bad), "seconds": f"{result.seconds:.1f}"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < 2 * size:

@@ -8,6 +8,8 @@ import torch
 from models import settled
 from refusals import refused
 from runs import codes, of_folder, rows, tiny, train_in_two_parts
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rlpjepa_zoo.data.sources import open_source
 from rlpjepa_zoo.errors import DataError, RecipeError, UsageError
@@ -102,6 +104,17 @@ def test_features_are_kept_for_a_resume_and_for_another_density(kept: Path, tmp_
     assert "read from" in cached(caplog, tmp_path / "b", "target.density=0.3", "optim.lr=0.01")
     assert "read from" in cached(caplog, tmp_path / "c")
     assert rows(tmp_path / "c") == rows(tmp_path / "a") and torch.equal(codes(tmp_path / "c/encoder"), codes(tmp_path / "a/encoder"))
+
+
+def test_time_of_encoding_counts_in_every_run_that_uses_it(kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached(caplog, tmp_path / "a")
+    (file,) = kept.iterdir()
+    with safe_open(file, "pt") as saved:
+        tensors, about = {name: saved.get_tensor(name) for name in saved.keys()}, saved.metadata()
+    assert float(about["seconds"]) > 0
+    save_file(tensors, file, {**about, "seconds": "630"})
+    assert "read from" in cached(caplog, tmp_path / "b")
+    assert 10.5 <= load_encoder(tmp_path / "b").config.info["training"]["minutes"] < 15
 
 
 def test_features_are_those_of_backbone_images_and_views() -> None:
